@@ -1,0 +1,5 @@
+import sys
+
+from fastsmart.cli import main
+
+sys.exit(main())

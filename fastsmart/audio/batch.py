@@ -1,0 +1,48 @@
+"""`AudioBatch`: what a renderer hands to the rewards. Shape letters: N clips, T samples of the longest."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from fastsmart.errors import UserError
+
+
+@dataclass(frozen=True)
+class AudioBatch:
+    """Mono clips of different lengths, zero after each clip's end.
+
+    samples     : float32 [N, T]; all NaN in a row that could not be rendered
+    lengths     : int64 [N], samples of each clip
+    sample_rate : Hz
+    """
+
+    samples: np.ndarray
+    lengths: np.ndarray
+    sample_rate: int
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def clip(self, i: int) -> np.ndarray:
+        """Clip i without its padding, float32 [lengths[i]]."""
+        return self.samples[i, : self.lengths[i]]
+
+    def to_wav(self, i: int, path: str | Path) -> None:
+        """Write clip i as 16-bit WAV; raises UserError when the file cannot be written."""
+        write_wav(path, self.clip(i), self.sample_rate)
+
+
+def write_wav(path: str | Path, samples: np.ndarray, sample_rate: int) -> None:
+    """Write float samples, [T] or [T, 2] in -1..1, as 16-bit WAV (FLAC when the name ends in .flac).
+
+    Raises UserError when the file cannot be written.
+    """
+    import soundfile  # not above: it brings a libsndfile of its own, see `fastsmart.audio.fluidsynth`
+
+    try:
+        soundfile.write(str(path), samples, sample_rate, subtype="PCM_16")
+    except (OSError, soundfile.LibsndfileError) as error:
+        raise UserError(f"cannot write {path}: {error}") from error

@@ -1,0 +1,330 @@
+"""The reference renderer: FluidSynth, driven through ctypes for float output and few calls.
+
+Four traps of the library shape this file, each seen with version 2.3.1:
+
+* A synth remembers. `system_reset` leaves old voices ringing, and every voice slot keeps the panning gain of the last
+  note it played and glides from there to the next note's over 64 samples. So every clip gets a synth of its own,
+  made in about a millisecond around the soundfont that stays loaded: what was rendered before cannot be heard.
+* In a new synth that gain is 0, so the first note of each slot would fade in. Hence the slots are warmed: they
+  play unheard notes first. A sum of single notes then equals the chord, which is what a note bank relies on.
+* Events wait in a queue of 64 a voice until the next block of 64 samples; when it is full they are lost.
+  Polyphony and the number of notes struck in a block are chosen so that it cannot fill.
+* The samples of an SF3 file are decoded by libsndfile. A process that imported `soundfile` first decodes them with the
+  copy in its wheel, 1e-5 away from the system's. So what must be equal to the last bit is rendered by the pool.
+
+Shape letters: T samples, M notes.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import weakref
+from ctypes import c_char_p, c_double, c_int, c_void_p
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from fastsmart.audio.settings import RenderSettings
+from fastsmart.audio.soundfont import find_soundfont
+from fastsmart.errors import UserError
+
+if TYPE_CHECKING:  # the pool's workers start faster without it
+    from fastsmart.notes import NoteBatch
+
+BLOCK = 64  # samples; the synth takes up events at its multiples only
+GAIN = 0.2  # FluidSynth's own default; far from clipping, and float output does not clip
+PEAK_FLOOR = 1e-6  # of the paper's normalisation
+SILENCE = 2.0**-16  # half a step of a 16-bit file: a tail below it is trimmed
+MIN_VOICES, MAX_VOICES = 64, 1024
+PROBE_VOICES = 256
+# A struck voice costs up to 53 events (measured), a repeated key one more for each of its voices still sounding. With
+# room for twice the clip's voices and at most 32 strikes a block, that stays below the queue's 64 events a voice.
+STRIKES_PER_BLOCK = 32
+
+PIN = "fluid_synth_pin_preset"  # since FluidSynth 2.2; the rest is older
+_PROTOTYPES: dict[str, tuple[Any, list[Any]]] = {
+    "new_fluid_settings": (c_void_p, []),
+    "delete_fluid_settings": (None, [c_void_p]),
+    "fluid_settings_setint": (c_int, [c_void_p, c_char_p, c_int]),
+    "fluid_settings_setnum": (c_int, [c_void_p, c_char_p, c_double]),
+    "fluid_version_str": (c_char_p, []),
+    "fluid_set_log_function": (c_void_p, [c_int, c_void_p, c_void_p]),
+    "new_fluid_synth": (c_void_p, [c_void_p]),
+    "delete_fluid_synth": (None, [c_void_p]),
+    "fluid_synth_sfload": (c_int, [c_void_p, c_char_p, c_int]),
+    "fluid_synth_get_sfont_by_id": (c_void_p, [c_void_p, c_int]),
+    "fluid_synth_add_sfont": (c_int, [c_void_p, c_void_p]),
+    "fluid_synth_remove_sfont": (c_int, [c_void_p, c_void_p]),
+    "fluid_synth_unset_program": (c_int, [c_void_p, c_int]),
+    PIN: (c_int, [c_void_p, c_int, c_int, c_int]),
+    "fluid_synth_program_select": (c_int, [c_void_p, c_int, c_int, c_int, c_int]),
+    "fluid_synth_noteon": (c_int, [c_void_p, c_int, c_int, c_int]),
+    "fluid_synth_noteoff": (c_int, [c_void_p, c_int, c_int]),
+    "fluid_synth_all_sounds_off": (c_int, [c_void_p, c_int]),
+    "fluid_synth_get_active_voice_count": (c_int, [c_void_p]),
+    "fluid_synth_write_float": (c_int, [c_void_p, c_int, c_void_p, c_int, c_int, c_void_p, c_int, c_int]),
+}
+_MIDI_CHANNELS = 16
+_LOG_LEVELS = 5
+
+
+@cache
+def load_library() -> ctypes.CDLL:
+    """libfluidsynth as pyfluidsynth finds it, with prototypes set and its log silenced (we raise instead).
+
+    Raises UserError with the command that installs it when it is missing.
+    """
+    try:
+        import fluidsynth  # looks for the shared library when imported
+    except ImportError as error:
+        raise UserError(
+            f"FluidSynth cannot be loaded ({error}): run `apt-get install libfluidsynth3` "
+            "(macOS: `brew install fluid-synth`) and `pip install pyfluidsynth`"
+        ) from error
+    library = ctypes.CDLL(fluidsynth.lib)
+    for name, (result, arguments) in _PROTOTYPES.items():
+        if name != PIN or hasattr(library, PIN):
+            function = getattr(library, name)
+            function.restype, function.argtypes = result, arguments
+    for level in range(_LOG_LEVELS):
+        library.fluid_set_log_function(level, None, None)
+    return library
+
+
+class FluidSynthRenderer:
+    """Renders one piece at a time; the same notes give the same bits after any history, and in any pool's worker.
+
+    Owns the loaded soundfont: a context manager, or call `close`. Not for several threads at once.
+
+    Raises UserError when FluidSynth is missing, or the soundfont cannot be read or lacks the program.
+    """
+
+    def __init__(self, settings: RenderSettings) -> None:
+        self.settings = settings
+        self.soundfont = find_soundfont(settings.soundfont)
+        self._library = library = load_library()
+        self._options = library.new_fluid_settings()
+        can_pin = hasattr(library, PIN)
+        for key, value in (
+            ("synth.polyphony", PROBE_VOICES),
+            ("synth.reverb.active", settings.reverb),
+            ("synth.chorus.active", settings.chorus),
+            ("synth.lock-memory", False),
+            # only the program that is used is decoded, which is what makes a worker start in a fraction of a second
+            ("synth.dynamic-sample-loading", can_pin),
+        ):
+            library.fluid_settings_setint(self._options, key.encode(), int(value))
+        library.fluid_settings_setnum(self._options, b"synth.sample-rate", float(settings.sample_rate))
+        library.fluid_settings_setnum(self._options, b"synth.gain", GAIN)
+        # This synth plays nothing after its set-up. It is kept because the soundfont reads its file through it.
+        self._loader = library.new_fluid_synth(self._options)
+        self._finalizer = weakref.finalize(self, _free, library, self._options, self._loader)
+        font_id = library.fluid_synth_sfload(self._loader, str(self.soundfont).encode(), 0)
+        if font_id < 0:
+            raise UserError(f"FluidSynth cannot load the soundfont {self.soundfont}: it may be damaged, choose another")
+        if library.fluid_synth_program_select(self._loader, 0, font_id, 0, settings.program) < 0:
+            raise UserError(
+                f"the soundfont {self.soundfont} has no program {settings.program} in bank 0: set audio.program"
+            )
+        if can_pin:
+            library.fluid_synth_pin_preset(self._loader, font_id, 0, settings.program)
+        samples = -(-settings.max_samples // BLOCK) * BLOCK
+        self._buffer = np.zeros((2, samples), np.float32)
+        self._left, self._right = self._buffer[0].ctypes.data, self._buffer[1].ctypes.data
+        self._voices_per_note, self._warm_keys = self._probe()
+        if not self._warm_keys:
+            raise UserError(
+                f"program {settings.program} of the soundfont {self.soundfont} is silent: set audio.program"
+            )
+        self._font = library.fluid_synth_get_sfont_by_id(self._loader, font_id)
+        library.fluid_synth_remove_sfont(self._loader, self._font)
+        self._finalizer.detach()
+        self._finalizer = weakref.finalize(self, _free, library, self._options, self._loader, self._font)
+
+    def render(self, notes: NoteBatch, i: int) -> np.ndarray:
+        """Piece i as mono float32 [T], the mean of both channels."""
+        out = np.empty(self.settings.max_samples, np.float32)
+        return out[: self.render_into(out, *piece_arrays(notes, i))]
+
+    def render_stereo(self, notes: NoteBatch, i: int) -> np.ndarray:
+        """Piece i as float32 [T, 2]."""
+        length = self._play(*piece_arrays(notes, i))
+        if length == 0:
+            return np.full((self.settings.empty_samples, 2), self._empty_value, np.float32)
+        stereo = np.ascontiguousarray(self._buffer[:, :length].T)
+        self._normalize(stereo)
+        return stereo
+
+    def render_into(
+        self,
+        out: np.ndarray,
+        onset_s: np.ndarray,
+        duration_s: np.ndarray,
+        pitch: np.ndarray,
+        velocity: np.ndarray,
+        end_s: float,
+    ) -> int:
+        """Fill `out`, float32 [max_samples], with one piece, mono, zeros after its end; returns its length T.
+
+        The note arrays are [M] each, as in NoteBatch. A score without notes fills all of `out` with zeros or NaN.
+        """
+        length = self._play(onset_s, duration_s, pitch, velocity, end_s)
+        if length == 0:
+            out[:] = self._empty_value
+            return self.settings.empty_samples
+        clip = out[:length]
+        np.add(self._buffer[0, :length], self._buffer[1, :length], out=clip)
+        clip *= 0.5
+        self._normalize(clip)
+        out[length:] = 0.0
+        return length
+
+    def close(self) -> None:
+        """Free the synth and the soundfont; rendering is over."""
+        self._finalizer()
+
+    def __enter__(self) -> FluidSynthRenderer:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    @property
+    def _empty_value(self) -> float:
+        return float("nan") if self.settings.empty == "nan" else 0.0
+
+    def _normalize(self, clip: np.ndarray) -> None:
+        if self.settings.normalize == "peak":
+            clip /= max(float(clip.max()), -float(clip.min())) + PEAK_FLOOR
+
+    def _play(
+        self, onset_s: np.ndarray, duration_s: np.ndarray, pitch: np.ndarray, velocity: np.ndarray, end_s: float
+    ) -> int:
+        """Play one piece into `_buffer`, both channels; returns its samples, 0 when no note starts in the window."""
+        settings = self.settings
+        score = round(min(end_s, settings.max_seconds) * settings.sample_rate)
+        start = np.maximum(np.rint(onset_s * settings.sample_rate).astype(np.int64), 0)
+        stop = np.rint((onset_s + duration_s) * settings.sample_rate).astype(np.int64)
+        # a note is on for one sample at least: an end at its own start would come before it and be lost
+        stop = np.maximum(np.minimum(stop, score), start + 1)
+        heard = start < score
+        events = merge_events(start[heard], stop[heard], pitch[heard], velocity[heard])
+        count = int(heard.sum())
+        if count == 0:
+            return 0
+        length = settings.max_samples if settings.tail == "release" else score
+        if settings.tail == "release":
+            length = min(score + round(settings.release_s * settings.sample_rate), length)
+        voices = count * self._voices_per_note
+        synth = self._new_synth(voices)
+        try:
+            self._warm(synth, min(voices, MAX_VOICES))
+            self._perform(synth, events, -(-length // BLOCK) * BLOCK)
+        finally:
+            self._delete_synth(synth)
+        return self._trimmed(score, length) if settings.tail == "release" else length
+
+    def _perform(self, synth: int, events: tuple[list[int], ...], length: int) -> None:
+        note_on, note_off = self._library.fluid_synth_noteon, self._library.fluid_synth_noteoff
+        position = strikes = 0
+        for at, velocity, key in zip(*events, strict=True):
+            if at > position:
+                if at >= length:
+                    break
+                self._write(synth, position, at - position)
+                position, strikes = at, 0
+            if velocity == 0:
+                note_off(synth, 0, key)
+                continue
+            if strikes == STRIKES_PER_BLOCK:
+                if position + BLOCK >= length:
+                    break
+                self._write(synth, position, BLOCK)
+                position, strikes = position + BLOCK, 0
+            note_on(synth, 0, key, velocity)
+            strikes += 1
+        self._write(synth, position, length - position)
+
+    def _write(self, synth: int, position: int, samples: int) -> None:
+        self._library.fluid_synth_write_float(synth, samples, self._left, position, 1, self._right, position, 1)
+
+    def _new_synth(self, voices: int) -> int:
+        """A synth with room for twice as many voices, with the soundfont and its program."""
+        library = self._library
+        if not self._finalizer.alive:
+            raise RuntimeError("this renderer is closed")
+        polyphony = min(max(2 * voices, MIN_VOICES), MAX_VOICES)
+        library.fluid_settings_setint(self._options, b"synth.polyphony", polyphony)
+        synth = library.new_fluid_synth(self._options)
+        # Adding a font gives every channel its program: without this the drum kit would be decoded for each clip.
+        for channel in range(_MIDI_CHANNELS):
+            library.fluid_synth_unset_program(synth, channel)
+        font_id = library.fluid_synth_add_sfont(synth, self._font)
+        library.fluid_synth_program_select(synth, 0, font_id, 0, self.settings.program)
+        return synth
+
+    def _delete_synth(self, synth: int) -> None:
+        self._library.fluid_synth_remove_sfont(synth, self._font)
+        self._library.delete_fluid_synth(synth)
+
+    def _warm(self, synth: int, voices: int) -> None:
+        """Let the first `voices` slots play an unheard note each, then silence them."""
+        library, keys = self._library, self._warm_keys
+        for n in range(voices):
+            library.fluid_synth_noteon(synth, 0, keys[n % len(keys)], 127)
+            if library.fluid_synth_get_active_voice_count(synth) >= voices:
+                break
+            if n % STRIKES_PER_BLOCK == STRIKES_PER_BLOCK - 1:
+                self._write(synth, 0, BLOCK)
+        self._write(synth, 0, BLOCK)
+        library.fluid_synth_all_sounds_off(synth, 0)
+        self._write(synth, 0, BLOCK)  # voices that were switched off leave with the next block
+
+    def _probe(self) -> tuple[int, list[int]]:
+        """The most voices one note of the program uses, and up to 64 keys that sound, middle of the keyboard first."""
+        library, synth = self._library, self._loader
+        voices = np.zeros(128, int)
+        for velocity in (1, 24, 48, 64, 80, 96, 112, 127):
+            for key in range(128):
+                before = library.fluid_synth_get_active_voice_count(synth)
+                library.fluid_synth_noteon(synth, 0, key, velocity)
+                used = library.fluid_synth_get_active_voice_count(synth) - before
+                voices[key] = max(voices[key], used)
+                if key % 8 == 7:
+                    library.fluid_synth_all_sounds_off(synth, 0)
+                    self._write(synth, 0, BLOCK)
+        keys = [key for key in range(128) if voices[key] > 0]
+        return int(voices.max()), sorted(keys, key=lambda key: abs(key - 60))[:64]
+
+    def _trimmed(self, score: int, length: int) -> int:
+        loud = np.flatnonzero(np.abs(self._buffer[:, score:length]).max(axis=0) > SILENCE)
+        return score + (int(loud[-1]) + 1 if len(loud) else 0)
+
+
+def piece_arrays(notes: NoteBatch, i: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, float]:
+    """Onset s, duration s, pitch, velocity, each [M], and the end in seconds of piece i."""
+    rows = notes.rows(i)
+    return notes.onset_s[rows], notes.duration_s[rows], notes.pitch[rows], notes.velocity[rows], float(notes.end_s[i])
+
+
+def merge_events(
+    start: np.ndarray, stop: np.ndarray, pitch: np.ndarray, velocity: np.ndarray
+) -> tuple[list[int], list[int], list[int]]:
+    """Note starts and ends, in samples, as one sequence: block start in samples, velocity (0 = the note ends), key.
+
+    At one sample ends come before starts; otherwise the order is the notes' own. Times are rounded up to the
+    block in which FluidSynth takes an event up anyway, so events of one block need one write between them.
+    """
+    at = np.concatenate([stop, start])
+    order = np.argsort(at, kind="stable")
+    blocks = -(-at[order] // BLOCK) * BLOCK
+    velocities = np.concatenate([np.zeros(len(stop), np.int64), velocity])[order]
+    return blocks.tolist(), velocities.tolist(), np.concatenate([pitch, pitch])[order].tolist()
+
+
+def _free(library: ctypes.CDLL, options: int, loader: int, font: int | None = None) -> None:
+    if font is not None:
+        library.fluid_synth_add_sfont(loader, font)  # a synth frees the fonts it holds
+    library.delete_fluid_synth(loader)
+    library.delete_fluid_settings(options)

@@ -1,0 +1,290 @@
+"""`RenderPool`: the renderer on all cores, in processes that may die without taking the run along.
+
+Notes go to a worker as raw bytes over its pipe; audio comes back in one block of shared memory that has no name, so
+there is nothing to leave behind however a process ends. Nothing is pickled, and the caller's main module is not
+imported again, which is why the workers are plain subprocesses and not `multiprocessing.Process`.
+
+Shape letters: N clips, T samples.
+"""
+
+from __future__ import annotations
+
+import json
+import mmap
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import weakref
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from multiprocessing import Pipe
+from multiprocessing import connection as mp_connection
+from pathlib import Path
+
+import numpy as np
+
+from fastsmart.audio.batch import AudioBatch
+from fastsmart.audio.fluidsynth import load_library
+from fastsmart.audio.settings import RenderSettings
+from fastsmart.audio.soundfont import find_soundfont
+from fastsmart.audio.worker import READY, REFUSED, REPORT, pack_task
+from fastsmart.errors import UserError
+from fastsmart.notes import NoteBatch
+
+IN_HAND = 4  # clips a worker holds at most: enough to stay busy while the caller samples a token
+PIPE_BYTES = 32 * 1024  # and bytes, far below what Linux lets wait in a pipe, so that sending does not block
+TRIES = 2  # a clip whose worker dies this often is given up
+START_TRIES = 3  # workers in a row that may die while loading the soundfont
+START_TIMEOUT_S = 60.0
+
+
+@dataclass
+class _Worker:
+    process: subprocess.Popen[bytes]
+    connection: mp_connection.Connection
+    ready: bool = False
+    in_hand: deque[tuple[int, int]] = field(default_factory=deque)  # clip and bytes of its task, the one at work first
+    since_s: float = field(default_factory=time.monotonic)  # when it started, or took up the clip at work
+
+    @property
+    def bytes_in_hand(self) -> int:
+        return sum(size for _, size in self.in_hand)
+
+
+class RenderPool:
+    """Renders up to `capacity` clips at a time: `submit` them as they come, then `wait` for the batch.
+
+    A worker that dies, or hangs for `clip_timeout_s`, is replaced and its clips are rendered again, with the same
+    samples; a clip that this happens to twice becomes NaN, and its MIDI is written to the folder `quarantine`.
+
+    replaced, failed : workers replaced and clips given up so far
+
+    Owns processes and memory: a context manager, or call `close`; both also happen when the interpreter ends.
+
+    Raises UserError when FluidSynth or the soundfont cannot be used (at once, or from `poll` and `wait`).
+    """
+
+    def __init__(self, settings: RenderSettings, capacity: int, quarantine: Path | None = None) -> None:
+        load_library()  # say what is missing here, not in a worker
+        self.soundfont = find_soundfont(settings.soundfont)
+        self.settings = settings
+        self.capacity = capacity
+        self.quarantine = quarantine
+        self.replaced = 0
+        self.failed = 0
+        self._memory_fd = _anonymous_memory(max(1, capacity * settings.max_samples) * np.float32().itemsize)
+        self._block = np.frombuffer(mmap.mmap(self._memory_fd, 0), np.float32)
+        self._block = self._block[: capacity * settings.max_samples].reshape(capacity, settings.max_samples)
+        self._lengths = np.zeros(capacity, np.int64)
+        self._pieces: dict[int, tuple[NoteBatch, int]] = {}  # clips submitted and not waited for
+        self._queue: deque[int] = deque()  # clips no worker has in hand
+        self._strikes: dict[int, int] = {}
+        self._done: set[int] = set()
+        self._unseen: list[int] = []  # clips done since the last poll
+        self._failed_starts = 0
+        self._workers: list[_Worker] = []
+        self._finalizer = weakref.finalize(self, _end, os.getpid(), self._workers, self._memory_fd)
+        for _ in range(max(1, min(settings.worker_count, capacity))):
+            self._workers.append(self._start())
+
+    def submit(self, index: int, notes: NoteBatch, piece: int = 0) -> None:
+        """Have one piece of `notes` rendered as clip `index` of the batch; returns at once."""
+        if not 0 <= index < self.capacity:
+            raise ValueError(f"clip {index} does not fit a pool of {self.capacity}")
+        if index in self._pieces:
+            raise ValueError(f"clip {index} was submitted before")
+        self._pieces[index] = (notes, piece)
+        self._queue.append(index)
+        self._turn(timeout_s=0.0)
+
+    def poll(self) -> list[int]:
+        """The clips finished (or given up) since the last call, in the order they ended; `gather` hands them out."""
+        self._turn(timeout_s=0.0)
+        unseen, self._unseen = self._unseen, []
+        return unseen
+
+    def gather(self, indices: Sequence[int]) -> AudioBatch:
+        """Finished clips, copied out of the shared memory."""
+        missing = sorted(set(indices) - self._done)
+        if missing:
+            raise ValueError(f"clips {missing} are not finished")
+        rows = np.asarray(indices, np.int64)
+        lengths = self._lengths[rows]
+        return AudioBatch(self._block[rows, : lengths.max(initial=0)], lengths, self.settings.sample_rate)
+
+    def wait(self, progress: Callable[[int], None] | None = None) -> AudioBatch:
+        """All clips submitted, 0 to the highest index, as a copy; the pool is empty again afterwards.
+
+        `progress` is called with the number of finished clips whenever it grows. Raises ValueError when an index in
+        between was never submitted.
+        """
+        told = -1
+        while True:
+            self._turn(timeout_s=0.0 if told < 0 else 1.0)
+            if progress and len(self._done) > told:
+                progress(len(self._done))
+            told = len(self._done)
+            if told == len(self._pieces):
+                break
+        batch = self.gather(range(max(self._pieces, default=-1) + 1))
+        self._pieces.clear()
+        self._strikes.clear()
+        self._done.clear()
+        self._unseen.clear()
+        return batch
+
+    @property
+    def pids(self) -> list[int]:
+        """Process ids of the workers."""
+        return [worker.process.pid for worker in self._workers]
+
+    def close(self) -> None:
+        """End the workers and give the memory back; clips under way are dropped."""
+        self._finalizer()
+        self._block = np.empty((0, 0), np.float32)
+
+    def __enter__(self) -> RenderPool:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def _turn(self, timeout_s: float) -> None:
+        """Take in what workers report, waiting for it up to `timeout_s`; replace the dead; hand out clips."""
+        if not self._finalizer.alive:
+            raise RuntimeError("this pool is closed")
+        reporting = mp_connection.wait([worker.connection for worker in self._workers], timeout_s)
+        for place, worker in enumerate(self._workers):
+            alive = worker.connection not in reporting or self._hear(worker)
+            if not alive or time.monotonic() - worker.since_s > self._patience_s(worker):
+                self._replace(place)
+        self._hand_out()
+
+    def _patience_s(self, worker: _Worker) -> float:
+        if not worker.ready:
+            return START_TIMEOUT_S
+        return self.settings.clip_timeout_s if worker.in_hand else float("inf")
+
+    def _hear(self, worker: _Worker) -> bool:
+        """Read all reports of a worker; False when it is dead."""
+        try:
+            while worker.connection.poll():
+                report = worker.connection.recv_bytes()
+                index, length = REPORT.unpack_from(report)
+                if index == REFUSED:
+                    raise UserError(report[REPORT.size :].decode())
+                worker.since_s = time.monotonic()
+                if index == READY:
+                    worker.ready = True
+                    self._failed_starts = 0
+                else:
+                    worker.in_hand.popleft()
+                    self._finish(index, length)
+        except (EOFError, ConnectionError):
+            return False
+        return True
+
+    def _finish(self, index: int, length: int) -> None:
+        self._lengths[index] = length
+        self._done.add(index)
+        self._unseen.append(index)
+
+    def _replace(self, place: int) -> None:
+        worker = self._workers[place]
+        _kill(worker)
+        clips = [index for index, _ in worker.in_hand]
+        if not worker.ready:
+            self._failed_starts += 1
+            if self._failed_starts == START_TRIES:
+                raise UserError(
+                    f"render workers die while loading {self.soundfont} (exit status {worker.process.returncode}): "
+                    "there may be too little memory, lower audio.workers"
+                )
+        elif clips:
+            self._strikes[clips[0]] = self._strikes.get(clips[0], 0) + 1
+            if self._strikes[clips[0]] == TRIES:
+                self._give_up(clips.pop(0))
+        self._queue.extendleft(reversed(clips))
+        self._workers[place] = self._start()
+        self.replaced += 1
+
+    def _give_up(self, index: int) -> None:
+        self._block[index] = np.nan
+        self._finish(index, self.settings.empty_samples)
+        self.failed += 1
+        if self.quarantine is not None:
+            self.quarantine.mkdir(parents=True, exist_ok=True)
+            names = (self.quarantine / f"clip-{n:04d}.mid" for n in range(self.failed, sys.maxsize))
+            notes, piece = self._pieces[index]
+            notes.to_midi(piece, next(path for path in names if not path.exists()))
+
+    def _hand_out(self) -> None:
+        while self._queue:
+            task = pack_task(self._queue[0], *self._pieces[self._queue[0]])
+            free = [
+                worker
+                for worker in self._workers
+                if len(worker.in_hand) < IN_HAND
+                and (worker.bytes_in_hand + len(task) <= PIPE_BYTES or (worker.ready and not worker.in_hand))
+            ]
+            if not free:
+                return
+            worker = min(free, key=lambda worker: worker.bytes_in_hand)
+            if not worker.in_hand and worker.ready:
+                worker.since_s = time.monotonic()
+            worker.in_hand.append((self._queue.popleft(), len(task)))
+            try:
+                worker.connection.send_bytes(task)
+            except ConnectionError:
+                self._replace(self._workers.index(worker))
+
+    def _start(self) -> _Worker:
+        ours, theirs = Pipe()
+        command = [sys.executable, "-m", "fastsmart.audio.worker", str(theirs.fileno()), str(self._memory_fd)]
+        environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "OMP_NUM_THREADS": "1"}
+        # Ctrl-C reaches every process of the terminal; a worker inherits the mask and leaves the matter to us.
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
+            process = subprocess.Popen(
+                command,
+                env=environment,
+                pass_fds=(theirs.fileno(), self._memory_fd),
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+            )
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        theirs.close()
+        worker = _Worker(process, ours)
+        settings = asdict(self.settings) | {"soundfont": str(self.soundfont)}
+        ours.send_bytes(json.dumps(settings).encode())
+        return worker
+
+
+def _kill(worker: _Worker) -> None:
+    worker.connection.close()
+    worker.process.kill()  # it has nothing to save
+    worker.process.wait()
+
+
+def _end(owner_pid: int, workers: list[_Worker], memory_fd: int) -> None:
+    if os.getpid() != owner_pid:  # a fork of the owner that exits must not end the owner's workers
+        return
+    for worker in workers:
+        _kill(worker)
+    os.close(memory_fd)
+
+
+def _anonymous_memory(size: int) -> int:
+    """A file descriptor of `size` zero bytes that can be mapped by several processes and has no name."""
+    if hasattr(os, "memfd_create"):  # Linux; unlike /dev/shm it has no size limit of its own in containers
+        descriptor = os.memfd_create("fastsmart-audio")
+    else:
+        with tempfile.TemporaryFile() as file:
+            descriptor = os.dup(file.fileno())
+    os.ftruncate(descriptor, size)
+    return descriptor

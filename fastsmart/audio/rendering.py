@@ -1,0 +1,71 @@
+"""Notes in, audio out, in one call: a batch for rewards, a file for a person."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from fastsmart.audio.batch import AudioBatch, write_wav
+from fastsmart.audio.fluidsynth import FluidSynthRenderer
+from fastsmart.audio.pool import RenderPool
+from fastsmart.audio.settings import RenderSettings
+from fastsmart.notes import NoteBatch
+
+LISTENING_RATE_HZ = 48000
+
+
+def render(
+    notes: NoteBatch,
+    soundfont: str | Path = "",
+    backend: str = "fluidsynth",
+    sample_rate: int = 16000,
+    max_seconds: float = 10.0,
+    workers: int = 1,
+    progress: Callable[[int], None] | None = None,
+    **options: Any,
+) -> AudioBatch:
+    """Render all N pieces, mono, as an AudioBatch of N clips; one piece gives the same samples wherever it is rendered.
+
+    workers  : processes, 0 = one a core. Even a single clip is rendered in a process of its own, because what this
+               one has imported can change the last bits (see `fastsmart.audio.fluidsynth`).
+    progress : called with the number of clips done
+    options  : the other fields of `RenderSettings`
+
+    Raises UserError when a setting, FluidSynth or the soundfont cannot be used.
+    """
+    settings = RenderSettings(str(soundfont), backend, sample_rate, max_seconds, workers=workers, **options)
+    with RenderPool(settings, len(notes)) as pool:
+        for i in range(len(notes)):
+            pool.submit(i, notes, i)
+        return pool.wait(progress)
+
+
+def listening_settings(settings: RenderSettings) -> RenderSettings:
+    """`settings` for a file that a person listens to: 48 kHz, the last notes fade out, peak-normalised.
+
+    Reverb and chorus stay as they are set, off by default: a listener should judge the sound that the reward judged,
+    and a room hides what fine-tuning changes first, how notes end and how densely they lie.
+    """
+    return replace(settings, sample_rate=LISTENING_RATE_HZ, tail="release", normalize="peak", empty="silence")
+
+
+def render_file(
+    notes: NoteBatch,
+    i: int,
+    path: str | Path,
+    settings: RenderSettings | None = None,
+    renderer: FluidSynthRenderer | None = None,
+) -> None:
+    """Write piece i for listening: 48 kHz stereo, 16 bit, WAV or FLAC by the name's ending; see `listening_settings`.
+
+    For many files pass one `renderer` made with `listening_settings`, so that the soundfont is loaded once.
+
+    Raises UserError when the file cannot be written, or FluidSynth or the soundfont cannot be used.
+    """
+    if renderer is not None:
+        write_wav(path, renderer.render_stereo(notes, i), renderer.settings.sample_rate)
+        return
+    with FluidSynthRenderer(listening_settings(settings or RenderSettings())) as own:
+        write_wav(path, own.render_stereo(notes, i), own.settings.sample_rate)

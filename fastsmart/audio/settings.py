@@ -1,0 +1,96 @@
+"""`RenderSettings`: everything that decides how notes become sound, checked when it is made."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+from fastsmart.errors import UserError
+
+EMPTY_S = 1.0  # the paper's length of a score without notes
+
+
+@dataclass(frozen=True)
+class RenderSettings:
+    """How scores are rendered; all but `workers` and `clip_timeout_s` change the audio, hence the reward.
+
+    soundfont      : path of an SF2 or SF3 file; "" = `FASTSMART_SOUNDFONT`, else the first one installed
+    backend        : "fluidsynth", the reference renderer
+    sample_rate    : Hz, 8000-96000; rewards listen at 16000
+    max_seconds    : the score is cut here; notes still sounding end here
+    tail           : "cut" ends a clip with its score, as the paper does; "release" lets the last notes fade
+    release_s      : seconds that tail = "release" adds at most; the silence after the fade is trimmed
+    normalize      : "peak" divides each clip by max|x| + 1e-6, as the paper does; "none" keeps FluidSynth's level
+    empty          : a score without notes becomes 1 s of zeros ("silence", the paper) or unscorable NaN ("nan")
+    reverb, chorus : FluidSynth's effects; off, because with them a note is no longer the same wherever it stands
+    program        : General MIDI program of bank 0, 0-127; 0 is the piano
+    workers        : processes of the pool; 0 = one a core
+    clip_timeout_s : a clip that takes longer is taken to hang: its worker is replaced and the clip tried once more
+
+    Raises UserError naming the key (`audio.tail` …) when a value cannot be used.
+    """
+
+    soundfont: str = ""
+    backend: str = "fluidsynth"
+    sample_rate: int = 16000
+    max_seconds: float = 10.0
+    tail: str = "cut"
+    release_s: float = 3.0
+    normalize: str = "peak"
+    empty: str = "silence"
+    reverb: bool = False
+    chorus: bool = False
+    program: int = 0
+    workers: int = 0
+    clip_timeout_s: float = 60.0
+
+    def __post_init__(self) -> None:
+        for key, allowed in _CHOICES.items():
+            value = getattr(self, key)
+            if value not in allowed:
+                raise UserError(f"audio.{key} = {value!r} is not known; choose {' or '.join(map(repr, allowed))}")
+        for key, (low, high) in _RANGES.items():
+            value = getattr(self, key)
+            whole = key in _WHOLE
+            number = isinstance(value, int) if whole else isinstance(value, int | float)
+            if isinstance(value, bool) or not number or not low <= value <= high:
+                kind = "a whole number" if whole else "a number"
+                raise UserError(f"audio.{key} = {value!r} must be {kind} from {low:g} to {high:g}")
+        for key in ("reverb", "chorus"):
+            if not isinstance(getattr(self, key), bool):
+                raise UserError(f"audio.{key} = {getattr(self, key)!r} must be true or false")
+
+    @property
+    def max_samples(self) -> int:
+        """Samples of the longest clip these settings can give."""
+        seconds = self.max_seconds + (self.release_s if self.tail == "release" else 0.0)
+        return max(1, round(seconds * self.sample_rate))
+
+    @property
+    def empty_samples(self) -> int:
+        """Samples of a clip whose score has no notes, or that could not be rendered."""
+        return min(round(EMPTY_S * self.sample_rate), self.max_samples)
+
+    @property
+    def worker_count(self) -> int:
+        """Processes of the pool: `workers`, or the cores this process may run on."""
+        if self.workers:
+            return self.workers
+        return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+_CHOICES = {
+    "backend": ("fluidsynth",),
+    "tail": ("cut", "release"),
+    "normalize": ("peak", "none"),
+    "empty": ("silence", "nan"),
+}
+_WHOLE = ("sample_rate", "program", "workers")
+_RANGES = {  # the rates are FluidSynth's own limits
+    "sample_rate": (8000, 96000),
+    "max_seconds": (0.01, 3600.0),
+    "release_s": (0.0, 60.0),
+    "program": (0, 127),
+    "workers": (0, 1024),
+    "clip_timeout_s": (0.1, 86400.0),
+}

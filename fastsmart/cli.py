@@ -1,0 +1,133 @@
+"""The command line: one subcommand a job. The jobs themselves are in `fastsmart.commands`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from fastsmart.errors import UserError
+
+PROLOGUE = """\
+Fine-tunes symbolic-music transformers by reinforcement learning on how the music sounds.
+
+  fastsmart doctor                                   what this machine has, and what is missing
+  fastsmart train --preset demo --out runs/demo      tune the shipped policy, a few minutes on two cores
+  fastsmart sample --policy runs/demo --out songs    let a policy play
+  fastsmart score songs --reward consonance          how it sounds, in numbers
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns its exit code: 0, 2 for what the user can mend, 128 + signal when asked to stop."""
+    options = parser().parse_args(arguments)
+    try:
+        from fastsmart import commands
+
+        return getattr(commands, options.command)(options)
+    except UserError as error:
+        print(f"fastsmart: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:  # the reader of our output has left, as `head` does
+        sys.stderr.close()
+        return 141
+
+
+def parser() -> argparse.ArgumentParser:
+    """The parser of all commands."""
+    top = argparse.ArgumentParser(
+        prog="fastsmart", description=PROLOGUE, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    _pretrain(commands.add_parser("pretrain", help="train a base policy on a folder of MIDI files"))
+    _train(commands.add_parser("train", help="tune a policy on a reward"))
+    _sample(commands.add_parser("sample", help="let a policy play: MIDI and WAV files"))
+    _render(commands.add_parser("render", help="MIDI files to WAV, 48 kHz stereo"))
+    _score(commands.add_parser("score", help="reward of MIDI and audio files, as JSON lines"))
+    commands.add_parser("doctor", help="what this machine has, what is missing, and the command that mends it")
+    return top
+
+
+def _train(p: argparse.ArgumentParser) -> None:
+    p.description = (
+        "Tune a policy. Settings come from the preset, then the config file, then each --set, in this order."
+    )
+    p.add_argument("--preset", help="demo, smart-paper or smart-released")
+    p.add_argument("--config", help="TOML file with the keys that --dry-run prints")
+    p.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="set one key; repeatable")
+    p.add_argument("--engine", help="native or vllm; short for --set sampling.engine=...")
+    p.add_argument("--out", default="", help="folder of the run")
+    p.add_argument(
+        "--resume",
+        nargs="?",
+        const="yes",
+        choices=["yes", "auto"],
+        help="go on with the run in --out; with 'auto', start it where there is none",
+    )
+    p.add_argument("--dry-run", action="store_true", help="print the resolved run and leave")
+
+
+def _sample(p: argparse.ArgumentParser) -> None:
+    p.description = "Draw pieces from a policy and write them as MIDI, and as WAV with --wav."
+    p.add_argument("--policy", default="pop909-tiny", help="shipped name, checkpoint or run folder, or hub id")
+    p.add_argument("--vocabulary", default="", help="MidiTok JSON or preset, for a checkpoint without its own")
+    p.add_argument("--out", default="songs", help="folder for the files")
+    p.add_argument("-n", "--number", type=int, default=8, help="pieces")
+    p.add_argument("--time-signature", action="append", help="such as 4/4; repeatable; default: 4/4")
+    p.add_argument("--tempo", nargs=2, type=float, default=[60, 150], metavar=("LOW", "HIGH"), help="bpm")
+    p.add_argument("--max-tokens", type=int, default=500, help="length; a note costs three to four tokens")
+    p.add_argument("--temperature", type=float, default=1.0)
+    p.add_argument("--top-k", type=int, default=0, help="draw from the k likeliest tokens only; 0 = all")
+    p.add_argument("--top-p", type=float, default=1.0, help="draw from the likeliest tokens of this mass; 1 = all")
+    p.add_argument("--engine", default="native", help="native or vllm")
+    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--wav", action="store_true", help="render each piece too")
+    p.add_argument("--soundfont", default="", help="default: one that is installed")
+
+
+def _render(p: argparse.ArgumentParser) -> None:
+    p.description = "Render MIDI files, or all below a folder, to 48 kHz stereo WAV with FluidSynth."
+    p.add_argument("files", nargs="+", help="MIDI files or folders")
+    p.add_argument("--out", default="", help="folder for the WAV files; default: beside each MIDI file")
+    p.add_argument("--soundfont", default="", help="default: one that is installed")
+
+
+def _score(p: argparse.ArgumentParser) -> None:
+    p.description = (
+        "Score MIDI files (rendered first where the reward listens) and WAV or FLAC files: one JSON line each."
+    )
+    p.add_argument("files", nargs="+", help="MIDI, WAV or FLAC files, or folders")
+    p.add_argument("--reward", action="append", required=True, help="name of a reward; repeatable")
+    p.add_argument("--checkpoint", default="", help="Audiobox weights")
+    p.add_argument("--statistics", default="", help="typicality.json of real pieces; default: the shipped policy's")
+    p.add_argument("--max-seconds", type=float, default=10.0, help="of each MIDI file; 0 = all of it")
+    p.add_argument("--soundfont", default="", help="default: one that is installed")
+
+
+def _pretrain(p: argparse.ArgumentParser) -> None:
+    p.description = (
+        "Train a base policy: OUT/policy is the best checkpoint, OUT/release a 16-bit copy with its model card, "
+        "statistics of the real pieces and a table of how it plays."
+    )
+    p.add_argument("--midi", required=True, help="folder of MIDI files, read with all below it")
+    p.add_argument("--out", required=True, help="folder of the run")
+    p.add_argument("--name", default="", help="name and source of the data, for the model card")
+    p.add_argument("--licence", default="", help="licence of the data, for the model card")
+    p.add_argument("--vocabulary", default="smart", help="preset, MidiTok JSON or hub id")
+    p.add_argument("--resume", action="store_true", help="go on with the run in --out")
+    p.add_argument("--steps", type=int, help="optimizer steps at most")
+    p.add_argument("--batch", type=int, help="rows a step")
+    p.add_argument("--length", type=int, help="tokens a row")
+    p.add_argument("--learning-rate", type=float)
+    p.add_argument("--patience", type=int, help="evaluations without improvement before stopping early")
+    p.add_argument("--eval-every", type=int, help="steps between evaluations")
+    p.add_argument("--seed", type=int)
+    p.add_argument("--layers", type=int, default=4)
+    p.add_argument("--hidden", type=int, default=256)
+    p.add_argument("--ffn", type=int, default=768)
+    p.add_argument("--heads", type=int, default=4)
+    p.add_argument("--device", help="torch device; default cpu")
+    p.add_argument("--threads", type=int, default=0, help="CPU threads; default: one a core")
+    p.add_argument("--compile", action="store_true", help="fuse the network with torch.compile (needs a C++ compiler)")

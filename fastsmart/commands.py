@@ -1,0 +1,217 @@
+"""The bodies of the subcommands: each reads its options, calls the job and says what came of it."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from fastsmart.errors import UserError
+
+MIDI_SUFFIXES = (".mid", ".midi")
+AUDIO_SUFFIXES = (".wav", ".flac")
+
+
+def train(options: argparse.Namespace) -> int:
+    from fastsmart.config import Config, parse_assignment, read_config, to_toml, updated
+    from fastsmart.presets import load_preset
+
+    config = load_preset(options.preset) if options.preset else Config()
+    if options.config:
+        config = read_config(options.config, config)
+    sets = options.set + ([f"sampling.engine={options.engine}"] if options.engine else [])
+    for assignment in sets:
+        config = updated(config, parse_assignment(assignment))
+    if options.dry_run:
+        print(to_toml(config), end="")
+        return 0
+    if not options.out:
+        raise UserError("name the folder of the run with --out, for example --out runs/demo")
+    resume = options.resume == "yes" or (options.resume == "auto" and (Path(options.out) / "config.toml").exists())
+    if resume and options.resume == "yes" and (options.preset or options.config or sets):
+        raise UserError(
+            "--resume goes on with the run's own config.toml; leave out --preset, --config, --set, --engine"
+        )
+    if not resume and not config.reward.terms:
+        raise UserError("reward.terms names no reward; start from --preset demo or add --set reward.terms.consonance=1")
+
+    from fastsmart.train.display import Plain, Terminal
+    from fastsmart.train.loop import train as run_training
+
+    run = run_training(config, options.out, resume, Terminal() if sys.stdout.isatty() else Plain())
+    table = run.path / "before_after.md"
+    if run.after:
+        print(table.read_text(encoding="utf-8"))
+        print(f"listen to {run.path / 'listen'}, look at {run.path / 'curves.png'}")
+    return run.exit_code
+
+
+def sample(options: argparse.Namespace) -> int:
+    from fastsmart import decode, load_policy, prompts
+    from fastsmart import sample as draw
+    from fastsmart.files import make_folder
+
+    policy = load_policy(policy_source(options.policy), vocabulary=options.vocabulary)
+    asked = prompts.procedural(
+        policy.vocab,
+        options.number,
+        seed=options.seed,
+        time_signatures=options.time_signature or ["4/4"],
+        tempo_range=tuple(options.tempo),
+    )
+    out = make_folder(options.out)
+    rollout = draw(
+        policy,
+        asked,
+        1,
+        options.max_tokens,
+        options.temperature,
+        options.seed,
+        options.engine,
+        options.top_k,
+        options.top_p,
+    )
+    notes = decode(rollout.sequences(), policy.vocab)
+    for i in range(len(notes)):
+        path = out / f"{i + 1:03d}.mid"
+        notes.to_midi(i, path)
+        if options.wav:
+            _render_one(notes, i, path.with_suffix(".wav"), options.soundfont)
+        print(f"{path}  {asked.text(i)}: {int(notes.counts[i])} notes, {notes.end_s[i]:.1f} s")
+    return 0
+
+
+def render(options: argparse.Namespace) -> int:
+    from fastsmart.files import make_folder
+    from fastsmart.notes import read_midi
+
+    failed = 0
+    for path in _files(options.files, MIDI_SUFFIXES):
+        target = (make_folder(options.out) / path.name if options.out else path).with_suffix(".wav")
+        try:
+            _render_one(read_midi(path), 0, target, options.soundfont)
+            print(target)
+        except UserError as error:
+            if path.is_file() and str(path) in str(error):  # this file's fault: the others go on
+                print(f"fastsmart: {error}", file=sys.stderr)
+                failed += 1
+            else:
+                raise
+    return 2 if failed else 0
+
+
+def score(options: argparse.Namespace) -> int:
+    from fastsmart.study.scoring import FileScorer
+
+    scorer = FileScorer(options.reward, options.checkpoint, options.statistics, options.soundfont, options.max_seconds)
+    failed = 0
+    for path in _files(options.files, MIDI_SUFFIXES + AUDIO_SUFFIXES):
+        line: dict[str, Any] = {"path": str(path)}
+        try:
+            line |= scorer(path)
+        except UserError as error:
+            line["error"] = str(error)
+            failed += 1
+        print(json.dumps(line), flush=True)
+    return 2 if failed else 0
+
+
+def pretrain(options: argparse.Namespace) -> int:
+    import torch
+
+    from fastsmart.files import cpu_cores
+    from fastsmart.policy.crops import CropSettings
+    from fastsmart.policy.pretrain import PretrainSettings
+    from fastsmart.policy.pretrain import pretrain as run_pretraining
+    from fastsmart.policy.transformer import PolicySize
+    from fastsmart.progress import bar
+    from fastsmart.stopping import stop_signals
+    from fastsmart.study.card import write_release
+    from fastsmart.tokens.dataset import TokenDataset, encode_folder
+    from fastsmart.tokens.vocabulary import load_vocabulary
+
+    vocab, out = load_vocabulary(options.vocabulary), Path(options.out)
+    torch.set_num_threads(options.threads or cpu_cores())
+    if options.resume or (out / "dataset").is_dir():
+        dataset = TokenDataset.open(out / "dataset")
+    else:
+        with bar("encoding") as show:
+            dataset = encode_folder(
+                options.midi, out / "dataset", vocab, progress=lambda done, total, _: show(done, total)
+            )
+    for name, reason in dataset.damaged:
+        print(f"left out {name}: {reason}", file=sys.stderr)
+    print(f"{len(dataset)} pieces, {dataset.offsets[-1]:,} tokens, {len(dataset.damaged)} damaged files left out")
+    given = {
+        key: value
+        for key in ("steps", "batch", "learning_rate", "patience", "eval_every", "seed", "device")
+        if (value := getattr(options, key)) is not None
+    }
+    settings = PretrainSettings(compile=options.compile, **given)
+    if options.length:
+        settings = replace(settings, crop=CropSettings(length=options.length))
+    size = PolicySize(len(vocab), options.hidden, options.ffn, options.layers, options.heads, options.heads)
+
+    def report(line: dict[str, Any]) -> None:
+        show(line["step"], settings.steps)
+        if "valid_loss" in line:
+            rate, losses = line["tokens_per_s"], (line["train_loss"], line["valid_loss"])
+            print(
+                f"step {line['step']}  training {losses[0]:.3f}  validation {losses[1]:.3f}  {rate:.0f} tokens/s",
+                flush=True,
+            )
+
+    with stop_signals() as stop, bar("training") as show:
+        result = run_pretraining(dataset, size, settings, out, options.resume, stop, report)
+    if stop:
+        print(f"saved at step {result.step}; go on with --resume")
+        return stop.exit_code
+    command = shlex.join(["fastsmart", *sys.argv[1:]])
+    print(write_release(result, dataset, settings, out / "release", options.name, options.licence, command))
+    return 0
+
+
+def doctor(options: argparse.Namespace) -> int:
+    from fastsmart.doctor import examine
+
+    return examine()
+
+
+def policy_source(text: str) -> str:
+    """What a person names as a policy: a run folder stands for its newest checkpoint, all else for itself."""
+    from fastsmart.train.folder import RunFolder
+
+    if (Path(text) / "config.toml").is_file():
+        found = RunFolder.reopen(text).checkpoints()
+        if not found:
+            raise UserError(f"the run in {text} has no checkpoint yet")
+        return str(found[-1])
+    if (Path(text) / "policy" / "config.json").is_file():  # a pre-training run
+        return str(Path(text) / "policy")
+    return text
+
+
+def _render_one(notes: Any, i: int, path: Path, soundfont: str) -> None:
+    from fastsmart.audio import RenderSettings, render_file
+
+    render_file(notes, i, path, RenderSettings(soundfont=soundfont, max_seconds=max(1.0, float(notes.end_s[i]))))
+
+
+def _files(names: list[str], suffixes: tuple[str, ...]) -> list[Path]:
+    """The files named, and those of the right kind below the folders named, sorted; UserError when there are none."""
+    found: list[Path] = []
+    for name in names:
+        path = Path(name)
+        if path.is_dir():
+            found += sorted(p for p in path.rglob("*") if p.suffix.lower() in suffixes)
+        elif path.exists():
+            found.append(path)
+        else:
+            raise UserError(f"no file {name}")
+    if not found:
+        raise UserError(f"no files ({', '.join(suffixes)}) in {', '.join(names)}")
+    return found

@@ -1,0 +1,162 @@
+"""The whole run as one tree of frozen dataclasses: TOML in, resolved TOML out."""
+
+from __future__ import annotations
+
+import tomllib
+import types
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+import tomli_w
+
+from fastsmart.audio.settings import RenderSettings
+from fastsmart.errors import UserError
+from fastsmart.grpo.settings import LossSettings
+from fastsmart.reward.settings import RewardSettings
+from fastsmart.sampling.rollout import SamplingSettings
+from fastsmart.tokens.prompts import PromptSettings
+from fastsmart.train.settings import PolicySettings, TrainSettings
+
+
+@dataclass(frozen=True)
+class Config:
+    """Everything a training run depends on; each section is documented at its own class.
+
+    Raises UserError naming the keys where two sections contradict each other.
+    """
+
+    policy: PolicySettings = field(default_factory=PolicySettings)
+    prompts: PromptSettings = field(default_factory=PromptSettings)
+    sampling: SamplingSettings = field(default_factory=SamplingSettings)
+    audio: RenderSettings = field(default_factory=RenderSettings)
+    reward: RewardSettings = field(default_factory=RewardSettings)
+    grpo: LossSettings = field(default_factory=LossSettings)
+    train: TrainSettings = field(default_factory=TrainSettings)
+
+    def __post_init__(self) -> None:
+        if self.sampling.top_k or self.sampling.top_p < 1.0:
+            raise UserError(
+                "sampling.top_k and sampling.top_p must be off (0 and 1.0) in training: the loss takes log-probs over "
+                "the whole vocabulary, and a truncated sampler would bias every ratio"
+            )
+        if self.sampling.group < 2 and self.train.advantage_scale == "group":
+            raise UserError("sampling.group must be at least 2: advantages are relative to the rest of the group")
+        if self.grpo.max_tokens not in (0, self.sampling.max_tokens):
+            raise UserError(
+                f"grpo.max_tokens is {self.grpo.max_tokens}, but sampling.max_tokens is {self.sampling.max_tokens}; "
+                "leave it at 0"
+            )
+
+
+def read_config(path: str | Path, base: Config | None = None) -> Config:
+    """A config from a TOML file; keys it does not name stay as in `base`.
+
+    Raises UserError naming the file and the key, with the nearest valid one for a key that does not exist.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read {path}: {error}") from error
+    try:
+        tree = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise UserError(f"{path} is not valid TOML: {error}") from error
+    try:
+        return updated(base or Config(), tree)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
+
+
+def parse_assignment(text: str) -> dict[str, Any]:
+    """The tree of one `--set section.key=value`; the value is read as TOML, and as plain text where it is none.
+
+    Raises UserError when there is no `=`.
+    """
+    key, equals, value = text.partition("=")
+    if not equals or not key.strip():
+        raise UserError(f"--set {text}: write it as section.key=value, for example --set train.steps=50")
+    try:
+        parsed = tomllib.loads(f"value = {value}")["value"]
+    except tomllib.TOMLDecodeError:
+        parsed = value.strip()
+    for part in reversed(key.strip().split(".")):
+        parsed = {part: parsed}
+    return parsed
+
+
+def updated(config: Any, tree: Mapping[str, Any], where: str = "") -> Any:
+    """The dataclass with the values of a nested mapping put in, checked against the types of its fields.
+
+    A mapping-valued key (`reward.terms`) is replaced as a whole. Raises UserError naming the key that is unknown or of
+    the wrong type.
+    """
+    hints = get_type_hints(type(config))
+    changes: dict[str, Any] = {}
+    for key, value in tree.items():
+        name = f"{where}{key}"
+        if key not in hints:
+            raise UserError(f"unknown key {name}; {_nearest(key, where, config)}")
+        current = getattr(config, key)
+        if is_dataclass(current):
+            if not isinstance(value, Mapping):
+                raise UserError(f"{name} is a section, not a value; set one of its keys: {', '.join(_keys(current))}")
+            changes[key] = updated(current, value, f"{name}.")
+        else:
+            changes[key] = _coerced(value, hints[key], name)
+    try:
+        return replace(config, **changes)
+    except UserError as error:
+        section = where.rstrip(".")
+        text = str(error)
+        raise UserError(text if not section or text.startswith(section) else f"{section}.{text}") from error
+
+
+def to_toml(config: Config) -> str:
+    """The resolved config as TOML; `read_config` gives the same config back."""
+    return tomli_w.dumps(_plain(asdict(config)))
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {k: _plain(v) for k, v in value.items() if v is not None}
+    return [_plain(v) for v in value] if isinstance(value, tuple | list) else value
+
+
+def _keys(config: Any) -> list[str]:
+    return [f.name for f in fields(config)]
+
+
+def _nearest(key: str, where: str, config: Any) -> str:
+    near = get_close_matches(key, _keys(config), n=1)
+    if near:
+        return f"did you mean {where}{near[0]}?"
+    return f"{where.rstrip('.') or 'a config'} has {', '.join(_keys(config))}"
+
+
+def _coerced(value: Any, hint: Any, name: str) -> Any:
+    """The value as the field's type wants it; raises UserError naming the key where it is none."""
+    origin, args = get_origin(hint), get_args(hint)
+    if origin is Literal:
+        if value in args:
+            return value
+        raise UserError(f"{name} is {value!r}; choose one of {', '.join(map(str, args))}")
+    if origin in (Union, types.UnionType):
+        return None if value is None else _coerced(value, next(a for a in args if a is not type(None)), name)
+    if origin is tuple:
+        if not isinstance(value, list | tuple) or (args[-1] is not Ellipsis and len(value) != len(args)):
+            raise UserError(f"{name} is {value!r}; it must be a list" + ("" if args[-1] is ... else f" of {len(args)}"))
+        kinds = [args[0]] * len(value) if args[-1] is Ellipsis else args
+        return tuple(_coerced(v, kind, f"{name}[{i}]") for i, (v, kind) in enumerate(zip(value, kinds, strict=True)))
+    if origin is not None and issubclass(origin, Mapping):
+        if not isinstance(value, Mapping):
+            raise UserError(f"{name} is {value!r}; it must be a table, such as {{ name = 1.0 }}")
+        return {k: _coerced(v, args[1], f"{name}.{k}") for k, v in value.items()}
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if isinstance(value, hint) and not (hint is int and isinstance(value, bool)):
+        return value
+    kinds_by_name = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
+    raise UserError(f"{name} is {value!r}; it must be {kinds_by_name.get(hint, hint)}")

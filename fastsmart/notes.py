@@ -1,0 +1,259 @@
+"""`NoteBatch`: the notes of N pieces, and their way to and from MIDI files.
+
+Shape letters: N pieces, M notes of all pieces together, E tempo events, S time signatures.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import mido
+import numpy as np
+
+from fastsmart.errors import UserError
+
+DEFAULT_BPM = 120.0
+MIDI_TICKS_PER_BEAT = 480  # of the files we write; a multiple of every resolution the tokenizer uses
+DRUM_CHANNEL = 9
+MAX_DENOMINATOR = 1024  # a time signature beyond it is a damaged byte (the file holds its logarithm), and inaudible
+
+
+@dataclass(frozen=True)
+class NoteBatch:
+    """Notes of N pieces as compressed sparse rows: notes `offsets[i]:offsets[i + 1]` belong to piece i.
+
+    Notes of a piece are in the order the tokens (or the MIDI file) gave them, which need not be sorted by onset.
+
+    onset_s, duration_s : float64 [M], seconds
+    pitch, velocity     : uint8 [M], MIDI numbers, velocity 1-127
+    offsets             : int64 [N + 1]
+    end_s               : float64 [N], where the piece ends in seconds: its last note end, 0 where it has no notes
+    onset_tick, duration_tick : int32 [M], the same notes in musical time
+    ticks_per_beat      : ticks in a quarter note, for every `*_tick` array
+    tempo_tick, tempo_bpm, tempo_offsets : int32 [E], float64 [E], int64 [N + 1]: tempo map, quarter notes a minute,
+                          each piece sorted by tick; 120 before the first event, the last of one tick holds
+    meter_tick, meter, meter_offsets     : int32 [S], int32 [S, 2] (numerator, denominator), int64 [N + 1], sorted
+    """
+
+    onset_s: np.ndarray
+    duration_s: np.ndarray
+    pitch: np.ndarray
+    velocity: np.ndarray
+    offsets: np.ndarray
+    end_s: np.ndarray
+    onset_tick: np.ndarray
+    duration_tick: np.ndarray
+    ticks_per_beat: int
+    tempo_tick: np.ndarray
+    tempo_bpm: np.ndarray
+    tempo_offsets: np.ndarray
+    meter_tick: np.ndarray
+    meter: np.ndarray
+    meter_offsets: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    @property
+    def counts(self) -> np.ndarray:
+        """Notes in each piece, int64 [N]."""
+        return np.diff(self.offsets)
+
+    def rows(self, i: int) -> slice:
+        """The slice of the note arrays that belongs to piece i."""
+        return slice(int(self.offsets[i]), int(self.offsets[i + 1]))
+
+    @staticmethod
+    def empty(pieces: int) -> NoteBatch:
+        """A batch of pieces without notes."""
+        none, offsets = np.empty(0), np.zeros(pieces + 1, np.int64)
+        ticks, numbers = none.astype(np.int32), none.astype(np.uint8)
+        meters = np.empty((0, 2), np.int32)
+        return NoteBatch(
+            none, none, numbers, numbers, offsets, np.zeros(pieces), ticks, ticks, MIDI_TICKS_PER_BEAT,
+            ticks, none, offsets, ticks, meters, offsets,
+        )  # fmt: skip
+
+    def select(self, pieces: Sequence[int] | np.ndarray) -> NoteBatch:
+        """A batch of the named pieces in that order, or of those where a mask bool [N] is true."""
+        pieces = np.arange(len(self))[list(pieces)]
+        note_rows, offsets = _gather_rows(self.offsets, pieces)
+        tempo_rows, tempo_offsets = _gather_rows(self.tempo_offsets, pieces)
+        meter_rows, meter_offsets = _gather_rows(self.meter_offsets, pieces)
+        return NoteBatch(
+            self.onset_s[note_rows],
+            self.duration_s[note_rows],
+            self.pitch[note_rows],
+            self.velocity[note_rows],
+            offsets,
+            self.end_s[pieces],
+            self.onset_tick[note_rows],
+            self.duration_tick[note_rows],
+            self.ticks_per_beat,
+            self.tempo_tick[tempo_rows],
+            self.tempo_bpm[tempo_rows],
+            tempo_offsets,
+            self.meter_tick[meter_rows],
+            self.meter[meter_rows],
+            meter_offsets,
+        )
+
+    @staticmethod
+    def concat(batches: Sequence[NoteBatch]) -> NoteBatch:
+        """One batch of all pieces in order; all must share `ticks_per_beat`."""
+        if len({b.ticks_per_beat for b in batches}) != 1:
+            raise ValueError("concat needs at least one batch, and one ticks_per_beat for all of them")
+
+        def join(name: str) -> np.ndarray:
+            return np.concatenate([getattr(b, name) for b in batches])
+
+        def join_offsets(name: str) -> np.ndarray:
+            counts = np.concatenate([np.diff(getattr(b, name)) for b in batches])
+            return np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
+
+        return NoteBatch(
+            join("onset_s"),
+            join("duration_s"),
+            join("pitch"),
+            join("velocity"),
+            join_offsets("offsets"),
+            join("end_s"),
+            join("onset_tick"),
+            join("duration_tick"),
+            batches[0].ticks_per_beat,
+            join("tempo_tick"),
+            join("tempo_bpm"),
+            join_offsets("tempo_offsets"),
+            join("meter_tick"),
+            join("meter"),
+            join_offsets("meter_offsets"),
+        )
+
+    def to_midi(self, i: int, path: str | Path) -> None:
+        """Write piece i as a one-track MIDI file with its tempo map and time signatures.
+
+        MIDI cannot say which of two notes of one pitch ends when both sound; readers end the one that began first.
+
+        Raises UserError when the file cannot be written.
+        """
+        scale = MIDI_TICKS_PER_BEAT // self.ticks_per_beat
+        if scale * self.ticks_per_beat != MIDI_TICKS_PER_BEAT:
+            scale = 1
+        file = mido.MidiFile(ticks_per_beat=self.ticks_per_beat * scale)
+        # (tick, rank, message): at one tick meta events come first, note ends before note starts
+        events: list[tuple[int, int, mido.Message | mido.MetaMessage]] = []
+        for e in range(int(self.tempo_offsets[i]), int(self.tempo_offsets[i + 1])):
+            tempo = mido.bpm2tempo(float(self.tempo_bpm[e]))
+            events.append((int(self.tempo_tick[e]), 0, mido.MetaMessage("set_tempo", tempo=tempo)))
+        for s in range(int(self.meter_offsets[i]), int(self.meter_offsets[i + 1])):
+            numerator, denominator = (int(x) for x in self.meter[s])
+            message = mido.MetaMessage("time_signature", numerator=numerator, denominator=denominator)
+            events.append((int(self.meter_tick[s]), 0, message))
+        for m in range(int(self.offsets[i]), int(self.offsets[i + 1])):
+            start, pitch = int(self.onset_tick[m]), int(self.pitch[m])
+            end = start + max(int(self.duration_tick[m]), 1)
+            on = mido.Message("note_on", note=pitch, velocity=int(self.velocity[m]))
+            events.append((start, 2, on))
+            events.append((end, 1, mido.Message("note_off", note=pitch, velocity=0)))
+        events.sort(key=lambda event: event[:2])
+        track = mido.MidiTrack()
+        file.tracks.append(track)
+        now = 0
+        for tick, _, message in events:
+            track.append(message.copy(time=(tick - now) * scale))
+            now = tick
+        try:
+            file.save(str(path))
+        except OSError as error:
+            raise UserError(f"cannot write {path}: {error.strerror}; choose a folder you can write to") from error
+
+
+def read_midi(path: str | Path, max_seconds: float | None = None) -> NoteBatch:
+    """The notes of one MIDI file, all channels but drums, as a batch of one piece.
+
+    A note-off ends the earliest sounding note of its channel and pitch; what is never ended is dropped. With
+    `max_seconds`, notes that start later are left out and notes that ring longer are cut.
+
+    Raises UserError naming the file when it is missing, truncated or not MIDI.
+    """
+    try:
+        file = mido.MidiFile(str(path))
+    except OSError as error:
+        if error.strerror:
+            raise UserError(f"cannot read {path}: {error.strerror}") from error
+        raise UserError(f"{path} is not a complete MIDI file: {error or 'it ends too early'}") from error
+    except (EOFError, ValueError, IndexError, KeyError, mido.KeySignatureError) as error:
+        reason = str(error) or "it ends too early"
+        raise UserError(f"{path} is not a complete MIDI file: {reason}") from error
+    if not file.tracks:
+        raise UserError(f"{path} is not a complete MIDI file: it has no tracks")
+    if file.type == 2 or file.ticks_per_beat <= 0:
+        timing = f"type {file.type}, division {file.ticks_per_beat}"
+        raise UserError(f"{path} uses MIDI timing fastsmart does not read ({timing}); save it as type 0 or 1 in beats")
+
+    notes: list[tuple[int, int, int, int]] = []  # onset tick, duration ticks, pitch, velocity
+    tempi: list[tuple[int, float]] = []
+    meters: list[tuple[int, int, int]] = []
+    sounding: dict[tuple[int, int], list[tuple[int, int]]] = {}
+    tick = 0
+    for message in mido.merge_tracks(file.tracks):
+        tick += message.time
+        if message.type == "set_tempo":
+            tempi.append((tick, mido.tempo2bpm(max(message.tempo, 1))))
+        elif message.type == "time_signature" and message.denominator <= MAX_DENOMINATOR:
+            meters.append((tick, message.numerator, message.denominator))
+        elif message.type in ("note_on", "note_off") and message.channel != DRUM_CHANNEL:
+            key = (message.channel, message.note)
+            if message.type == "note_on" and message.velocity > 0:
+                sounding.setdefault(key, []).append((tick, message.velocity))
+            elif sounding.get(key):
+                onset, velocity = sounding[key].pop(0)
+                notes.append((onset, tick - onset, message.note, velocity))
+    if tick > np.iinfo(np.int32).max:
+        raise UserError(f"{path} is not a sound MIDI file: it lasts {tick} ticks")
+    notes.sort()
+    table = np.array(notes, np.int64).reshape(-1, 4)
+    tempo_tick = np.array([t for t, _ in tempi], np.int64)
+    tempo_bpm = np.array([b for _, b in tempi], np.float64)
+    onset_s = ticks_to_seconds(table[:, 0], file.ticks_per_beat, tempo_tick, tempo_bpm)
+    end_s = ticks_to_seconds(table[:, 0] + table[:, 1], file.ticks_per_beat, tempo_tick, tempo_bpm)
+    if max_seconds is not None:
+        keep = onset_s < max_seconds
+        table, onset_s, end_s = table[keep], onset_s[keep], np.minimum(end_s[keep], max_seconds)
+    return NoteBatch(
+        onset_s,
+        end_s - onset_s,
+        table[:, 2].astype(np.uint8),
+        table[:, 3].astype(np.uint8),
+        np.array([0, len(table)], np.int64),
+        np.array([end_s.max(initial=0.0)]),
+        table[:, 0].astype(np.int32),
+        table[:, 1].astype(np.int32),
+        file.ticks_per_beat,
+        tempo_tick.astype(np.int32),
+        tempo_bpm,
+        np.array([0, len(tempi)], np.int64),
+        np.array([m[0] for m in meters], np.int32),
+        np.array([m[1:] for m in meters], np.int32).reshape(-1, 2),
+        np.array([0, len(meters)], np.int64),
+    )
+
+
+def ticks_to_seconds(
+    ticks: np.ndarray, ticks_per_beat: int, tempo_tick: np.ndarray, tempo_bpm: np.ndarray
+) -> np.ndarray:
+    """Seconds (float64) of integer ticks through a tempo map sorted by tick; `DEFAULT_BPM` before its first event."""
+    at = np.concatenate([[0], tempo_tick]).astype(np.float64)
+    seconds_per_tick = 60.0 / (np.concatenate([[DEFAULT_BPM], tempo_bpm]) * ticks_per_beat)
+    at_s = np.concatenate([[0.0], np.cumsum(np.diff(at) * seconds_per_tick[:-1])])
+    segment = np.searchsorted(at, ticks, side="right") - 1
+    return at_s[segment] + (ticks - at[segment]) * seconds_per_tick[segment]
+
+
+def _gather_rows(offsets: np.ndarray, pieces: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    counts = offsets[pieces + 1] - offsets[pieces]
+    new_offsets = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
+    rows = np.arange(new_offsets[-1]) - np.repeat(new_offsets[:-1] - offsets[pieces], counts)
+    return rows, new_offsets

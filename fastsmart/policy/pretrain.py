@@ -1,0 +1,238 @@
+"""Next-token pre-training of a policy on an encoded dataset. Shape letters: B rows, T tokens of a row."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from fastsmart.errors import UserError
+from fastsmart.files import atomic_folder, make_folder, os_errors_as_user_errors, write_atomic
+from fastsmart.policy.checkpoint import load_policy, save_policy, write_policy
+from fastsmart.policy.crops import IGNORED, Cropper, CropSettings, ngram_losses, targets
+from fastsmart.policy.optimizer import (
+    load_optimizer_tensors,
+    make_optimizer,
+    optimizer_tensors,
+    scheduled_rate,
+    set_learning_rate,
+)
+from fastsmart.policy.transformer import Policy, PolicySize
+from fastsmart.stopping import StopRequest
+from fastsmart.tokens.dataset import TokenDataset
+
+_EVAL_BATCH = 16
+
+
+@dataclass(frozen=True)
+class PretrainSettings:
+    """A pre-training run.
+
+    steps, batch      : optimizer steps, rows a step
+    learning_rate, warmup, final_rate : cosine from `learning_rate` to `final_rate` after `warmup` steps
+    weight_decay, max_grad_norm       : AdamW's decay of matrices; gradient clipping
+    valid_share       : share of the pieces kept for validation
+    valid_rows        : rows of the validation set, the same at every evaluation
+    eval_every        : steps between evaluations; the state to resume from is written then
+    patience          : evaluations without a better validation loss before stopping early
+    seed              : of the split, the initial weights and the rows
+    device            : torch device
+    compile           : let torch.compile fuse the backbone (needs a C++ compiler on a CPU; pays after a minute)
+    crop              : how rows are cut
+    """
+
+    steps: int = 4000
+    batch: int = 12
+    learning_rate: float = 2e-3
+    warmup: int = 100
+    final_rate: float = 2e-5
+    weight_decay: float = 0.1
+    max_grad_norm: float = 1.0
+    valid_share: float = 0.05
+    valid_rows: int = 64
+    eval_every: int = 100
+    patience: int = 5
+    seed: int = 0
+    device: str = "cpu"
+    compile: bool = False
+    crop: CropSettings = field(default_factory=CropSettings)
+
+
+@dataclass(frozen=True)
+class PretrainResult:
+    """How a pre-training run ended: `best` is the validation loss (nats a token) of the policy in `policy/`."""
+
+    policy: Policy
+    step: int
+    best: float
+    baselines: dict[str, float]
+    stopped_early: bool
+
+
+def pretrain(
+    dataset: TokenDataset,
+    size: PolicySize,
+    settings: PretrainSettings,
+    out: str | Path,
+    resume: bool = False,
+    stop: StopRequest | None = None,
+    report: Callable[[dict[str, Any]], None] | None = None,
+) -> PretrainResult:
+    """Train until `steps`, early stopping or a stop request.
+
+    `out` receives `policy/` (the best checkpoint), `state/` (what resume needs), `metrics.jsonl` and `curve.png`;
+    `report` is called with every line of metrics. A resumed run gives the weights of one never interrupted.
+
+    Raises UserError when the dataset is too small for a validation split, `out` already holds another run, or nothing
+    can be resumed there.
+    """
+    out = make_folder(out)
+    train_pieces, valid_pieces = split_pieces(len(dataset), settings.valid_share, settings.seed)
+    train, valid = (Cropper(dataset, pieces, settings.crop) for pieces in (train_pieces, valid_pieces))
+    valid_rows = valid.rows(np.random.default_rng([settings.seed, 0]), settings.valid_rows, augment=False)
+    baselines = ngram_losses([dataset.piece(p) for p in train_pieces], valid_rows, size.vocab_size, train.pad)
+
+    policy = Policy(size, dataset.vocab).initialise(torch.Generator().manual_seed(settings.seed)).to(settings.device)
+    optimizer = make_optimizer(policy, settings.learning_rate, (0.9, 0.95), settings.weight_decay)
+    backbone = torch.compile(policy.model) if settings.compile else policy.model
+    record = {"settings": asdict(settings), "size": asdict(size), "pieces": len(dataset), "baselines": baselines}
+    start, best, stale = 0, float("inf"), 0
+    if resume:
+        start, best, stale = _load_state(out, policy, optimizer, record)
+    elif (out / "state").exists() or (out / "policy").exists():
+        raise UserError(f"{out} already holds a pre-training run; add --resume, or choose another --out")
+    metrics = _open_metrics(out / "metrics.jsonl", start)
+
+    window: list[tuple[Tensor, int]] = []
+    clock = time.perf_counter()
+    step = start
+    while step < settings.steps and stale < settings.patience and not stop:
+        rate = scheduled_rate(
+            step, settings.steps, settings.learning_rate, "cosine", settings.warmup, settings.final_rate
+        )
+        rows = train.rows(np.random.default_rng([settings.seed, 1, step]), settings.batch)
+        set_learning_rate(optimizer, rate)
+        loss = _loss(policy, backbone, rows, train.pad, settings.device)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(policy.parameters(), settings.max_grad_norm)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        step += 1
+        window.append((loss.detach(), int((rows != train.pad).sum())))
+        line: dict[str, Any] = {"step": step, "train_loss": float(window[-1][0]), "learning_rate": rate}
+        if step % settings.eval_every == 0 or step == settings.steps:
+            seconds = time.perf_counter() - clock
+            line["train_loss"] = float(torch.stack([v for v, _ in window]).mean())
+            line["tokens_per_s"] = sum(n for _, n in window) / seconds
+            line["valid_loss"] = evaluate(policy, valid_rows, train.pad, settings.device)
+            stale = 0 if line["valid_loss"] < best else stale + 1
+            if not stale:
+                best = line["valid_loss"]
+                save_policy(policy, out / "policy")
+            _save_state(out, policy, optimizer, {**record, "step": step, "best": best, "stale": stale})
+            with os_errors_as_user_errors(out):
+                metrics.write(json.dumps(line) + "\n")
+                metrics.flush()
+            window.clear()
+            clock = time.perf_counter()
+        if report:
+            report(line)
+    if stop and step > start:
+        _save_state(out, policy, optimizer, {**record, "step": step, "best": best, "stale": stale})
+    metrics.close()
+    draw_curve(out / "metrics.jsonl", baselines, out / "curve.png")
+    finished = load_policy(out / "policy") if (out / "policy").exists() else policy
+    return PretrainResult(finished, step, best, baselines, stale >= settings.patience)
+
+
+def split_pieces(pieces: int, valid_share: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Piece numbers for training and validation, a seeded random split; raises UserError when one side is empty."""
+    order = np.random.default_rng([seed, 2]).permutation(pieces)
+    held = round(pieces * valid_share) or 1
+    if held >= pieces:
+        raise UserError(f"{pieces} pieces are too few to keep some for validation; add MIDI files")
+    return np.sort(order[held:]), np.sort(order[:held])
+
+
+@torch.no_grad()
+def evaluate(policy: Policy, rows: np.ndarray, pad: int, device: str = "cpu") -> float:
+    """Mean validation loss, nats a token, over rows [B, T + 1]."""
+    total = count = 0.0
+    for batch in np.array_split(rows, -(-len(rows) // _EVAL_BATCH)):
+        real = int((batch[:, 1:] != pad).sum())
+        total += float(_loss(policy, policy.model, batch, pad, device)) * real
+        count += real
+    return total / count
+
+
+def _loss(policy: Policy, backbone, rows: np.ndarray, pad: int, device: str) -> Tensor:
+    inputs, target = (torch.from_numpy(x).to(device) for x in targets(rows, pad))
+    logits = policy.lm_head(backbone(inputs)).float()
+    return F.cross_entropy(logits.flatten(0, 1), target.flatten(), ignore_index=IGNORED)
+
+
+def _save_state(out: Path, policy: Policy, optimizer: torch.optim.Optimizer, record: dict) -> None:
+    with atomic_folder(out / "state") as part:
+        write_policy(policy, part)
+        save_file(optimizer_tensors(optimizer, policy), part / "optimizer.safetensors")
+        (part / "state.json").write_text(json.dumps(record, indent=1), encoding="utf-8")
+
+
+def _load_state(out: Path, policy: Policy, optimizer: torch.optim.Optimizer, record: dict) -> tuple[int, float, int]:
+    folder = out / "state"
+    if not folder.is_dir():
+        raise UserError(f"nothing to resume in {out}; leave out --resume to start")
+    saved = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+    # steps and speed may change on resume, what the numbers depend on may not
+    free = {"steps": 0, "compile": False, "device": "", "patience": 0}
+    for key in ("settings", "size", "pieces"):
+        ours, theirs = record[key], saved[key]
+        if key == "settings":
+            ours, theirs = json.loads(json.dumps({**ours, **free})), {**theirs, **free}
+        if ours != theirs:
+            raise UserError(f"{out} was started with other {key}; resume with the same, or choose another --out")
+    stored = load_policy(folder)
+    with torch.no_grad():
+        for ours_p, theirs_p in zip(policy.parameters(), stored.parameters(), strict=True):
+            ours_p.copy_(theirs_p)
+    load_optimizer_tensors(optimizer, policy, load_file(folder / "optimizer.safetensors"))
+    return saved["step"], saved["best"], saved["stale"]
+
+
+def _open_metrics(path: Path, step: int):
+    """The metrics file, opened to append after `step`; lines of steps that will be run again are dropped."""
+    kept = []
+    if step and path.exists():
+        lines = path.read_text(encoding="utf-8").splitlines()
+        kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
+    write_atomic(path, "".join(line + "\n" for line in kept))
+    return open(path, "a", encoding="utf-8")
+
+
+def draw_curve(metrics: Path, baselines: dict[str, float], path: Path) -> None:
+    """The loss curve of a pre-training run as a PNG."""
+    lines = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
+    if not lines:
+        return
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    for key, label in (("train_loss", "training"), ("valid_loss", "validation")):
+        axes.plot([line["step"] for line in lines], [line[key] for line in lines], label=label)
+    for name, value in baselines.items():
+        axes.axhline(value, linestyle=":", color="gray")
+        axes.annotate(name, (lines[-1]["step"], value), ha="right", va="bottom", color="gray")
+    axes.set(xlabel="optimizer step", ylabel="loss, nats a token")
+    axes.legend()
+    with os_errors_as_user_errors(path):
+        figure.savefig(path, dpi=120)

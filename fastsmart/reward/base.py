@@ -1,0 +1,76 @@
+"""What goes into a reward and what comes out. Shape letters: N clips."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+
+from fastsmart.errors import UserError
+
+if TYPE_CHECKING:
+    from fastsmart.audio.batch import AudioBatch
+    from fastsmart.notes import NoteBatch
+
+
+@dataclass(frozen=True)
+class Clips:
+    """N clips as a musician has them: what is written and, where it has been rendered, what is heard.
+
+    notes : NoteBatch of N pieces
+    audio : AudioBatch of the same N clips in the same order, or None when nothing was rendered
+    """
+
+    notes: NoteBatch
+    audio: AudioBatch | None = None
+
+    def __post_init__(self) -> None:
+        if self.audio is not None and len(self.audio) != len(self.notes):
+            raise ValueError(f"{len(self.notes)} clips of notes but {len(self.audio)} of audio")
+
+    def __len__(self) -> int:
+        return len(self.notes)
+
+
+class Reward(Protocol):
+    """A way to score clips: a callable `Clips -> float32 [N]`.
+
+    Larger is better. An empty clip gets the lowest value the reward has, because playing nothing is the policy's
+    failure; NaN is kept for clips that could not be scored (audio that was not rendered), which is ours.
+
+    name        : the key it is logged and weighted under
+    needs_audio : whether `Clips.audio` is read; a run in which no reward reads it renders nothing
+    """
+
+    name: str
+    needs_audio: bool
+
+    def __call__(self, clips: Clips) -> np.ndarray: ...
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What a batch of clips was worth.
+
+    terms : float32 [N] for every reward by name, as the reward gave it; NaN = could not be scored
+    total : float32 [N], weighted sum of the terms; NaN where a weighted term is NaN
+    """
+
+    terms: dict[str, np.ndarray]
+    total: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.total)
+
+
+def heard(clips: Clips, reward: str) -> AudioBatch:
+    """The audio of the clips; raises UserError when they have not been rendered."""
+    if clips.audio is None:
+        raise UserError(f"the reward {reward} listens to audio, but these clips are only notes; render them first")
+    return clips.audio
+
+
+def unrendered(audio: AudioBatch) -> np.ndarray:
+    """Which clips could not be rendered, bool [N]: their rows hold NaN."""
+    return np.isnan(audio.samples[:, :1]).any(axis=1)

@@ -1,0 +1,68 @@
+"""The `reward` section of a run's configuration."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+from fastsmart.errors import UserError
+from fastsmart.reward.registry import require_known
+
+AUDIOBOX_AXES = ("CE", "CU", "PC", "PQ")
+AUDIOBOX_DTYPES = ("float32", "bfloat16", "float16")
+
+
+@dataclass(frozen=True)
+class RewardSettings:
+    """Which rewards a run computes and how they become one number.
+
+    terms               : weight of every reward by name; weight 0 = computed and logged, not trained on
+    normalize           : how the training signal is made: "none" = weighted sum of the terms as they are; "group" =
+                          each term first centred and divided by its standard deviation within its group
+    typicality          : statistics of real pieces for `typicality` and `presence`; "" = those beside the base model
+    typicality_ceiling  : whether a clip as typical as the median real one is as typical as pays
+    audiobox_checkpoint : `checkpoint.pt`, a safetensors file or its folder; "" = the published one from the hub
+    audiobox_axes       : weight of every Audiobox axis: CE enjoyment, CU usefulness, PC complexity, PQ quality
+    audiobox_batch      : ten-second windows scored at once
+    audiobox_dtype      : arithmetic of its forward pass
+
+    Raises UserError naming the key that is wrong.
+    """
+
+    terms: Mapping[str, float] = field(default_factory=dict)
+    normalize: Literal["none", "group"] = "none"
+    typicality: str = ""
+    typicality_ceiling: bool = False
+    audiobox_checkpoint: str = ""
+    audiobox_axes: Mapping[str, float] = field(default_factory=lambda: {"CE": 1.0})
+    audiobox_batch: int = 8
+    audiobox_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+
+    def __post_init__(self) -> None:
+        for name, weight in self.terms.items():
+            require_known(name, f"reward.terms.{name}: ")
+            if not _is_weight(weight):
+                raise UserError(
+                    f"reward.terms.{name} is {weight!r}; a weight is a number from 0 up (an empty clip has the lowest "
+                    f"value of every reward and would be the best under a negative weight)"
+                )
+        if self.normalize not in ("none", "group"):
+            raise UserError(f'reward.normalize is {self.normalize!r}; it is "none" or "group"')
+        for axis, weight in self.audiobox_axes.items():
+            if axis not in AUDIOBOX_AXES:
+                raise UserError(f"reward.audiobox_axes.{axis}: Audiobox has the axes {', '.join(AUDIOBOX_AXES)}")
+            if not _is_weight(weight):
+                raise UserError(f"reward.audiobox_axes.{axis} is {weight!r}; a weight is a number from 0 up")
+        if not any(self.audiobox_axes.values()):
+            raise UserError("reward.audiobox_axes weighs no axis; give one of them a weight above 0")
+        if not isinstance(self.audiobox_batch, int) or self.audiobox_batch < 1:
+            raise UserError(f"reward.audiobox_batch is {self.audiobox_batch!r}; it is a whole number from 1 up")
+        if self.audiobox_dtype not in AUDIOBOX_DTYPES:
+            known = ", ".join(AUDIOBOX_DTYPES)
+            raise UserError(f"reward.audiobox_dtype is {self.audiobox_dtype!r}; it is one of {known}")
+
+
+def _is_weight(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and value >= 0

@@ -1,0 +1,50 @@
+"""Prompts in, completions out."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from fastsmart.errors import UserError
+from fastsmart.sampling.rollout import ENGINES, Completion, Engine, Rollout, SamplingSettings
+from fastsmart.tokens.sequences import TokenBatch
+
+if TYPE_CHECKING:
+    import torch
+
+    from fastsmart.policy.transformer import Policy
+    from fastsmart.tokens.prompts import Prompts
+
+__all__ = ["ENGINES", "Completion", "Engine", "Rollout", "SamplingSettings", "make_engine", "sample"]
+
+
+def make_engine(name: str, policy: Policy, version: int = 0, dtype: torch.dtype | None = None) -> Engine:
+    """A sampling engine holding the policy's weights, computing in `dtype` (None = the weights' own).
+
+    Raises UserError for an engine this installation lacks.
+    """
+    if name == "native":
+        from fastsmart.sampling.native import NativeEngine
+
+        return NativeEngine(policy, version, dtype or policy.lm_head.weight.dtype)
+    raise UserError(f"sampling.engine {name!r} is not part of this version yet; use --engine native")
+
+
+def sample(
+    policy: Policy,
+    prompts: TokenBatch | Prompts,
+    group: int = 1,
+    max_tokens: int = 256,
+    temperature: float = 1.0,
+    seed: int = 0,
+    engine: str = "native",
+    top_k: int = 0,
+    top_p: float = 1.0,
+) -> Rollout:
+    """Draw `group` completions of each prompt; the same arguments give the same rollout."""
+    prompts = prompts if isinstance(prompts, TokenBatch) else prompts.tokens
+    settings = SamplingSettings(engine, group, max_tokens, temperature, top_k, top_p)
+    sampler = make_engine(engine, policy)
+    try:
+        return Rollout.gather(sampler.stream(prompts, settings, (seed,)), prompts, group)
+    finally:
+        sampler.close()

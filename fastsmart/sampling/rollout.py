@@ -1,0 +1,147 @@
+"""What a sampling engine gives back, and the contract every engine keeps.
+
+Shape letters: P prompts, G completions a prompt, N = P x G completions, L tokens of the longest completion.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+
+from fastsmart.errors import UserError
+from fastsmart.tokens.sequences import TokenBatch
+
+if TYPE_CHECKING:
+    from fastsmart.policy.transformer import Policy
+
+ENGINES = ("native", "vllm")
+
+
+@dataclass(frozen=True)
+class SamplingSettings:
+    """How completions are drawn.
+
+    engine      : "native" (fastsmart's own) or "vllm"
+    group       : completions of each prompt, the group its advantages are relative to
+    max_tokens  : completion length at most, EOS included
+    temperature : of the softmax; the log-probs that come back are those of the tempered distribution
+    top_k, top_p : 0 and 1.0 are off; both truncate the distribution, and training, whose loss is over all of it,
+                  refuses them
+    max_rows    : sequences the native engine decodes side by side (memory: one KV cache row each)
+    """
+
+    engine: str = "native"
+    group: int = 8
+    max_tokens: int = 256
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    max_rows: int = 256
+
+    def __post_init__(self) -> None:
+        if self.engine not in ENGINES:
+            raise UserError(f"sampling.engine is {self.engine!r}; choose one of {', '.join(ENGINES)}")
+        for key in ("group", "max_tokens", "max_rows"):
+            if getattr(self, key) < 1:
+                raise UserError(f"sampling.{key} is {getattr(self, key)}; it must be at least 1")
+        if not self.temperature > 0:
+            raise UserError(f"sampling.temperature is {self.temperature}; it must be above 0")
+        if self.top_k < 0 or not 0 < self.top_p <= 1:
+            raise UserError(
+                f"sampling.top_k {self.top_k} and top_p {self.top_p}: use 0 and 1.0 for off, top_p in (0, 1]"
+            )
+
+
+@dataclass(frozen=True)
+class Completion:
+    """One finished completion.
+
+    index    : its number among the N; it answers prompt `index // G`
+    ids      : int32 [length], EOS included where the policy ended the piece itself
+    logprobs : float32 [length], log-probability of each id under the distribution it was drawn from
+    version  : of the policy that drew it
+    """
+
+    index: int
+    ids: np.ndarray
+    logprobs: np.ndarray
+    version: int
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """N completions in order of their index, padded on the right.
+
+    prompt_ids, prompt_lengths : int32 [N, longest prompt], int32 [N]
+    ids, lengths               : int32 [N, L], int32 [N]; padding is 0
+    logprobs                   : float32 [N, L], of the distribution really sampled from; padding is 0
+    group                      : int32 [N], number of the prompt
+    version                    : policy version
+    """
+
+    prompt_ids: np.ndarray
+    prompt_lengths: np.ndarray
+    ids: np.ndarray
+    lengths: np.ndarray
+    logprobs: np.ndarray
+    group: np.ndarray
+    version: int
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def sequence(self, i: int) -> np.ndarray:
+        """Prompt and completion i in one, int32."""
+        return np.concatenate([self.prompt_ids[i, : self.prompt_lengths[i]], self.ids[i, : self.lengths[i]]])
+
+    def sequences(self) -> TokenBatch:
+        """Every prompt with its completion, packed."""
+        return TokenBatch.pack([self.sequence(i) for i in range(len(self))])
+
+    @staticmethod
+    def gather(completions: Iterable[Completion], prompts: TokenBatch, group: int) -> Rollout:
+        """Put finished completions, in whatever order they came, in order of their index."""
+        ordered = sorted(completions, key=lambda c: c.index)
+        if [c.index for c in ordered] != list(range(len(prompts) * group)):
+            raise ValueError(f"{len(ordered)} completions of {len(prompts)} prompts x {group} came back")
+        which = np.repeat(np.arange(len(prompts), dtype=np.int32), group)
+        prompt_ids, prompt_lengths = pad([prompts.row(p) for p in range(len(prompts))], np.int32)
+        ids, lengths = pad([c.ids for c in ordered], np.int32)
+        logprobs, _ = pad([c.logprobs for c in ordered], np.float32)
+        versions = {c.version for c in ordered}
+        if len(versions) != 1:
+            raise ValueError(f"completions of several policy versions in one rollout: {sorted(versions)}")
+        return Rollout(prompt_ids[which], prompt_lengths[which], ids, lengths, logprobs, which, versions.pop())
+
+
+class Engine(Protocol):
+    """A sampler: holds its own copy of a policy's weights and streams completions as they finish."""
+
+    version: int
+
+    def load(self, policy: Policy, version: int) -> None:
+        """Take over the policy's weights; completions carry `version` from now on."""
+
+    def stream(
+        self, prompts: TokenBatch, settings: SamplingSettings, seed: tuple[int, ...], first: int = 0
+    ) -> Iterator[Completion]:
+        """Draw `settings.group` completions of each prompt and yield each as soon as it ends, numbered from `first`.
+
+        Completion i depends on the weights, its prompt, `seed` and i alone, not on which others are drawn beside it
+        (up to rounding in the matrix products).
+        """
+
+    def close(self) -> None:
+        """Give back what the engine holds."""
+
+
+def pad(rows: list[np.ndarray], dtype: type) -> tuple[np.ndarray, np.ndarray]:
+    """Rows of different lengths as one array, zeros on the right, and their lengths, int32."""
+    lengths = np.array([len(r) for r in rows], np.int32)
+    out: np.ndarray = np.zeros((len(rows), int(lengths.max(initial=0))), dtype)
+    for row, values in zip(out, rows, strict=True):
+        row[: len(values)] = values
+    return out, lengths

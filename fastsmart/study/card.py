@@ -1,0 +1,119 @@
+"""A base policy made ready to ship: 16-bit weights, statistics of the real pieces, a card with what was measured."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from fastsmart.files import atomic_folder
+from fastsmart.notes import NoteBatch
+from fastsmart.policy.checkpoint import load_policy, write_policy
+from fastsmart.policy.crops import Cropper
+from fastsmart.policy.pretrain import PretrainResult, PretrainSettings, evaluate, split_pieces
+from fastsmart.reward.features import features
+from fastsmart.reward.typicality import fit_typicality
+from fastsmart.reward.windows import cut_windows
+from fastsmart.sampling import Rollout, sample
+from fastsmart.tokens.dataset import TokenDataset
+from fastsmart.tokens.decode import decode
+from fastsmart.tokens.sequences import TokenBatch
+from fastsmart.train.provenance import STATISTICS_FILE
+
+CLIPS = 256  # played by the policy and cut from real pieces for the table
+WINDOW_S = 10.0
+ROWS = (
+    "notes_per_second",
+    "notes_per_beat",
+    "polyphony",
+    "polyphony_rate",
+    "empty_beat_rate",
+    "scale_consistency",
+    "pitch_class_entropy",
+    "pitch_range",
+    "mean_pitch",
+    "mean_duration_beats",
+    "mean_velocity",
+    "repetition",
+)
+
+
+def write_release(
+    result: PretrainResult,
+    dataset: TokenDataset,
+    settings: PretrainSettings,
+    folder: Path,
+    data: str,
+    licence: str,
+    command: str,
+) -> str:
+    """Write the release of a base policy into `folder` and return its card.
+
+    data, licence, command : what the card says of the data and how the policy was made
+    """
+    train_pieces, valid_pieces = split_pieces(len(dataset), settings.valid_share, settings.seed)
+    real = decode([dataset.piece(p) for p in valid_pieces], dataset.vocab)
+    training = decode([dataset.piece(p) for p in train_pieces], dataset.vocab)
+    name = data or "the pieces it was trained on"
+    with atomic_folder(folder) as part:
+        write_policy(result.policy, part, torch.float16)
+        policy = load_policy(part)
+        fit_typicality(training, f"{name}, training split, {len(train_pieces)} pieces", WINDOW_S).save(
+            part / STATISTICS_FILE
+        )
+        valid = Cropper(dataset, valid_pieces, settings.crop)
+        rows = valid.rows(np.random.default_rng([settings.seed, 0]), settings.valid_rows, augment=False)
+        loss = evaluate(policy, rows, policy.vocab.pad_id)
+        prompts = TokenBatch.pack([dataset.piece(p)[:4] for p in np.resize(valid_pieces, CLIPS)])
+        rollout = sample(policy, prompts, 1, 256, seed=settings.seed)
+        played = decode(rollout.sequences(), policy.vocab, WINDOW_S)
+        table = _table(rollout, played, cut_windows(real, WINDOW_S), policy.vocab)
+        unigram, bigram = result.baselines["unigram"], result.baselines["bigram"]
+        size = policy.size
+        card = f"""\
+# {folder.parent.name if folder.name == "release" else folder.name}: a base policy for symbolic piano music
+
+A decoder-only transformer in the Phi-3 layout, {policy.num_parameters:,} parameters ({size.num_layers} layers,
+{size.hidden_size} wide, feed-forward {size.intermediate_size}, {size.num_heads} heads), float16 weights, REMI tokens
+({len(policy.vocab)}, MidiTok). It plays solo piano, one bar after the other, from a prompt of bar, time signature,
+position and tempo. It is a starting point for fine-tuning, not a composer.
+
+* **Data**: {name}. {len(train_pieces)} pieces for training, {len(valid_pieces)} for validation,
+  {int(dataset.offsets[-1]):,} tokens; all voices merged into one piano part, transposed by
+  -{settings.crop.transpose_down} to +{settings.crop.transpose_up} semitones at random.
+* **Licence of the data**: {licence or "not stated"}.
+* **Made by**: `{command}`, {result.step} optimizer steps of {settings.batch} rows of {settings.crop.length} tokens.
+* **Validation loss**: {loss:.3f} nats a token (unigram {unigram:.3f}, bigram {bigram:.3f}, both add-one smoothed,
+  on the same tokens).
+
+How it plays: {CLIPS} completions of 256 tokens against {WINDOW_S:g}-second windows of the validation pieces, mean ±
+standard deviation.
+
+{table}
+`{STATISTICS_FILE}` holds the distribution of these features in the training pieces, which the rewards `typicality` and
+`presence` compare with.
+"""
+        (part / "README.md").write_text(card, encoding="utf-8")
+    return card
+
+
+def _table(rollout: Rollout, played: NoteBatch, real: NoteBatch, vocab) -> str:
+    note_ids = np.array([t.startswith(("Pitch", "Velocity", "Duration")) for t in vocab.tokens])
+    used = 3 * decode(rollout.sequences(), vocab).counts.sum()
+    drawn = note_ids[np.concatenate([rollout.ids[i, : rollout.lengths[i]] for i in range(len(rollout))])].sum()
+    ended = float(np.mean([rollout.ids[i, n - 1] == vocab.eos_id for i, n in enumerate(rollout.lengths)]))
+    ours, theirs = features(played), features(real)
+    lines = ["| | policy | real pieces |", "|---|---|---|"]
+    lines += [f"| {row.replace('_', ' ')} | {_cell(ours[row])} | {_cell(theirs[row])} |" for row in ROWS]
+    lines += [
+        f"| note tokens that became notes | {min(used / max(drawn, 1), 1.0):.1%} | 100 % |",
+        f"| clips without notes | {np.mean(played.counts == 0):.1%} | {np.mean(real.counts == 0):.1%} |",
+        f"| completions the policy ended itself | {ended:.1%} | |",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _cell(values: np.ndarray) -> str:
+    values = values[np.isfinite(values)]
+    return f"{values.mean():.2f} ± {values.std():.2f}"

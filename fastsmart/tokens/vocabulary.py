@@ -1,0 +1,138 @@
+"""The token vocabulary, read from a MidiTok REMI description. Shape letter: V tokens."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from dataclasses import dataclass
+from functools import cached_property
+from importlib import resources
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from fastsmart.errors import UserError
+
+if TYPE_CHECKING:
+    from miditok import REMI
+
+TOKENIZER_FILE = "tokenizer.json"  # the name MidiTok gives it, beside a checkpoint
+PRESETS = ("smart",)
+# Token types the decoder knows; a vocabulary with any other type is refused rather than decoded wrongly.
+MUSIC_TYPES = ("Bar", "Position", "Pitch", "Velocity", "Duration", "Tempo", "TimeSig")
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """A REMI vocabulary: id -> token text such as `Pitch_60`, and the MidiTok JSON it comes from.
+
+    tokens      : V token texts in id order
+    description : the MidiTok JSON, as text; written beside every checkpoint so that MidiTok can load it too
+    """
+
+    tokens: tuple[str, ...]
+    description: str
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    @cached_property
+    def _id(self) -> dict[str, int]:
+        return {token: i for i, token in enumerate(self.tokens)}
+
+    def id(self, token: str) -> int:
+        """The id of a token text; raises UserError when the vocabulary has no such token."""
+        try:
+            return self._id[token]
+        except KeyError:
+            kind = token.split("_")[0]
+            known = ", ".join(t for t in self.tokens if t.split("_")[0] == kind) or f"no {kind} tokens"
+            raise UserError(f"the vocabulary has no token {token}; it has {known}") from None
+
+    def ids_of(self, kind: str) -> list[int]:
+        """All ids of one token type (`Pitch`, `Tempo` ...), in id order."""
+        return [i for i, token in enumerate(self.tokens) if token.startswith(kind + "_")]
+
+    def values_of(self, kind: str) -> list[str]:
+        """What follows the underscore, for all tokens of one type, in id order."""
+        return [self.tokens[i].split("_", 1)[1] for i in self.ids_of(kind)]
+
+    @property
+    def pad_id(self) -> int:
+        return self.id("PAD_None")
+
+    @property
+    def bos_id(self) -> int:
+        return self.id("BOS_None")
+
+    @property
+    def eos_id(self) -> int:
+        return self.id("EOS_None")
+
+    @cached_property
+    def tokenizer(self) -> REMI:
+        """The MidiTok tokenizer of this vocabulary (built once: about a tenth of a second, plus MidiTok's import)."""
+        return _tokenizer(self.description)
+
+    def save(self, folder: str | Path) -> None:
+        """Write the MidiTok JSON into a checkpoint folder."""
+        (Path(folder) / TOKENIZER_FILE).write_text(self.description, encoding="utf-8")
+
+
+def load_vocabulary(source: str | Path = "smart") -> Vocabulary:
+    """A vocabulary from a preset name, the path of a MidiTok JSON (or a folder holding one), or a hub id.
+
+    Raises UserError when nothing of that name is found, or it is not a REMI vocabulary that fastsmart can decode.
+    """
+    text, name = _read(source)
+    try:
+        params = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise UserError(f"{name} is not a MidiTok JSON file: {error}") from error
+    if not isinstance(params, dict) or "config" not in params:
+        raise UserError(f"{name} is not a MidiTok JSON file: it has no 'config' entry")
+    if params.get("tokenization") != "REMI":
+        raise UserError(f"{name} holds a {params.get('tokenization')} tokenizer; fastsmart decodes REMI")
+    if params.get("model") is not None or params.get("has_bpe"):
+        raise UserError(f"{name} has merged tokens (BPE, Unigram or WordPiece); fastsmart decodes plain REMI")
+    try:
+        by_text = _tokenizer(text).vocab
+    except (TypeError, ValueError, KeyError, AttributeError) as error:
+        raise UserError(f"{name} is not a tokenizer MidiTok can build: {error}") from error
+    tokens = tuple(sorted(by_text, key=by_text.__getitem__))
+    special = {t.split("_")[0] for t in params["config"].get("special_tokens", [])}
+    unknown = {t.split("_")[0] for t in tokens} - set(MUSIC_TYPES) - special
+    missing = {"PAD", "BOS", "EOS", "Bar", "Position", "Pitch", "Velocity", "Duration"} - {
+        t.split("_")[0] for t in tokens
+    }
+    if unknown or missing:
+        problem = f"token types {sorted(unknown)} that" if unknown else f"no {sorted(missing)}, which"
+        raise UserError(f"{name} has {problem} fastsmart does not support; use plain piano REMI as preset 'smart' does")
+    return Vocabulary(tokens, text)
+
+
+def _tokenizer(description: str) -> REMI:
+    from miditok import REMI
+
+    with tempfile.TemporaryDirectory() as folder:  # MidiTok reads its JSON from a file only
+        path = Path(folder) / TOKENIZER_FILE
+        path.write_text(description, encoding="utf-8")
+        return REMI(params=path)
+
+
+def _read(source: str | Path) -> tuple[str, str]:
+    if str(source) in PRESETS:
+        preset = resources.files("fastsmart.tokens") / "presets" / f"{source}.json"
+        return preset.read_text(encoding="utf-8"), f"preset {source}"
+    path = Path(source)
+    if path.is_dir():
+        path = path / TOKENIZER_FILE
+    if path.is_file():
+        return path.read_text(encoding="utf-8", errors="replace"), str(path)
+    if path.parent == Path() or path.is_absolute() or str(source).count("/") != 1 or path.suffix == ".json":
+        raise UserError(
+            f"no vocabulary {source}: give a preset ({', '.join(PRESETS)}), a MidiTok JSON file or a hub id"
+        )
+    from fastsmart.policy.hub import fetch
+
+    path = fetch(str(source), TOKENIZER_FILE)
+    return path.read_text(encoding="utf-8"), f"{source}/{TOKENIZER_FILE}"

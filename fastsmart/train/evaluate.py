@@ -1,0 +1,105 @@
+"""Held-out evaluation: the same prompts and the same random numbers before, during and after training."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fastsmart.audio import FluidSynthRenderer, listening_settings, render_file
+from fastsmart.files import make_folder
+from fastsmart.reward.features import features
+from fastsmart.sampling import SamplingSettings
+from fastsmart.tokens.decode import decode
+from fastsmart.tokens.prompts import make_prompts
+from fastsmart.train.stations import Performance, Stations
+
+EVALUATION_STREAM = 1  # second number of the seed; training steps draw from stream 0
+TABLE_FEATURES = (
+    "notes",
+    "notes_per_beat",
+    "polyphony",
+    "polyphony_rate",
+    "empty_beat_rate",
+    "scale_consistency",
+    "pitch_range",
+    "pitch_class_entropy",
+    "mean_pitch",
+    "mean_velocity",
+    "velocity_range",
+    "mean_duration_beats",
+)
+
+
+def evaluate(stations: Stations, progress: Callable[[str, int, int], None] | None = None) -> tuple[Performance, dict]:
+    """Perform the held-out prompts, one completion each; the performance and its summary for the metrics."""
+    config = stations.config
+    prompts = make_prompts(config.prompts, stations.vocab, "heldout", 0, config.train.eval_prompts)
+    settings: SamplingSettings = replace(config.sampling, group=1)
+    seed = (config.train.seed, EVALUATION_STREAM)
+    performance = stations.perform(prompts, settings, seed, progress)
+    return performance, summarise(performance)
+
+
+def summarise(performance: Performance) -> dict[str, Any]:
+    """Mean and standard deviation over clips of the reward, each of its terms and each feature; NaN left out."""
+    scores = performance.scores
+    table = features(performance.notes)
+    return {
+        "reward": _moments(scores.total),
+        "terms": {name: _moments(values) for name, values in scores.terms.items()},
+        "features": {name: _moments(table[name]) for name in TABLE_FEATURES},
+        "clips": len(scores),
+        "unscored": int(np.isnan(scores.total).sum()),
+        "empty": int((performance.notes.counts == 0).sum()),
+    }
+
+
+def write_listening(stations: Stations, performance: Performance, folder: Path, label: str) -> None:
+    """The first held-out clips, whole, as MIDI and as 48 kHz stereo WAV: `NN-<label>.mid`, `NN-<label>.wav`."""
+    config = stations.config
+    make_folder(folder)
+    whole = decode(performance.rollout.sequences(), stations.vocab).select(range(config.train.listen))
+    for i in range(len(whole)):
+        whole.to_midi(i, folder / f"{i + 1:02d}-{label}.mid")
+    if stations.pool:
+        settings = replace(config.audio, max_seconds=max(float(whole.end_s.max()), config.audio.max_seconds))
+        with FluidSynthRenderer(listening_settings(settings)) as renderer:
+            for i in range(len(whole)):
+                render_file(whole, i, folder / f"{i + 1:02d}-{label}.wav", renderer=renderer)
+
+
+def before_after(before: dict, after: dict, steps: int) -> str:
+    """A Markdown table of two summaries: mean ± standard deviation, and the change in standard deviations of before."""
+    rows = [("reward", before["reward"], after["reward"])]
+    rows += [(f"reward: {name}", before["terms"][name], after["terms"][name]) for name in before["terms"]]
+    rows += [(name.replace("_", " "), before["features"][name], after["features"][name]) for name in before["features"]]
+    lines = [
+        f"# Before and after {steps} steps, on {before['clips']} held-out prompts",
+        "",
+        "| | before | after | change, in standard deviations of before |",
+        "|---|---|---|---|",
+    ]
+    for name, old, new in rows:
+        change = f"{(new['mean'] - old['mean']) / old['std']:+.2f}" if old["std"] else "–"
+        lines.append(f"| {name} | {_cell(old)} | {_cell(new)} | {change} |")
+    lines += [
+        f"| empty clips | {before['empty']} | {after['empty']} | |",
+        f"| clips that could not be scored | {before['unscored']} | {after['unscored']} | |",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _moments(values: np.ndarray) -> dict[str, float]:
+    values = np.asarray(values, np.float64)
+    values = values[np.isfinite(values)]
+    if not len(values):
+        return {"mean": float("nan"), "std": float("nan")}
+    return {"mean": float(values.mean()), "std": float(values.std(ddof=1)) if len(values) > 1 else 0.0}
+
+
+def _cell(moments: dict[str, float]) -> str:
+    return f"{moments['mean']:.3f} ± {moments['std']:.3f}" if moments["mean"] is not None else "–"

@@ -1,0 +1,91 @@
+"""What a run depends on beyond its config: the machine, the versions, the soundfont; and what "auto" comes to there."""
+
+from __future__ import annotations
+
+import json
+import platform
+from importlib import metadata
+from pathlib import Path
+
+import torch
+
+from fastsmart.audio import find_soundfont, soundfont_hash
+from fastsmart.config import Config
+from fastsmart.errors import UserError
+from fastsmart.files import cpu_cores
+from fastsmart.policy.checkpoint import shipped_file, shipped_policies
+from fastsmart.policy.transformer import Policy
+from fastsmart.reward.registry import FROM_STATISTICS
+from fastsmart.train.settings import PolicySettings
+
+STATISTICS_FILE = "typicality.json"
+PACKAGES = ("fastsmart", "torch", "numpy", "numba", "miditok", "symusic", "pyfluidsynth", "vllm", "audiobox_aesthetics")
+
+
+def resolved_device(settings: PolicySettings) -> torch.device:
+    """The device "auto" stands for on this machine; raises UserError for one it lacks."""
+    if settings.device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(settings.device)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"policy.device is {settings.device!r}, which does not work here: {reason}") from error
+    return device
+
+
+def resolved_dtype(settings: PolicySettings) -> torch.dtype:
+    """The dtype "auto" stands for on this machine."""
+    if settings.dtype == "auto":
+        return torch.bfloat16 if resolved_device(settings).type == "cuda" else torch.float32
+    return getattr(torch, settings.dtype)
+
+
+def statistics_path(config: Config) -> Path | str:
+    """The statistics of real pieces a run compares with: those it names, or those beside its base policy, or none."""
+    if config.reward.typicality:
+        return config.reward.typicality
+    source = config.policy.source
+    path = shipped_file(source, STATISTICS_FILE) if source in shipped_policies() else Path(source) / STATISTICS_FILE
+    if path.is_file():
+        return path
+    wanted = [name for name in FROM_STATISTICS if name in config.reward.terms]
+    if wanted:
+        raise UserError(
+            f"reward {wanted[0]} compares with real pieces, but {source} has no {STATISTICS_FILE} beside it; "
+            "name one with reward.typicality"
+        )
+    return ""
+
+
+def provenance(config: Config, policy: Policy) -> str:
+    """JSON of what the numbers of a run depend on."""
+    record = {
+        "policy": {"source": config.policy.source, "parameters": policy.num_parameters},
+        "device": str(resolved_device(config.policy)),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "machine": {"processor": _processor(), "cores": cpu_cores(), "python": platform.python_version()},
+        "packages": {name: version for name in PACKAGES if (version := installed_version(name))},
+    }
+    try:
+        soundfont = find_soundfont(config.audio.soundfont)
+        record["soundfont"] = {"path": str(soundfont), "sha256": soundfont_hash(soundfont)}
+    except UserError:
+        record["soundfont"] = None  # a run whose rewards read only notes needs none
+    return json.dumps(record, indent=1) + "\n"
+
+
+def installed_version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()

@@ -1,0 +1,77 @@
+"""What a run may choose about its training loop. No torch here, so that reading a config stays instant."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from fastsmart.errors import UserError
+
+
+@dataclass(frozen=True)
+class PolicySettings:
+    """Which policy is tuned.
+
+    source     : shipped name, checkpoint folder or hub id; also the reference of the KL term
+    vocabulary : MidiTok JSON or preset, for a checkpoint that has no tokenizer.json; "" = its own
+    device     : "auto" = CUDA where there is one, else CPU
+    dtype      : of the matrix products of sampling and training; weights, head and log-softmax stay float32.
+                 "auto" = bfloat16 on CUDA, float32 on CPU
+    """
+
+    source: str = "pop909-tiny"
+    vocabulary: str = ""
+    device: str = "auto"
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+
+
+@dataclass(frozen=True)
+class TrainSettings:
+    """The training loop.
+
+    steps          : optimizer batches; each samples its own prompts
+    prompts        : prompts a step; completions a step = prompts x sampling.group
+    iterations     : optimizer steps on each batch of completions
+    micro_batch    : completions in one forward and backward pass
+    advantage_scale : what a centred reward is divided by: "group", "batch" standard deviation, or "none"
+    learning_rate, schedule, warmup : peak, its course towards zero, steps of linear warm-up
+    betas, weight_decay, max_grad_norm : AdamW and gradient clipping
+    seed           : of prompts' order and sampling
+    eval_every     : steps between evaluations on held-out prompts (0 = only before and after)
+    eval_prompts   : held-out prompts of each evaluation, one completion each
+    save_every     : steps between checkpoints (0 = only the last)
+    keep           : checkpoints kept
+    listen         : held-out prompts written to listen/ as MIDI and WAV, before and after
+    threads        : CPU threads of torch (0 = one a core)
+    """
+
+    steps: int = 200
+    prompts: int = 8
+    iterations: int = 1
+    micro_batch: int = 16
+    advantage_scale: Literal["group", "batch", "none"] = "group"
+    learning_rate: float = 1e-4
+    schedule: Literal["linear", "cosine", "constant"] = "linear"
+    warmup: int = 0
+    betas: tuple[float, float] = (0.9, 0.999)
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+    seed: int = 0
+    eval_every: int = 20
+    eval_prompts: int = 64
+    save_every: int = 20
+    keep: int = 3
+    listen: int = 6
+    threads: int = 0
+
+    def __post_init__(self) -> None:
+        least = dict.fromkeys(("steps", "prompts", "iterations", "micro_batch", "eval_prompts", "keep"), 1)
+        least |= dict.fromkeys(("warmup", "eval_every", "save_every", "listen", "threads", "seed"), 0)
+        for key, low in least.items():
+            if getattr(self, key) < low:
+                raise UserError(f"train.{key} is {getattr(self, key)}; it must be at least {low}")
+        if self.listen > self.eval_prompts:
+            raise UserError(f"train.listen is {self.listen}, more than the {self.eval_prompts} of train.eval_prompts")
+        for key in ("learning_rate", "max_grad_norm"):
+            if not getattr(self, key) > 0:
+                raise UserError(f"train.{key} is {getattr(self, key)}; it must be above 0")

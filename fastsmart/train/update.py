@@ -1,0 +1,138 @@
+"""One optimizer batch: the policy's log-probs, the loss, the step.
+
+Shape letters: N completions, B completions of a micro-batch, T tokens of a row, M completion tokens of a micro-batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastsmart.grpo.losses import LossStats, loss_denominator, policy_loss
+from fastsmart.grpo.settings import LossSettings
+from fastsmart.kernels.logprob import LogProb, logprob
+from fastsmart.policy.optimizer import set_learning_rate
+from fastsmart.policy.transformer import Policy
+from fastsmart.sampling.rollout import Rollout
+
+
+@dataclass(frozen=True)
+class Update:
+    """What an optimizer step did.
+
+    stats         : loss terms and means over tokens, by name (see `LossStats.means`)
+    grad_norm     : before clipping
+    learning_rate : of this step
+    """
+
+    stats: dict[str, float]
+    grad_norm: float
+    learning_rate: float
+
+
+@dataclass(frozen=True)
+class Packed:
+    """B completions of a rollout, with their tokens packed.
+
+    rows     : int64 [B, T], prompt and completion, padded on the right; the last token is no input and left out
+    where    : int64 [M], place in the flattened [B, T] that predicts each completion token
+    ids      : int64 [M]
+    sequence : int64 [M], row of each token
+    behaviour : float32 [M]
+    completions : int64 [B], number in the rollout of each row
+    """
+
+    rows: Tensor
+    where: Tensor
+    ids: Tensor
+    sequence: Tensor
+    behaviour: Tensor
+    completions: np.ndarray
+
+
+def micro_batches(rollout: Rollout, size: int, device: torch.device) -> Iterator[Packed]:
+    """The rollout in micro-batches of `size` completions of like length, longest first, so that little is padding."""
+    total = rollout.prompt_lengths + rollout.lengths
+    order = np.argsort(-total, kind="stable")
+    for start in range(0, len(order), size):
+        chosen = order[start : start + size]
+        width = int(total[chosen].max()) - 1
+        rows = np.zeros((len(chosen), width), np.int64)
+        for row, i in zip(rows, chosen, strict=True):
+            row[: total[i] - 1] = rollout.sequence(int(i))[:-1]
+        lengths = rollout.lengths[chosen].astype(np.int64)
+        sequence = np.repeat(np.arange(len(chosen)), lengths)
+        step = np.arange(len(sequence)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+        where = sequence * width + rollout.prompt_lengths[chosen][sequence] - 1 + step
+        ids, behaviour = rollout.ids[chosen][sequence, step], rollout.logprobs[chosen][sequence, step]
+        yield Packed(
+            rows=torch.from_numpy(rows).to(device),
+            where=torch.from_numpy(where).to(device),
+            ids=torch.from_numpy(ids.astype(np.int64)).to(device),
+            sequence=torch.from_numpy(sequence).to(device),
+            behaviour=torch.from_numpy(behaviour).to(device),
+            completions=chosen,
+        )
+
+
+def completion_logprobs(policy: Policy, batch: Packed, temperature: float, dtype: torch.dtype) -> LogProb:
+    """Log-prob, entropy and log-sum-exp of every completion token of a micro-batch, [M] each."""
+    device = batch.rows.device
+    with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+        hidden = policy.hidden(batch.rows)
+    picked = hidden.flatten(0, 1).index_select(0, batch.where).float()
+    return logprob(picked, policy.lm_head.weight, batch.ids, temperature)
+
+
+def update(
+    policy: Policy,
+    reference: Policy | None,
+    optimizer: torch.optim.Optimizer,
+    rollout: Rollout,
+    advantage: Tensor,
+    settings: LossSettings,
+    *,
+    temperature: float,
+    micro_batch: int,
+    learning_rate: float,
+    max_grad_norm: float,
+    dtype: torch.dtype = torch.float32,
+) -> Update:
+    """One optimizer step on a rollout, accumulated over micro-batches.
+
+    advantage : float32 [N]
+    reference : the policy the KL term holds to; None where there is no KL term
+    """
+    device = next(policy.parameters()).device
+    denominator = loss_denominator(torch.from_numpy(rollout.lengths), settings)
+    policy.train()
+    total: LossStats | None = None
+    for batch in micro_batches(rollout, micro_batch, device):
+        ours = completion_logprobs(policy, batch, temperature, dtype)
+        theirs = None
+        if reference is not None:
+            with torch.no_grad():
+                theirs = completion_logprobs(reference, batch, temperature, dtype).logprob
+        loss, stats = policy_loss(
+            ours.logprob,
+            batch.behaviour,
+            theirs,
+            advantage[torch.from_numpy(batch.completions)].to(device),
+            batch.sequence,
+            settings,
+            denominator,
+            ours.entropy if settings.entropy_bonus else ours.entropy.detach(),
+        )
+        loss.backward()
+        total = stats if total is None else total.merge(stats)
+    grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), max_grad_norm)
+    set_learning_rate(optimizer, learning_rate)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    policy.eval()
+    assert total is not None  # a rollout holds at least one completion
+    return Update(total.means(), float(grad_norm), learning_rate)
