@@ -41,9 +41,8 @@ _HOME = {
     "render": "fastsmart.audio",
     "sample": "fastsmart.sampling",
     "save_policy": "fastsmart.policy.checkpoint",
-    "train": "fastsmart.train.loop",
 }
-_MODULES = {"presets": "fastsmart.presets", "prompts": "fastsmart.tokens.prompts"}
+_MODULES = {"presets": "fastsmart.presets", "prompts": "fastsmart.tokens.prompts", "train": "fastsmart.train"}
 
 __all__ = [*_HOME, *_MODULES]
 

@@ -7,6 +7,7 @@ import importlib.util
 from dataclasses import dataclass
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from fastsmart.audio import find_soundfont, list_soundfonts
@@ -34,7 +35,7 @@ def examine() -> int:
         table.add_column(heading, overflow="fold")
     for f in findings:
         mark = "[green]ok[/green]" if f.ok else "[red]missing[/red]" if f.needed else "[yellow]optional[/yellow]"
-        table.add_row(mark, f.what, f.found, f.mend)
+        table.add_row(mark, f.what, escape(f.found), escape(f.mend))
     Console().print(table)
     return 0 if all(f.ok or not f.needed for f in findings) else 2
 

@@ -213,9 +213,9 @@ class FluidSynthRenderer:
         count = int(heard.sum())
         if count == 0:
             return 0
-        length = settings.max_samples if settings.tail == "release" else score
+        length = score
         if settings.tail == "release":
-            length = min(score + round(settings.release_s * settings.sample_rate), length)
+            length = min(score + round(settings.release_s * settings.sample_rate), settings.max_samples)
         voices = count * self._voices_per_note
         synth = self._new_synth(voices)
         try:

@@ -63,7 +63,8 @@ class RenderPool:
 
     replaced, failed : workers replaced and clips given up so far
 
-    Owns processes and memory: a context manager, or call `close`; both also happen when the interpreter ends.
+    Owns processes and memory: a context manager, or call `close`, which also happens when the interpreter ends. Not
+    for several threads at once.
 
     Raises UserError when FluidSynth or the soundfont cannot be used (at once, or from `poll` and `wait`).
     """
@@ -240,18 +241,22 @@ class RenderPool:
             try:
                 worker.connection.send_bytes(task)
             except ConnectionError:
+                self._hear(worker)  # what it finished before it died
                 self._replace(self._workers.index(worker))
 
     def _start(self) -> _Worker:
         ours, theirs = Pipe()
-        command = [sys.executable, "-m", "fastsmart.audio.worker", str(theirs.fileno()), str(self._memory_fd)]
-        environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "OMP_NUM_THREADS": "1"}
+        settings = asdict(self.settings) | {"soundfont": str(self.soundfont)}
+        ours.send_bytes(json.dumps(settings).encode())
+        # -P and PYTHONPATH: the worker finds the modules that this process finds, and no others
+        command = [sys.executable, "-P", "-m", "fastsmart.audio.worker", str(theirs.fileno()), str(self._memory_fd)]
+        search_path = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
         # Ctrl-C reaches every process of the terminal; a worker inherits the mask and leaves the matter to us.
         mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         try:
             process = subprocess.Popen(
                 command,
-                env=environment,
+                env=os.environ | {"PYTHONPATH": search_path, "OMP_NUM_THREADS": "1"},
                 pass_fds=(theirs.fileno(), self._memory_fd),
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
@@ -259,10 +264,7 @@ class RenderPool:
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         theirs.close()
-        worker = _Worker(process, ours)
-        settings = asdict(self.settings) | {"soundfont": str(self.soundfont)}
-        ours.send_bytes(json.dumps(settings).encode())
-        return worker
+        return _Worker(process, ours)
 
 
 def _kill(worker: _Worker) -> None:

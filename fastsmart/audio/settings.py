@@ -20,7 +20,8 @@ class RenderSettings:
     max_seconds    : the score is cut here; notes still sounding end here
     tail           : "cut" ends a clip with its score, as the paper does; "release" lets the last notes fade
     release_s      : seconds that tail = "release" adds at most; the silence after the fade is trimmed
-    normalize      : "peak" divides each clip by max|x| + 1e-6, as the paper does; "none" keeps FluidSynth's level
+    normalize      : "peak" divides each clip by max|x| + 1e-6 (the paper does so too, but before it averages the two
+                     channels to mono); "none" keeps FluidSynth's level
     empty          : a score without notes becomes 1 s of zeros ("silence", the paper) or unscorable NaN ("nan")
     reverb, chorus : FluidSynth's effects; off, because with them a note is no longer the same wherever it stands
     program        : General MIDI program of bank 0, 0-127; 0 is the piano

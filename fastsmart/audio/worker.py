@@ -1,15 +1,18 @@
 """One process of the render pool: notes come in over a pipe as raw bytes, audio goes out into shared memory.
 
 Started by `fastsmart.audio.pool` as `python -m fastsmart.audio.worker PIPE MEMORY` with two inherited file
-descriptors. It ends when the pipe does, so it never outlives its pool, however that ended.
+descriptors. It ends when the pipe does, in the middle of a clip if need be, so it never outlives its pool.
 """
 
 from __future__ import annotations
 
 import json
 import mmap
+import os
+import select
 import struct
 import sys
+import threading
 from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING
 
@@ -45,6 +48,14 @@ def unpack_task(task: bytes) -> tuple[int, tuple[np.ndarray, np.ndarray, np.ndar
     return index, (seconds[0], seconds[1], midi[0], midi[1], end_s)
 
 
+def leave_with_pool(pipe: int) -> None:
+    """End this process as soon as the other end of the pipe is closed, which a killed pool's is too."""
+    poll = select.poll()
+    poll.register(pipe, 0)  # nothing but the hang-up
+    poll.poll()
+    os._exit(0)
+
+
 def serve(connection: Connection, memory: mmap.mmap) -> None:
     """Read the settings, then render task after task; returns when the other end of the pipe is closed."""
     try:
@@ -65,4 +76,6 @@ def serve(connection: Connection, memory: mmap.mmap) -> None:
 
 
 if __name__ == "__main__":
-    serve(Connection(int(sys.argv[1])), mmap.mmap(int(sys.argv[2]), 0))
+    pipe, memory = map(int, sys.argv[1:])
+    threading.Thread(target=leave_with_pool, args=(pipe,), daemon=True).start()
+    serve(Connection(pipe), mmap.mmap(memory, 0))

@@ -172,7 +172,7 @@ def _locator(source: str | Path):
     if str(source).count("/") != 1 or path.is_absolute() or str(source).startswith("."):
         known = ", ".join(shipped_policies()) or "none"
         raise UserError(f"no policy {source}: give a checkpoint folder, a shipped name ({known}) or a hub id")
-    from fastsmart.policy.hub import fetch
+    from fastsmart.hub import fetch
 
     return lambda name: fetch(str(source), name)
 

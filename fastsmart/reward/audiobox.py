@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from fastsmart.errors import UserError
+from fastsmart.hub import cached, fetch
 from fastsmart.reward.base import Clips, heard, unrendered
 from fastsmart.reward.settings import AUDIOBOX_AXES
 
@@ -158,12 +159,8 @@ def read_weights(checkpoint: str | Path) -> Weights:
 
 def cached_checkpoint() -> Path | None:
     """The published weights, if this machine's hub cache holds them."""
-    try:
-        from huggingface_hub import try_to_load_from_cache
-    except ImportError:
-        return None
-    found = [try_to_load_from_cache(HUB_ID, file) for file in HUB_FILES]
-    return Path(found[-1]) if all(isinstance(path, str) for path in found) else None  # type: ignore[arg-type]
+    found = [cached(HUB_ID, file) for file in HUB_FILES]
+    return found[-1] if all(found) else None
 
 
 def _read_torch(path: Path) -> Weights:
@@ -225,13 +222,8 @@ def _build(weights: Weights, source: str | Path) -> torch.nn.Module:
 def _from_hub() -> Path:
     """Path of the published safetensors, from the cache or the network; `config.json` is fetched beside it."""
     try:
-        import huggingface_hub
-        from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-    except ImportError as error:
-        raise UserError(f"huggingface_hub is not installed, so {_how_to_get_them()}") from error
-    try:
-        return [Path(huggingface_hub.hf_hub_download(HUB_ID, file)) for file in HUB_FILES][-1]
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        return [fetch(HUB_ID, file) for file in HUB_FILES][-1]
+    except UserError as error:
         raise UserError(f"cannot fetch {HUB_ID} from the hub; {_how_to_get_them()}") from error
 
 

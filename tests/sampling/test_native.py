@@ -144,7 +144,7 @@ def test_settings_that_make_no_sense_are_refused(change, says):
 
 def test_sequences_longer_than_the_policy_and_empty_prompts_are_refused(vocab):
     policy = make_policy(vocab, max_positions=64)
-    with pytest.raises(UserError, match="lower sampling.max_tokens"):
+    with pytest.raises(UserError, match=r"lower sampling\.max_tokens"):
         sample(policy, PROMPTS, max_tokens=60)
     with pytest.raises(UserError, match="a prompt is empty"):
         sample(policy, TokenBatch.pack([[1], []]), max_tokens=5)
