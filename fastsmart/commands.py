@@ -14,10 +14,11 @@ from fastsmart.errors import UserError
 
 MIDI_SUFFIXES = (".mid", ".midi")
 AUDIO_SUFFIXES = (".wav", ".flac")
+LONGEST_S = 3600.0  # of a rendered file
 
 
 def train(options: argparse.Namespace) -> int:
-    from fastsmart.config import Config, parse_assignment, read_config, to_toml, updated
+    from fastsmart.config import Config, assigned, read_config, to_toml
     from fastsmart.presets import load_preset
 
     config = load_preset(options.preset) if options.preset else Config()
@@ -25,7 +26,7 @@ def train(options: argparse.Namespace) -> int:
         config = read_config(options.config, config)
     sets = options.set + ([f"sampling.engine={options.engine}"] if options.engine else [])
     for assignment in sets:
-        config = updated(config, parse_assignment(assignment))
+        config = assigned(config, assignment)
     if options.dry_run:
         print(to_toml(config), end="")
         return 0
@@ -198,7 +199,9 @@ def policy_source(text: str) -> str:
 def _render_one(notes: Any, i: int, path: Path, soundfont: str) -> None:
     from fastsmart.audio import RenderSettings, render_file
 
-    render_file(notes, i, path, RenderSettings(soundfont=soundfont, max_seconds=max(1.0, float(notes.end_s[i]))))
+    render_file(
+        notes, i, path, RenderSettings(soundfont=soundfont, max_seconds=min(max(1.0, float(notes.end_s[i])), LONGEST_S))
+    )
 
 
 def _files(names: list[str], suffixes: tuple[str, ...]) -> list[Path]:

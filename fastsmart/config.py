@@ -70,21 +70,29 @@ def read_config(path: str | Path, base: Config | None = None) -> Config:
         raise UserError(f"{path}: {error}") from error
 
 
-def parse_assignment(text: str) -> dict[str, Any]:
-    """The tree of one `--set section.key=value`; the value is read as TOML, and as plain text where it is none.
+def assigned(config: Config, text: str) -> Config:
+    """The config with one `section.key=value` put in; the value is read as TOML, and as plain text where it is none.
 
-    Raises UserError when there is no `=`.
+    A key inside a table (`reward.terms.consonance=2`) leaves the table's other keys as they are; a whole table
+    (`reward.terms={consonance=2}`) takes its place. Raises UserError where there is no `=`, and as `updated` does.
     """
     key, equals, value = text.partition("=")
     if not equals or not key.strip():
         raise UserError(f"--set {text}: write it as section.key=value, for example --set train.steps=50")
     try:
-        parsed = tomllib.loads(f"value = {value}")["value"]
+        tree = tomllib.loads(f"value = {value}")["value"]
     except tomllib.TOMLDecodeError:
-        parsed = value.strip()
-    for part in reversed(key.strip().split(".")):
-        parsed = {part: parsed}
-    return parsed
+        tree = value.strip()
+    parts = key.strip().split(".")
+    node: Any = config
+    for depth, part in enumerate(parts[:-1]):
+        node = getattr(node, part, None)
+        if isinstance(node, Mapping):
+            tree, parts = {**node, parts[-1]: tree}, parts[: depth + 1]
+            break
+    for part in reversed(parts):
+        tree = {part: tree}
+    return updated(config, tree)
 
 
 def updated(config: Any, tree: Mapping[str, Any], where: str = "") -> Any:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import importlib.util
 from dataclasses import dataclass
 
@@ -60,7 +59,6 @@ def _fluidsynth() -> Finding:
         version = load_library().fluid_version_str
     except UserError as error:
         return Finding("FluidSynth", str(error), False, True, "apt-get install libfluidsynth3")
-    version.restype = ctypes.c_char_p
     return Finding("FluidSynth", version().decode(), True, True)
 
 

@@ -30,7 +30,9 @@ def fetch(repository: str, name: str) -> Path:
         path = cached(repository, name)
         if path:
             return path
-        raise UserError(f"there is no network to fetch {repository} from the hub; give the path of a local copy instead")
+        raise UserError(
+            f"there is no network to fetch {repository} from the hub; give the path of a local copy instead"
+        )
     try:
         return Path(hf_hub_download(repository, name))
     except LocalEntryNotFoundError as error:

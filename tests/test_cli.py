@@ -186,7 +186,7 @@ MISTAKES = [
 @pytest.mark.parametrize("mistake", MISTAKES, ids=lambda m: m.__name__)
 def test_what_the_user_can_mend_is_one_sentence_and_exit_code_2(run, tmp_path, mistake):
     arguments, says = mistake(tmp_path)
-    code, out, err = run(*arguments)
+    code, _, err = run(*arguments)
     assert code == 2
     assert one_sentence(err), err
     assert says in err
@@ -212,11 +212,11 @@ def test_pretrain_makes_a_release_that_can_be_sampled(run, tmp_path):
     out_folder = tmp_path / "base"
     sizes = ["--layers", 1, "--hidden", 32, "--ffn", 64, "--steps", 20, "--length", 64, "--eval-every", 10]
     options = ["--name", "test pieces", "--licence", "CC0"]
-    code, out, err = run("pretrain", "--midi", tmp_path, "--out", out_folder, *sizes, *options)
+    code, _, err = run("pretrain", "--midi", tmp_path, "--out", out_folder, *sizes, *options)
     assert code == 0, err
     assert "left out damaged.mid" in err
     card = (out_folder / "release" / "README.md").read_text()
     assert all(text in card for text in ("test pieces", "CC0", "unigram", "bigram", "scale consistency", "real pieces"))
     assert json.loads((out_folder / "release" / "typicality.json").read_text())
-    code, out, _ = run("sample", "--policy", out_folder / "release", "--out", tmp_path / "s", "-n", 1, "--max-tokens", 20)
+    code, _, _ = run("sample", "--policy", out_folder / "release", "--out", tmp_path / "s", "-n", 1, "--max-tokens", 20)
     assert code == 0

@@ -2,7 +2,7 @@
 
 import pytest
 
-from fastsmart.config import Config, parse_assignment, read_config, to_toml, updated
+from fastsmart.config import Config, assigned, read_config, to_toml
 from fastsmart.errors import UserError
 from fastsmart.presets import PRESETS
 
@@ -64,7 +64,7 @@ def test_assignments_are_read_as_toml_and_else_as_text():
         "reward.terms.consonance=2",
         "audio.reverb=true",
     ):
-        config = updated(config, parse_assignment(text))
+        config = assigned(config, text)
     assert (config.train.steps, config.train.learning_rate, config.policy.source) == (7, 1.0, "some/where")
     assert (config.prompts.time_signatures, config.reward.terms, config.audio.reverb) == (
         ("3/4",),
@@ -72,10 +72,10 @@ def test_assignments_are_read_as_toml_and_else_as_text():
         True,
     )
     with pytest.raises(UserError, match=r"section\.key=value"):
-        parse_assignment("train.steps")
+        assigned(config, "train.steps")
 
 
 def test_one_term_set_leaves_the_others_of_the_preset():
-    config = updated(PRESETS["demo"](), parse_assignment("reward.terms.consonance=9"))
+    config = assigned(PRESETS["demo"](), "reward.terms.consonance=9")
     assert config.reward.terms == {**PRESETS["demo"]().reward.terms, "consonance": 9.0}
-    assert updated(config, parse_assignment("reward.terms={variety=1}")).reward.terms == {"variety": 1.0}
+    assert assigned(config, "reward.terms={variety=1}").reward.terms == {"variety": 1.0}

@@ -107,7 +107,7 @@ def _table(rollout: Rollout, played: NoteBatch, real: NoteBatch, vocab) -> str:
     lines = ["| | policy | real pieces |", "|---|---|---|"]
     lines += [f"| {row.replace('_', ' ')} | {_cell(ours[row])} | {_cell(theirs[row])} |" for row in ROWS]
     lines += [
-        f"| note tokens that became notes | {min(used / max(drawn, 1), 1.0):.1%} | 100 % |",
+        f"| note tokens that became notes | {used / max(drawn, 1):.1%} | 100 % |",
         f"| clips without notes | {np.mean(played.counts == 0):.1%} | {np.mean(real.counts == 0):.1%} |",
         f"| completions the policy ended itself | {ended:.1%} | |",
     ]

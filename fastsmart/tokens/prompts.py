@@ -36,6 +36,8 @@ class PromptSettings:
     tempo_min, tempo_max : bpm of procedural prompts, both included; 0 means no limit
     dataset        : folder of an encoded dataset, for source "dataset"
     seed           : of which prompts are held out and in which order all of them come
+
+    Raises UserError for an unknown source or a negative seed; what depends on the vocabulary `make_prompts` checks.
     """
 
     source: str = "procedural"
@@ -44,6 +46,12 @@ class PromptSettings:
     tempo_max: float = 0.0
     dataset: str = ""
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.source not in SOURCES:
+            raise UserError(f"prompts.source must be one of {', '.join(SOURCES)}, not {self.source!r}")
+        if self.seed < 0:
+            raise UserError(f"prompts.seed must be 0 or more, not {self.seed}")
 
 
 @dataclass(frozen=True)
@@ -170,12 +178,8 @@ def _any_split(settings: PromptSettings, vocab: Vocabulary, n: int) -> Prompts:
 
 def _openings(settings: PromptSettings, vocab: Vocabulary) -> tuple[int, Callable[[int], list[int]]]:
     """How many openings a source has, and the tokens of opening j."""
-    if settings.seed < 0:
-        raise UserError(f"prompts.seed must be 0 or more, not {settings.seed}")
     if settings.source == "bos":
         return 1, lambda j: [vocab.bos_id]
-    if settings.source not in SOURCES:
-        raise UserError(f"prompts.source must be one of {', '.join(SOURCES)}, not {settings.source!r}")
     if not vocab.ids_of("TimeSig") or not vocab.ids_of("Tempo"):
         raise UserError(
             f"prompts.source {settings.source!r} needs TimeSig and Tempo tokens, which the vocabulary lacks; use 'bos'"

@@ -65,7 +65,7 @@ def provenance(config: Config, policy: Policy) -> str:
         "policy": {"source": config.policy.source, "parameters": policy.num_parameters},
         "device": str(resolved_device(config.policy)),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "machine": {"processor": _processor(), "cores": cpu_cores(), "python": platform.python_version()},
+        "machine": {"processor": processor(), "cores": cpu_cores(), "python": platform.python_version()},
         "packages": {name: version for name in PACKAGES if (version := installed_version(name))},
     }
     try:
@@ -83,7 +83,8 @@ def installed_version(package: str) -> str | None:
         return None
 
 
-def _processor() -> str:
+def processor() -> str:
+    """The processor's own name."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
         return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))

@@ -5,6 +5,7 @@ import os
 import signal
 import threading
 import time
+from pathlib import Path
 
 import mido
 import numpy as np
@@ -65,8 +66,8 @@ def test_a_worker_that_dies_takes_one_file_at_most_and_is_replaced(folder, tmp_p
             for entry in os.listdir("/proc"):
                 if entry.isdigit():
                     try:
-                        status = open(f"/proc/{entry}/stat").read().rsplit(")", 1)[1].split()
-                        command = open(f"/proc/{entry}/cmdline").read()
+                        status = Path(f"/proc/{entry}/stat").read_text().rsplit(")", 1)[1].split()
+                        command = Path(f"/proc/{entry}/cmdline").read_text()
                     except OSError:
                         continue
                     if int(status[1]) == os.getpid() and "spawn_main" in command:
@@ -91,9 +92,7 @@ def test_voices_are_merged_doublings_and_drums_left_out_and_one_beat_bars_become
     note = [mido.Message("note_on", note=60, velocity=80), mido.Message("note_off", note=60, time=480)]
     head = mido.MetaMessage("time_signature", numerator=1, denominator=4)
     melody = mido.MidiTrack([head, *note])
-    doubling = mido.MidiTrack(
-        [m.copy(channel=1) for m in note] + [m.copy(channel=1, note=67) for m in note] * 4
-    )
+    doubling = mido.MidiTrack([m.copy(channel=1) for m in note] + [m.copy(channel=1, note=67) for m in note] * 4)
     drums = mido.MidiTrack([m.copy(channel=9, note=38) for m in note])
     file.tracks += [melody, doubling, drums]
     file.save(tmp_path / "piece.mid")

@@ -176,19 +176,19 @@ def test_a_time_signature_named_twice_counts_once():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        (PromptSettings("midi"), r"prompts\.source must be one of procedural, .*'midi'"),
-        (PromptSettings(time_signatures=("1/4",)), r"prompts\.time_signatures: no '1/4'.*3/8, 5/8.*3/2"),
-        (PromptSettings(tempo_min=300), r"prompts\.tempo_min 300.*40, 43\.33.*250 bpm"),
-        (PromptSettings(tempo_min=100, tempo_max=99), r"prompts\.tempo_max 99.*40, 43\.33.*250 bpm"),
-        (PromptSettings(tempo_min=float("nan")), r"prompts\.tempo_min nan"),
-        (PromptSettings("dataset"), r"prompts\.dataset is empty"),
-        (PromptSettings("dataset", dataset="/nowhere/at/all"), "/nowhere/at/all is not an encoded dataset"),
-        (PromptSettings(seed=-1), r"prompts\.seed"),
+        ({"source": "midi"}, r"prompts\.source must be one of procedural, .*'midi'"),
+        ({"time_signatures": ("1/4",)}, r"prompts\.time_signatures: no '1/4'.*3/8, 5/8.*3/2"),
+        ({"tempo_min": 300}, r"prompts\.tempo_min 300.*40, 43\.33.*250 bpm"),
+        ({"tempo_min": 100, "tempo_max": 99}, r"prompts\.tempo_max 99.*40, 43\.33.*250 bpm"),
+        ({"tempo_min": float("nan")}, r"prompts\.tempo_min nan"),
+        ({"source": "dataset"}, r"prompts\.dataset is empty"),
+        ({"source": "dataset", "dataset": "/nowhere/at/all"}, "/nowhere/at/all is not an encoded dataset"),
+        ({"seed": -1}, r"prompts\.seed"),
     ],
 )
 def test_a_setting_that_cannot_be_met_is_named(settings, message):
     with pytest.raises(UserError, match=message):
-        make_prompts(settings, SMART, "train", 0, 1)
+        make_prompts(PromptSettings(**settings), SMART, "train", 0, 1)
 
 
 def test_a_dataset_of_another_vocabulary_is_refused(dataset_folder, tmp_path):

@@ -121,7 +121,8 @@ def test_a_symbolic_reward_is_learnt_and_renders_nothing(tmp_path):
     result = train(config_for(Path("pop909-tiny"), group, longer), tmp_path / "run")
     assert result.after["reward"]["mean"] > result.before["reward"]["mean"] + 0.5 * result.before["reward"]["std"]
     assert not list((tmp_path / "run" / "listen").glob("*.wav"))
-    assert all("render" not in json.loads(line)["time"] for line in open(tmp_path / "run" / "metrics.jsonl"))
+    metrics = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    assert all("render" not in json.loads(line)["time"] for line in metrics)
 
 
 def test_killed_at_a_random_moment_and_resumed_it_writes_the_same_metrics(checkpoint, tmp_path):
@@ -189,7 +190,7 @@ def test_a_folder_that_holds_a_run_is_not_overwritten(checkpoint, tmp_path):
 
 def test_a_folder_that_cannot_be_written_is_named(checkpoint, tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="cannot write .*file/run: Not a directory"):
+    with pytest.raises(UserError, match=r"cannot write .*file/run: Not a directory"):
         train(config_for(checkpoint), tmp_path / "file" / "run")
 
 

@@ -91,7 +91,7 @@ def naive_names(batch, optimizer):
 
 def test_every_completion_token_is_in_exactly_one_micro_batch(batch):
     _, rollout, _ = batch
-    seen = [m for m in micro_batches(rollout, 5, torch.device("cpu"))]
+    seen = list(micro_batches(rollout, 5, torch.device("cpu")))
     assert sorted(i for m in seen for i in m.completions) == list(range(len(rollout)))
     for m in seen:
         for row, i in enumerate(m.completions):

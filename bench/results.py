@@ -1,0 +1,36 @@
+"""Results of benchmarks, each with the machine, the commit and the command that made it."""
+
+from __future__ import annotations
+
+import json
+import platform
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastsmart.files import cpu_cores
+from fastsmart.train.provenance import PACKAGES, installed_version, processor
+
+
+def write_result(path: str | Path, figures: dict[str, Any]) -> None:
+    """Write figures as JSON together with where they come from."""
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    record = {
+        "command": shlex.join(["python", *sys.argv]),
+        "commit": commit.stdout.strip(),
+        "machine": {
+            "processor": processor(),
+            "cores": cpu_cores(),
+            "threads": torch.get_num_threads(),
+            "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+            "python": platform.python_version(),
+        },
+        "packages": {name: version for name in PACKAGES if (version := installed_version(name))},
+        **figures,
+    }
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    Path(path).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
