@@ -7,7 +7,7 @@ help: ## this list
 
 demo: ## train the shipped piano model on how it sounds; hear it in runs/demo/listen
 	@bash .ci/setup demo
-	.venv/bin/fastsmart train --preset demo --out runs/demo
+	.venv/bin/fastsmart train --preset demo --out runs/demo --resume=auto
 
 test: ## run the tests; make test ARGS="-k decode" runs some
 	@bash .ci/setup test

@@ -11,31 +11,31 @@ from pathlib import Path
 from typing import Any
 
 from fastsmart.errors import UserError
+from fastsmart.notes import MIDI_SUFFIXES
 
-MIDI_SUFFIXES = (".mid", ".midi")
 AUDIO_SUFFIXES = (".wav", ".flac")
-LONGEST_S = 3600.0  # of a rendered file
 
 
 def train(options: argparse.Namespace) -> int:
     from fastsmart.config import Config, assigned, read_config, to_toml
     from fastsmart.presets import load_preset
+    from fastsmart.train.folder import RunFolder
 
     config = load_preset(options.preset) if options.preset else Config()
     if options.config:
         config = read_config(options.config, config)
     sets = options.set + ([f"sampling.engine={options.engine}"] if options.engine else [])
-    for assignment in sets:
-        config = assigned(config, assignment)
+    config = assigned(config, sets)
     if options.dry_run:
         print(to_toml(config), end="")
         return 0
     if not options.out:
         raise UserError("name the folder of the run with --out, for example --out runs/demo")
-    resume = options.resume == "yes" or (options.resume == "auto" and (Path(options.out) / "config.toml").exists())
-    if resume and options.resume == "yes" and (options.preset or options.config or sets):
+    resume = options.resume == "yes" or (options.resume == "auto" and RunFolder.begun(options.out))
+    if resume and (options.preset or options.config or sets) and RunFolder.reopen(options.out).config != config:
         raise UserError(
-            "--resume goes on with the run's own config.toml; leave out --preset, --config, --set, --engine"
+            f"{options.out} holds a run with other settings; leave out --preset, --config, --set and --engine to go on "
+            "with its own config.toml, or choose another --out"
         )
     if not resume and not config.reward.terms:
         raise UserError("reward.terms names no reward; start from --preset demo or add --set reward.terms.consonance=1")
@@ -91,8 +91,9 @@ def render(options: argparse.Namespace) -> int:
     from fastsmart.notes import read_midi
 
     failed = 0
-    for path in _files(options.files, MIDI_SUFFIXES):
-        target = (make_folder(options.out) / path.name if options.out else path).with_suffix(".wav")
+    for path, below in _files(options.files, MIDI_SUFFIXES):
+        target = (Path(options.out) / below if options.out else path).with_suffix(".wav")
+        make_folder(target.parent)
         try:
             _render_one(read_midi(path), 0, target, options.soundfont)
             print(target)
@@ -110,7 +111,7 @@ def score(options: argparse.Namespace) -> int:
 
     scorer = FileScorer(options.reward, options.checkpoint, options.statistics, options.soundfont, options.max_seconds)
     failed = 0
-    for path in _files(options.files, MIDI_SUFFIXES + AUDIO_SUFFIXES):
+    for path, _ in _files(options.files, MIDI_SUFFIXES + AUDIO_SUFFIXES):
         line: dict[str, Any] = {"path": str(path)}
         try:
             line |= scorer(path)
@@ -131,19 +132,19 @@ def pretrain(options: argparse.Namespace) -> int:
     from fastsmart.policy.transformer import PolicySize
     from fastsmart.progress import bar
     from fastsmart.stopping import stop_signals
-    from fastsmart.study.card import write_release
+    from fastsmart.study.card import STATISTICS_FILE, real_statistics, write_release
     from fastsmart.tokens.dataset import TokenDataset, encode_folder
     from fastsmart.tokens.vocabulary import load_vocabulary
 
     vocab, out = load_vocabulary(options.vocabulary), Path(options.out)
     torch.set_num_threads(options.threads or cpu_cores())
-    if options.resume or (out / "dataset").is_dir():
+    if (out / "dataset").is_dir():
         dataset = TokenDataset.open(out / "dataset")
+        if dataset.source != str(Path(options.midi).resolve()) or dataset.vocab.tokens != vocab.tokens:
+            raise UserError(f"{out / 'dataset'} was encoded from {dataset.source}; choose another --out, or remove it")
     else:
         with bar("encoding") as show:
-            dataset = encode_folder(
-                options.midi, out / "dataset", vocab, progress=lambda done, total, _: show(done, total)
-            )
+            dataset = encode_folder(options.midi, out / "dataset", vocab, 0, lambda done, total, _: show(done, total))
     for name, reason in dataset.damaged:
         print(f"left out {name}: {reason}", file=sys.stderr)
     print(f"{len(dataset)} pieces, {dataset.offsets[-1]:,} tokens, {len(dataset.damaged)} damaged files left out")
@@ -156,6 +157,12 @@ def pretrain(options: argparse.Namespace) -> int:
     if options.length:
         settings = replace(settings, crop=CropSettings(length=options.length))
     size = PolicySize(len(vocab), options.hidden, options.ffn, options.layers, options.heads, options.heads)
+
+    try:
+        statistics = real_statistics(dataset, settings, options.name)
+    except UserError as error:
+        statistics = None
+        print(f"the release will have no {STATISTICS_FILE}: {error}", file=sys.stderr)
 
     def report(line: dict[str, Any]) -> None:
         show(line["step"], settings.steps)
@@ -172,7 +179,7 @@ def pretrain(options: argparse.Namespace) -> int:
         print(f"saved at step {result.step}; go on with --resume")
         return stop.exit_code
     command = shlex.join(["fastsmart", *sys.argv[1:]])
-    print(write_release(result, dataset, settings, out / "release", options.name, options.licence, command))
+    print(write_release(result, dataset, settings, statistics, out / "release", options.name, options.licence, command))
     return 0
 
 
@@ -184,35 +191,35 @@ def doctor(options: argparse.Namespace) -> int:
 
 def policy_source(text: str) -> str:
     """What a person names as a policy: a run folder stands for its newest checkpoint, all else for itself."""
-    from fastsmart.train.folder import RunFolder
+    from fastsmart.policy.state import Checkpoints
 
-    if (Path(text) / "config.toml").is_file():
-        found = RunFolder.reopen(text).checkpoints()
-        if not found:
-            raise UserError(f"the run in {text} has no checkpoint yet")
-        return str(found[-1])
-    if (Path(text) / "policy" / "config.json").is_file():  # a pre-training run
+    if (Path(text) / "policy" / "config.json").is_file():  # a pre-training run: its best
         return str(Path(text) / "policy")
-    return text
+    found = Checkpoints(Path(text) / "checkpoints").all()
+    if not found and (Path(text) / "config.toml").is_file():
+        raise UserError(f"the run in {text} has no checkpoint yet")
+    return str(found[-1]) if found else text
 
 
 def _render_one(notes: Any, i: int, path: Path, soundfont: str) -> None:
-    from fastsmart.audio import RenderSettings, render_file
+    from fastsmart.audio import RenderSettings, listening_seconds, render_file
 
-    render_file(
-        notes, i, path, RenderSettings(soundfont=soundfont, max_seconds=min(max(1.0, float(notes.end_s[i])), LONGEST_S))
-    )
+    whole = notes.select([i])
+    render_file(whole, 0, path, RenderSettings(soundfont=soundfont, max_seconds=listening_seconds(whole)))
 
 
-def _files(names: list[str], suffixes: tuple[str, ...]) -> list[Path]:
-    """The files named, and those of the right kind below the folders named, sorted; UserError when there are none."""
-    found: list[Path] = []
+def _files(names: list[str], suffixes: tuple[str, ...]) -> list[tuple[Path, Path]]:
+    """The files named, and those of the right kind below the folders named, each with its path below the folder.
+
+    Raises UserError when there are none.
+    """
+    found: list[tuple[Path, Path]] = []
     for name in names:
         path = Path(name)
         if path.is_dir():
-            found += sorted(p for p in path.rglob("*") if p.suffix.lower() in suffixes)
+            found += sorted((p, p.relative_to(path)) for p in path.rglob("*") if p.suffix.lower() in suffixes)
         elif path.exists():
-            found.append(path)
+            found.append((path, Path(path.name)))
         else:
             raise UserError(f"no file {name}")
     if not found:

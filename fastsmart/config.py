@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tomllib
 import types
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from difflib import get_close_matches
 from pathlib import Path
@@ -42,12 +42,16 @@ class Config:
                 "sampling.top_k and sampling.top_p must be off (0 and 1.0) in training: the loss takes log-probs over "
                 "the whole vocabulary, and a truncated sampler would bias every ratio"
             )
-        if self.sampling.group < 2 and self.train.advantage_scale == "group":
+        if self.sampling.group < 2:
             raise UserError("sampling.group must be at least 2: advantages are relative to the rest of the group")
-        if self.grpo.max_tokens not in (0, self.sampling.max_tokens):
+        if self.grpo.loss == "dr_grpo" and self.grpo.max_tokens != self.sampling.max_tokens:
             raise UserError(
-                f"grpo.max_tokens is {self.grpo.max_tokens}, but sampling.max_tokens is {self.sampling.max_tokens}; "
-                "leave it at 0"
+                f"grpo.max_tokens is {self.grpo.max_tokens}; dr_grpo needs that of sampling.max_tokens, "
+                f"{self.sampling.max_tokens}"
+            )
+        if self.grpo.ratio == "one" and self.train.iterations > 1:
+            raise UserError(
+                "grpo.ratio 'one' takes every step for on-policy; with train.iterations above 1 it must be 'behaviour'"
             )
 
 
@@ -70,29 +74,29 @@ def read_config(path: str | Path, base: Config | None = None) -> Config:
         raise UserError(f"{path}: {error}") from error
 
 
-def assigned(config: Config, text: str) -> Config:
-    """The config with one `section.key=value` put in; the value is read as TOML, and as plain text where it is none.
+def assigned(config: Config, texts: Sequence[str]) -> Config:
+    """The config with every `section.key=value` put in, checked when all are in.
 
-    A key inside a table (`reward.terms.consonance=2`) leaves the table's other keys as they are; a whole table
-    (`reward.terms={consonance=2}`) takes its place. Raises UserError where there is no `=`, and as `updated` does.
+    A value is read as TOML, and as plain text where it is none. A key inside a table (`reward.terms.consonance=2`)
+    leaves the table's other keys as they are; a whole table (`reward.terms={consonance=2}`) takes its place. Raises
+    UserError where there is no `=`, and as `updated` does.
     """
-    key, equals, value = text.partition("=")
-    if not equals or not key.strip():
-        raise UserError(f"--set {text}: write it as section.key=value, for example --set train.steps=50")
-    try:
-        tree = tomllib.loads(f"value = {value}")["value"]
-    except tomllib.TOMLDecodeError:
-        tree = value.strip()
-    parts = key.strip().split(".")
-    node: Any = config
-    for depth, part in enumerate(parts[:-1]):
-        node = getattr(node, part, None)
-        if isinstance(node, Mapping):
-            tree, parts = {**node, parts[-1]: tree}, parts[: depth + 1]
-            break
-    for part in reversed(parts):
-        tree = {part: tree}
-    return updated(config, tree)
+    tree = _plain(asdict(config))
+    for text in texts:
+        key, equals, value = text.partition("=")
+        *sections, last = key.strip().split(".")
+        if not equals or not last or not sections:
+            raise UserError(f"--set {text}: write it as section.key=value, for example --set train.steps=50")
+        node = tree
+        for i, section in enumerate(sections):
+            node = node.setdefault(section, {})
+            if not isinstance(node, dict):
+                raise UserError(f"--set {text}: {'.'.join(sections[: i + 1])} is a value, not a section")
+        try:
+            node[last] = tomllib.loads(f"value = {value}")["value"]
+        except tomllib.TOMLDecodeError:
+            node[last] = value.strip()
+    return updated(Config(), tree)
 
 
 def updated(config: Any, tree: Mapping[str, Any], where: str = "") -> Any:

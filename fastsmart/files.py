@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import math
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from fastsmart.errors import UserError
 
@@ -16,44 +19,91 @@ from fastsmart.errors import UserError
 def atomic_folder(path: str | Path) -> Iterator[Path]:
     """A fresh private folder that takes the place of `path` when the block ends without an exception.
 
-    What stood at `path` before stays whole until then, and stays when the block fails. Raises UserError when the disk
-    is full or the place cannot be written.
+    What stood at `path` before stays whole until then, and stays when the block fails. What an earlier process that was
+    killed left half-done is cleared away first, and put back where it had only been moved aside. Raises UserError when
+    the disk is full or the place cannot be written.
     """
     path = Path(path)
     with os_errors_as_user_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
+        _clear_up_after_a_crash(path)
         part = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
     try:
+        yield part
         with os_errors_as_user_errors(path):
-            yield part
             for file in part.rglob("*"):
                 if file.is_file():
                     file.chmod(0o644)
                     sync(file)
             part.chmod(0o755)
-            if path.exists():
-                old = Path(tempfile.mkdtemp(prefix=f".{path.name}.old.", dir=path.parent))
-                path.rename(old / path.name)
-                part.rename(path)
-                shutil.rmtree(old, ignore_errors=True)
-            else:
-                part.rename(path)
+            _take_place(part, path)
             sync(path.parent)
     finally:
         shutil.rmtree(part, ignore_errors=True)
 
 
+def _take_place(part: Path, path: Path) -> None:
+    if not path.exists():
+        part.rename(path)
+        return
+    aside = Path(tempfile.mkdtemp(prefix=f".{path.name}.old.", dir=path.parent)) / path.name
+    path.rename(aside)
+    try:
+        part.rename(path)
+    except OSError:
+        aside.rename(path)
+        raise
+    shutil.rmtree(aside.parent, ignore_errors=True)
+
+
+def _clear_up_after_a_crash(path: Path) -> None:
+    for aside in path.parent.glob(f".{path.name}.old.*"):
+        if (aside / path.name).exists() and not path.exists():
+            (aside / path.name).rename(path)
+    for leftover in path.parent.glob(f".{path.name}.*"):
+        shutil.rmtree(leftover, ignore_errors=True)
+
+
 def write_atomic(path: str | Path, text: str) -> None:
     """Write a small text file in one step; raises UserError when the disk is full or the place cannot be written."""
     path = Path(path)
-    part = path.with_name(f".{path.name}.{os.getpid()}")
+    part = path.with_name(f".{path.name}.part")
     try:
         with os_errors_as_user_errors(path):
             part.write_text(text, encoding="utf-8")
             sync(part)
             part.replace(path)
     finally:
-        part.unlink(missing_ok=True)
+        with suppress(OSError):
+            part.unlink(missing_ok=True)
+
+
+class JsonLines:
+    """A file of one JSON object a line, each with its `step`: the metrics of a run."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def append(self, line: dict[str, Any]) -> None:
+        """Add a line; a number that is not finite is written as null. Raises UserError when the disk is full."""
+        with os_errors_as_user_errors(self.path), open(self.path, "a", encoding="utf-8") as sink:
+            sink.write(json.dumps(_finite(line)) + "\n")
+
+    def lines(self) -> list[dict[str, Any]]:
+        """The lines so far; a last line cut short by a crash is left out."""
+        text = self.path.read_text(encoding="utf-8") if self.path.exists() else ""
+        return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+
+    def forget_after(self, step: int) -> None:
+        """Drop the lines of later steps, which will be run again; all lines for step 0."""
+        kept = [line for line in self.lines() if step and line["step"] <= step]
+        write_atomic(self.path, "".join(json.dumps(line) + "\n" for line in kept))
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _finite(v) for k, v in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def sync(path: Path) -> None:

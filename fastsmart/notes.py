@@ -17,6 +17,7 @@ from fastsmart.errors import UserError
 DEFAULT_BPM = 120.0
 MIDI_TICKS_PER_BEAT = 480  # of the files we write; a multiple of every resolution the tokenizer uses
 DRUM_CHANNEL = 9
+MIDI_SUFFIXES = (".mid", ".midi", ".kar")
 MAX_DENOMINATOR = 1024  # a time signature beyond it is a damaged byte (the file holds its logarithm), and inaudible
 
 

@@ -1,7 +1,6 @@
 """The command line as a person types it: what it prints, what it leaves, and its exit codes."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -190,13 +189,6 @@ def test_what_the_user_can_mend_is_one_sentence_and_exit_code_2(run, tmp_path, m
     assert code == 2
     assert one_sentence(err), err
     assert says in err
-
-
-def test_an_unwritable_folder_is_named_to_an_ordinary_user(tmp_path):
-    if os.geteuid() == 0:
-        pytest.skip("root may write anywhere; test_what_the_user_can_mend covers the message")
-    (tmp_path / "closed").mkdir(mode=0o500)
-    assert main(["train", "--preset", "demo", "--out", str(tmp_path / "closed" / "run")]) == 2
 
 
 def test_doctor_finds_what_the_demo_needs(run):

@@ -56,15 +56,17 @@ def test_a_missing_file_is_named(tmp_path):
 
 def test_assignments_are_read_as_toml_and_else_as_text():
     config = Config()
-    for text in (
+    texts = (
         "train.steps=7",
         "train.learning_rate=1",
         "policy.source=some/where",
         'prompts.time_signatures=["3/4"]',
         "reward.terms.consonance=2",
         "audio.reverb=true",
-    ):
-        config = assigned(config, text)
+        "train.listen=100",  # more than the evaluation prompts, until the next one is in
+        "train.eval_prompts=200",
+    )
+    config = assigned(config, texts)
     assert (config.train.steps, config.train.learning_rate, config.policy.source) == (7, 1.0, "some/where")
     assert (config.prompts.time_signatures, config.reward.terms, config.audio.reverb) == (
         ("3/4",),
@@ -72,10 +74,10 @@ def test_assignments_are_read_as_toml_and_else_as_text():
         True,
     )
     with pytest.raises(UserError, match=r"section\.key=value"):
-        assigned(config, "train.steps")
+        assigned(config, ["train.steps"])
 
 
 def test_one_term_set_leaves_the_others_of_the_preset():
-    config = assigned(PRESETS["demo"](), "reward.terms.consonance=9")
+    config = assigned(PRESETS["demo"](), ["reward.terms.consonance=9"])
     assert config.reward.terms == {**PRESETS["demo"]().reward.terms, "consonance": 9.0}
-    assert assigned(config, "reward.terms={variety=1}").reward.terms == {"variety": 1.0}
+    assert assigned(config, ["reward.terms={variety=1}"]).reward.terms == {"variety": 1.0}

@@ -7,7 +7,7 @@ if TYPE_CHECKING:
     from fastsmart.audio.batch import AudioBatch, write_wav
     from fastsmart.audio.fluidsynth import FluidSynthRenderer, load_library
     from fastsmart.audio.pool import RenderPool
-    from fastsmart.audio.rendering import listening_settings, render, render_file
+    from fastsmart.audio.rendering import listening_seconds, listening_settings, render, render_file
     from fastsmart.audio.settings import RenderSettings
     from fastsmart.audio.soundfont import find_soundfont, list_soundfonts, soundfont_hash
 
@@ -19,6 +19,7 @@ _HOMES = {
     "find_soundfont": "soundfont",
     "list_soundfonts": "soundfont",
     "load_library": "fluidsynth",
+    "listening_seconds": "rendering",
     "listening_settings": "rendering",
     "render": "rendering",
     "render_file": "rendering",
@@ -32,6 +33,7 @@ __all__ = [
     "RenderSettings",
     "find_soundfont",
     "list_soundfonts",
+    "listening_seconds",
     "listening_settings",
     "load_library",
     "render",

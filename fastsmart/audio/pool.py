@@ -12,7 +12,6 @@ from __future__ import annotations
 import json
 import mmap
 import os
-import signal
 import subprocess
 import sys
 import tempfile
@@ -34,6 +33,7 @@ from fastsmart.audio.soundfont import find_soundfont
 from fastsmart.audio.worker import READY, REFUSED, REPORT, pack_task
 from fastsmart.errors import UserError
 from fastsmart.notes import NoteBatch
+from fastsmart.processes import start_worker
 
 IN_HAND = 4  # clips a worker holds at most: enough to stay busy while the caller samples a token
 PIPE_BYTES = 32 * 1024  # and bytes, far below what Linux lets wait in a pipe, so that sending does not block
@@ -248,21 +248,7 @@ class RenderPool:
         ours, theirs = Pipe()
         settings = asdict(self.settings) | {"soundfont": str(self.soundfont)}
         ours.send_bytes(json.dumps(settings).encode())
-        # -P and PYTHONPATH: the worker finds the modules that this process finds, and no others
-        command = [sys.executable, "-P", "-m", "fastsmart.audio.worker", str(theirs.fileno()), str(self._memory_fd)]
-        search_path = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
-        # Ctrl-C reaches every process of the terminal; a worker inherits the mask and leaves the matter to us.
-        mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-        try:
-            process = subprocess.Popen(
-                command,
-                env=os.environ | {"PYTHONPATH": search_path, "OMP_NUM_THREADS": "1"},
-                pass_fds=(theirs.fileno(), self._memory_fd),
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-            )
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        process = start_worker("fastsmart.audio.worker", theirs.fileno(), self._memory_fd)
         theirs.close()
         return _Worker(process, ours)
 

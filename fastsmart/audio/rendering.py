@@ -14,6 +14,7 @@ from fastsmart.audio.settings import RenderSettings
 from fastsmart.notes import NoteBatch
 
 LISTENING_RATE_HZ = 48000
+LONGEST_S = 3600.0  # of a file; also the limit of `audio.max_seconds`
 
 
 def render(
@@ -40,6 +41,11 @@ def render(
         for i in range(len(notes)):
             pool.submit(i, notes, i)
         return pool.wait(progress)
+
+
+def listening_seconds(notes: NoteBatch) -> float:
+    """`max_seconds` for rendering these pieces whole, up to an hour."""
+    return min(max(1.0, float(notes.end_s.max(initial=0.0))), LONGEST_S)
 
 
 def listening_settings(settings: RenderSettings) -> RenderSettings:

@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from fastsmart.errors import UserError
-from fastsmart.files import atomic_folder
+from fastsmart.files import atomic_folder, os_errors_as_user_errors
 from fastsmart.policy.transformer import Policy, PolicySize
 from fastsmart.tokens.vocabulary import TOKENIZER_FILE, Vocabulary, load_vocabulary
 
@@ -25,7 +25,7 @@ def save_policy(policy: Policy, folder: str | Path, dtype: torch.dtype = torch.f
 
     Raises UserError when it cannot be written; what was there before then stays.
     """
-    with atomic_folder(folder) as part:
+    with atomic_folder(folder) as part, os_errors_as_user_errors(Path(folder)):
         write_policy(policy, part, dtype)
 
 
@@ -35,9 +35,14 @@ def write_policy(policy: Policy, folder: Path, dtype: torch.dtype = torch.float3
     (folder / CONFIG_FILE).write_text(config + "\n", encoding="utf-8")
     policy.vocab.save(folder)
     tensors = {name: p.detach().to("cpu", dtype).contiguous() for name, p in policy.named_parameters()}
+    save_tensors(tensors, folder / WEIGHTS_FILE)
+
+
+def save_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
+    """Write a safetensors file; raises OSError when the disk is full, which the library itself calls otherwise."""
     try:
-        save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
-    except SafetensorError as error:  # the library's own name for a full disk
+        save_file(tensors, path, metadata={"format": "pt"})
+    except SafetensorError as error:
         raise OSError(str(error)) from error
 
 
@@ -180,11 +185,11 @@ def _locator(source: str | Path):
 def _read_tensors(locate, source: str | Path) -> dict[str, torch.Tensor]:
     try:
         files = [locate(WEIGHTS_FILE)]
-    except UserError:
+    except UserError as error:
         try:
             index = json.loads(locate(WEIGHTS_INDEX).read_text(encoding="utf-8"))
         except UserError:
-            raise UserError(f"{source} has no {WEIGHTS_FILE}; fastsmart reads safetensors only") from None
+            raise UserError(f"{error}; fastsmart reads safetensors only") from error
         files = [locate(name) for name in sorted(set(index["weight_map"].values()))]
     tensors = {}
     for file in files:

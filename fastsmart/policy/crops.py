@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from fastsmart.errors import UserError
 from fastsmart.tokens.dataset import TokenDataset
 
 IGNORED = -100  # target of positions that are no target: torch's cross-entropy leaves it out
@@ -25,6 +26,10 @@ class CropSettings:
     transpose_up: int = 6
     bos_share: float = 0.1
 
+    def __post_init__(self) -> None:
+        if self.length < 8:
+            raise UserError(f"--length is {self.length}; a row needs at least 8 tokens, a prompt and a note")
+
 
 class Cropper:
     """Cuts rows that begin at a bar and read as if the piece began there: Bar, TimeSig, Position_0, tempo.
@@ -43,6 +48,8 @@ class Cropper:
         self.is_tempo = np.isin(np.arange(len(vocab)), kinds["Tempo"])
         self.is_position = np.isin(np.arange(len(vocab)), kinds["Position"])
         starts, ends, tempos = zip(*(self._bars(dataset, p) for p in pieces), strict=True)
+        if not sum(map(len, starts)):
+            raise UserError("no bar with a time signature in these pieces; the vocabulary needs TimeSig tokens")
         self.start, self.end, self.tempo = np.concatenate(starts), np.concatenate(ends), np.concatenate(tempos)
 
     def _bars(self, dataset: TokenDataset, p: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -93,10 +100,10 @@ def targets(rows: np.ndarray, pad: int) -> tuple[np.ndarray, np.ndarray]:
 
 def ngram_losses(train: list[np.ndarray], rows: np.ndarray, vocab_size: int, pad: int) -> dict[str, float]:
     """Mean loss, nats a token, of add-one smoothed unigram and bigram models of `train` on the targets of `rows`."""
-    bigram = np.ones((vocab_size, vocab_size))
+    bigram, unigram = np.ones((vocab_size, vocab_size)), np.ones(vocab_size)
     for ids in train:
         np.add.at(bigram, (ids[:-1].astype(np.int64), ids[1:].astype(np.int64)), 1)
-    unigram = bigram.sum(0)
+        unigram += np.bincount(ids, minlength=vocab_size)
     inputs, target = targets(rows, pad)
     real = target != IGNORED
     x, y = inputs[real], target[real]

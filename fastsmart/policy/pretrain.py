@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -12,20 +13,14 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fastsmart.errors import UserError
-from fastsmart.files import atomic_folder, make_folder, os_errors_as_user_errors, write_atomic
-from fastsmart.policy.checkpoint import load_policy, save_policy, write_policy
+from fastsmart.files import JsonLines, make_folder, os_errors_as_user_errors
+from fastsmart.policy.checkpoint import load_policy, save_policy
 from fastsmart.policy.crops import IGNORED, Cropper, CropSettings, ngram_losses, targets
-from fastsmart.policy.optimizer import (
-    load_optimizer_tensors,
-    make_optimizer,
-    optimizer_tensors,
-    scheduled_rate,
-    set_learning_rate,
-)
+from fastsmart.policy.optimizer import make_optimizer, scheduled_rate, set_learning_rate
+from fastsmart.policy.state import Checkpoints
 from fastsmart.policy.transformer import Policy, PolicySize
 from fastsmart.stopping import StopRequest
 from fastsmart.tokens.dataset import TokenDataset
@@ -66,6 +61,13 @@ class PretrainSettings:
     compile: bool = False
     crop: CropSettings = field(default_factory=CropSettings)
 
+    def __post_init__(self) -> None:
+        for key in ("steps", "batch", "valid_rows", "eval_every", "patience"):
+            if getattr(self, key) < 1:
+                raise UserError(f"--{key.replace('_', '-')} is {getattr(self, key)}; it must be at least 1")
+        if not self.learning_rate > 0:
+            raise UserError(f"--learning-rate is {self.learning_rate}; it must be above 0")
+
 
 @dataclass(frozen=True)
 class PretrainResult:
@@ -89,7 +91,7 @@ def pretrain(
 ) -> PretrainResult:
     """Train until `steps`, early stopping or a stop request.
 
-    `out` receives `policy/` (the best checkpoint), `state/` (what resume needs), `metrics.jsonl` and `curve.png`;
+    `out` receives `policy/` (the best one), `checkpoints/` (what resume needs), `metrics.jsonl` and `curve.png`;
     `report` is called with every line of metrics. A resumed run gives the weights of one never interrupted.
 
     Raises UserError when the dataset is too small for a validation split, `out` already holds another run, or nothing
@@ -105,12 +107,15 @@ def pretrain(
     optimizer = make_optimizer(policy, settings.learning_rate, (0.9, 0.95), settings.weight_decay)
     backbone = torch.compile(policy.model) if settings.compile else policy.model
     record = {"settings": asdict(settings), "size": asdict(size), "pieces": len(dataset), "baselines": baselines}
-    start, best, stale = 0, float("inf"), 0
+    start, best, stale = 0, math.inf, 0
+    metrics, checkpoints = JsonLines(out / "metrics.jsonl"), Checkpoints(out / "checkpoints")
     if resume:
-        start, best, stale = _load_state(out, policy, optimizer, record)
-    elif (out / "state").exists() or (out / "policy").exists():
-        raise UserError(f"{out} already holds a pre-training run; add --resume, or choose another --out")
-    metrics = _open_metrics(out / "metrics.jsonl", start)
+        saved = checkpoints.load(policy, optimizer)
+        _check_same_run(saved, record, out)
+        start, best, stale = saved["step"], saved["best"], saved["stale"]
+    elif checkpoints.all() or metrics.lines():
+        raise UserError(f"{out} already holds a run; add --resume, or choose another --out")
+    metrics.forget_after(start)
 
     window: list[tuple[Tensor, int]] = []
     clock = time.perf_counter()
@@ -122,6 +127,8 @@ def pretrain(
         rows = train.rows(np.random.default_rng([settings.seed, 1, step]), settings.batch)
         set_learning_rate(optimizer, rate)
         loss = _loss(policy, backbone, rows, train.pad, settings.device)
+        if not loss.isfinite():
+            raise UserError(f"the loss is no longer finite at step {step + 1}; lower --learning-rate")
         loss.backward()
         torch.nn.utils.clip_grad_norm_(policy.parameters(), settings.max_grad_norm)
         optimizer.step()
@@ -138,18 +145,15 @@ def pretrain(
             if not stale:
                 best = line["valid_loss"]
                 save_policy(policy, out / "policy")
-            _save_state(out, policy, optimizer, {**record, "step": step, "best": best, "stale": stale})
-            with os_errors_as_user_errors(out):
-                metrics.write(json.dumps(line) + "\n")
-                metrics.flush()
+            metrics.append(line)
+            checkpoints.save(step, policy, optimizer, {**record, "best": best, "stale": stale})
             window.clear()
             clock = time.perf_counter()
         if report:
             report(line)
-    if stop and step > start:
-        _save_state(out, policy, optimizer, {**record, "step": step, "best": best, "stale": stale})
-    metrics.close()
-    draw_curve(out / "metrics.jsonl", baselines, out / "curve.png")
+    if step > checkpoints.step:
+        checkpoints.save(step, policy, optimizer, {**record, "best": best, "stale": stale})
+    draw_curve(metrics.lines(), baselines, out / "curve.png")
     finished = load_policy(out / "policy") if (out / "policy").exists() else policy
     return PretrainResult(finished, step, best, baselines, stale >= settings.patience)
 
@@ -180,47 +184,21 @@ def _loss(policy: Policy, backbone, rows: np.ndarray, pad: int, device: str) -> 
     return F.cross_entropy(logits.flatten(0, 1), target.flatten(), ignore_index=IGNORED)
 
 
-def _save_state(out: Path, policy: Policy, optimizer: torch.optim.Optimizer, record: dict) -> None:
-    with atomic_folder(out / "state") as part:
-        write_policy(policy, part)
-        save_file(optimizer_tensors(optimizer, policy), part / "optimizer.safetensors")
-        (part / "state.json").write_text(json.dumps(record, indent=1), encoding="utf-8")
-
-
-def _load_state(out: Path, policy: Policy, optimizer: torch.optim.Optimizer, record: dict) -> tuple[int, float, int]:
-    folder = out / "state"
-    if not folder.is_dir():
+def _check_same_run(saved: dict[str, Any], record: dict[str, Any], out: Path) -> None:
+    if not saved:
         raise UserError(f"nothing to resume in {out}; leave out --resume to start")
-    saved = json.loads((folder / "state.json").read_text(encoding="utf-8"))
     # steps and speed may change on resume, what the numbers depend on may not
     free = {"steps": 0, "compile": False, "device": "", "patience": 0}
     for key in ("settings", "size", "pieces"):
-        ours, theirs = record[key], saved[key]
+        ours, theirs = json.loads(json.dumps(record[key])), saved[key]
         if key == "settings":
-            ours, theirs = json.loads(json.dumps({**ours, **free})), {**theirs, **free}
+            ours, theirs = {**ours, **free}, {**theirs, **free}
         if ours != theirs:
             raise UserError(f"{out} was started with other {key}; resume with the same, or choose another --out")
-    stored = load_policy(folder)
-    with torch.no_grad():
-        for ours_p, theirs_p in zip(policy.parameters(), stored.parameters(), strict=True):
-            ours_p.copy_(theirs_p)
-    load_optimizer_tensors(optimizer, policy, load_file(folder / "optimizer.safetensors"))
-    return saved["step"], saved["best"], saved["stale"]
 
 
-def _open_metrics(path: Path, step: int):
-    """The metrics file, opened to append after `step`; lines of steps that will be run again are dropped."""
-    kept = []
-    if step and path.exists():
-        lines = path.read_text(encoding="utf-8").splitlines()
-        kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
-    write_atomic(path, "".join(line + "\n" for line in kept))
-    return open(path, "a", encoding="utf-8")
-
-
-def draw_curve(metrics: Path, baselines: dict[str, float], path: Path) -> None:
+def draw_curve(lines: list[dict[str, Any]], baselines: dict[str, float], path: Path) -> None:
     """The loss curve of a pre-training run as a PNG."""
-    lines = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
     if not lines:
         return
     from matplotlib.figure import Figure

@@ -39,6 +39,9 @@ class PolicySize:
     tied_head: bool = False
 
     def __post_init__(self) -> None:
+        for key in ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads"):
+            if getattr(self, key) < 1:
+                raise UserError(f"{key} of a policy is {getattr(self, key)}; it must be at least 1")
         if self.hidden_size % self.num_heads or (self.hidden_size // self.num_heads) % 2:
             raise UserError(f"hidden_size {self.hidden_size} does not split into {self.num_heads} heads of even size")
         if self.num_heads % self.num_kv_heads:
@@ -176,6 +179,10 @@ class Policy(nn.Module):
                 std = residual_std if name.endswith(("o_proj.weight", "down_proj.weight")) else 0.02
                 nn.init.normal_(parameter, 0.0, std, generator=generator)
         return self
+
+    @property
+    def device(self) -> torch.device:
+        return self.lm_head.weight.device
 
     @property
     def num_parameters(self) -> int:

@@ -176,10 +176,14 @@ def draw(logits: Tensor, uniform: Tensor, settings: SamplingSettings) -> tuple[T
 
     logits [R, V] float32, uniform [R] in [0, 1) -> ids [R] int64 and their log-probs [R] float32 under the tempered
     (and, where asked for, truncated) distribution that was drawn from.
+
+    Raises UserError when the logits are not finite, as those of a policy that has diverged.
     """
     logits = truncate(logits / settings.temperature, settings.top_k, settings.top_p)
     logprob = logits.log_softmax(-1)
     cumulative = logprob.double().exp().cumsum(-1)
+    if not cumulative[:, -1].isfinite().all():
+        raise UserError("the policy's logits are no longer finite; go back to an earlier checkpoint")
     # uniform <= 1 - 2^-24, so in float64 the product stays below the total and the draw below V
     token = torch.searchsorted(cumulative, (uniform.double() * cumulative[:, -1])[:, None], right=True)
     return token[:, 0], logprob.gather(-1, token)[:, 0]

@@ -59,7 +59,7 @@ class SamplingSettings:
 class Completion:
     """One finished completion.
 
-    index    : its number among the N; it answers prompt `index // G`
+    index    : its number, counted from `first` of the call that drew it; it answers prompt `(index - first) // G`
     ids      : int32 [length], EOS included where the policy ended the piece itself
     logprobs : float32 [length], log-probability of each id under the distribution it was drawn from
     version  : of the policy that drew it
@@ -102,10 +102,10 @@ class Rollout:
         return TokenBatch.pack([self.sequence(i) for i in range(len(self))])
 
     @staticmethod
-    def gather(completions: Iterable[Completion], prompts: TokenBatch, group: int) -> Rollout:
-        """Put finished completions, in whatever order they came, in order of their index."""
+    def gather(completions: Iterable[Completion], prompts: TokenBatch, group: int, first: int = 0) -> Rollout:
+        """Put finished completions, in whatever order they came, in order of their index, which counts from `first`."""
         ordered = sorted(completions, key=lambda c: c.index)
-        if [c.index for c in ordered] != list(range(len(prompts) * group)):
+        if not ordered or [c.index - first for c in ordered] != list(range(len(prompts) * group)):
             raise ValueError(f"{len(ordered)} completions of {len(prompts)} prompts x {group} came back")
         which = np.repeat(np.arange(len(prompts), dtype=np.int32), group)
         prompt_ids, prompt_lengths = pad([prompts.row(p) for p in range(len(prompts))], np.int32)

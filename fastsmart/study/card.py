@@ -7,13 +7,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from fastsmart.files import atomic_folder
+from fastsmart.files import atomic_folder, os_errors_as_user_errors
 from fastsmart.notes import NoteBatch
 from fastsmart.policy.checkpoint import load_policy, write_policy
 from fastsmart.policy.crops import Cropper
 from fastsmart.policy.pretrain import PretrainResult, PretrainSettings, evaluate, split_pieces
 from fastsmart.reward.features import features
-from fastsmart.reward.typicality import fit_typicality
+from fastsmart.reward.typicality import TypicalityStats, fit_typicality
 from fastsmart.reward.windows import cut_windows
 from fastsmart.sampling import Rollout, sample
 from fastsmart.tokens.dataset import TokenDataset
@@ -39,10 +39,21 @@ ROWS = (
 )
 
 
+def real_statistics(dataset: TokenDataset, settings: PretrainSettings, data: str) -> TypicalityStats:
+    """Statistics of the training pieces, for the rewards that compare with real pieces.
+
+    Raises UserError when there are too few pieces.
+    """
+    pieces, _ = split_pieces(len(dataset), settings.valid_share, settings.seed)
+    notes = decode([dataset.piece(p) for p in pieces], dataset.vocab)
+    return fit_typicality(notes, f"{data or dataset.source}, training split, {len(pieces)} pieces", WINDOW_S)
+
+
 def write_release(
     result: PretrainResult,
     dataset: TokenDataset,
     settings: PretrainSettings,
+    statistics: TypicalityStats | None,
     folder: Path,
     data: str,
     licence: str,
@@ -50,18 +61,17 @@ def write_release(
 ) -> str:
     """Write the release of a base policy into `folder` and return its card.
 
+    statistics             : see `real_statistics`; None leaves them out
     data, licence, command : what the card says of the data and how the policy was made
     """
     train_pieces, valid_pieces = split_pieces(len(dataset), settings.valid_share, settings.seed)
     real = decode([dataset.piece(p) for p in valid_pieces], dataset.vocab)
-    training = decode([dataset.piece(p) for p in train_pieces], dataset.vocab)
-    name = data or "the pieces it was trained on"
-    with atomic_folder(folder) as part:
+    name = data or f"the pieces in {Path(dataset.source).name}"
+    with atomic_folder(folder) as part, os_errors_as_user_errors(folder):
         write_policy(result.policy, part, torch.float16)
         policy = load_policy(part)
-        fit_typicality(training, f"{name}, training split, {len(train_pieces)} pieces", WINDOW_S).save(
-            part / STATISTICS_FILE
-        )
+        if statistics:
+            statistics.save(part / STATISTICS_FILE)
         valid = Cropper(dataset, valid_pieces, settings.crop)
         rows = valid.rows(np.random.default_rng([settings.seed, 0]), settings.valid_rows, augment=False)
         loss = evaluate(policy, rows, policy.vocab.pad_id)
@@ -90,7 +100,9 @@ position and tempo. It is a starting point for fine-tuning, not a composer.
 How it plays: {CLIPS} completions of 256 tokens against {WINDOW_S:g}-second windows of the validation pieces, mean ±
 standard deviation.
 
-{table}
+{table}"""
+        if statistics:
+            card += f"""
 `{STATISTICS_FILE}` holds the distribution of these features in the training pieces, which the rewards `typicality` and
 `presence` compare with.
 """
@@ -107,7 +119,7 @@ def _table(rollout: Rollout, played: NoteBatch, real: NoteBatch, vocab) -> str:
     lines = ["| | policy | real pieces |", "|---|---|---|"]
     lines += [f"| {row.replace('_', ' ')} | {_cell(ours[row])} | {_cell(theirs[row])} |" for row in ROWS]
     lines += [
-        f"| note tokens that became notes | {used / max(drawn, 1):.1%} | 100 % |",
+        f"| note tokens that became notes | {used / max(drawn, 1):.1%} | |",
         f"| clips without notes | {np.mean(played.counts == 0):.1%} | {np.mean(real.counts == 0):.1%} |",
         f"| completions the policy ended itself | {ended:.1%} | |",
     ]

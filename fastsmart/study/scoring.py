@@ -12,13 +12,12 @@ from scipy.signal import resample_poly
 
 from fastsmart.audio import AudioBatch, render
 from fastsmart.errors import UserError
-from fastsmart.notes import NoteBatch, read_midi
+from fastsmart.notes import MIDI_SUFFIXES, NoteBatch, read_midi
 from fastsmart.policy.checkpoint import shipped_file, shipped_policies
 from fastsmart.reward import Clips, RewardMix, RewardSettings
 from fastsmart.train.provenance import STATISTICS_FILE
 
 REWARD_RATE_HZ = 16000
-MIDI_SUFFIXES = (".mid", ".midi")
 
 
 class FileScorer:

@@ -7,24 +7,25 @@ On disk a dataset is a folder: `tokens.bin` (uint16, little endian, pieces one a
 from __future__ import annotations
 
 import json
-import multiprocessing
 import struct
+import subprocess
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from multiprocessing import Pipe
 from multiprocessing.connection import Connection
-from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from fastsmart.errors import UserError
-from fastsmart.files import atomic_folder, cpu_cores
+from fastsmart.files import atomic_folder, cpu_cores, os_errors_as_user_errors
+from fastsmart.notes import MIDI_SUFFIXES
+from fastsmart.processes import start_worker
 from fastsmart.tokens.vocabulary import Vocabulary, load_vocabulary
 
-MIDI_SUFFIXES = (".mid", ".midi", ".kar")
 DRUMLESS_PROGRAM = 0  # every voice is read as a piano
-_HEADER = struct.Struct("<?")  # one message of a worker: encoded or not, then ids or the reason
+HEADER = struct.Struct("<?")  # one message of a worker: encoded or not, then ids or the reason
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,7 @@ class TokenDataset:
     files   : P file names, relative to the folder they were read from
     damaged : (file name, reason) of what could not be read
     vocab   : the vocabulary the ids belong to
+    source  : the folder of MIDI files, as an absolute path
     """
 
     ids: np.ndarray
@@ -43,6 +45,7 @@ class TokenDataset:
     files: tuple[str, ...]
     damaged: tuple[tuple[str, str], ...]
     vocab: Vocabulary
+    source: str
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -59,14 +62,15 @@ class TokenDataset:
             record = json.loads((folder / "dataset.json").read_text(encoding="utf-8"))
             offsets = np.load(folder / "offsets.npy", allow_pickle=False)
             ids = np.memmap(folder / "tokens.bin", np.uint16, "r")
-        except (OSError, ValueError) as error:
+            files, damaged = tuple(record["files"]), tuple((name, reason) for name, reason in record["damaged"])
+            whole = len(ids) == offsets[-1] and len(offsets) == len(files) + 1
+        except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
             raise UserError(
                 f"{folder} is not an encoded dataset ({error}); make one with: fastsmart pretrain --midi DIR"
             ) from error
-        if len(ids) != offsets[-1] or len(offsets) != len(record["files"]) + 1:
+        if not whole:
             raise UserError(f"{folder} is incomplete: its files disagree on their length; delete it and encode again")
-        damaged = tuple((name, reason) for name, reason in record["damaged"])
-        return TokenDataset(ids, offsets, tuple(record["files"]), damaged, load_vocabulary(folder))
+        return TokenDataset(ids, offsets, files, damaged, load_vocabulary(folder), record["source"])
 
 
 def encode_folder(
@@ -91,7 +95,7 @@ def encode_folder(
         raise UserError(f"no MIDI files ({', '.join(MIDI_SUFFIXES)}) below {midi}")
     workers = min(workers or cpu_cores(), len(files))
     lengths, kept, damaged = [], [], []
-    with atomic_folder(out) as part:
+    with atomic_folder(out) as part, os_errors_as_user_errors(out):
         with open(part / "tokens.bin", "wb") as sink:
             for done, (name, ids, reason) in enumerate(_encode_in_order(midi, files, vocab, workers), 1):
                 if ids is None:
@@ -108,7 +112,7 @@ def encode_folder(
             )
         np.save(part / "offsets.npy", np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64))
         vocab.save(part)
-        record = {"source": str(midi), "files": kept, "damaged": damaged}
+        record = {"source": str(midi.resolve()), "files": kept, "damaged": damaged}
         (part / "dataset.json").write_text(json.dumps(record, indent=1), encoding="utf-8")
     return TokenDataset.open(out)
 
@@ -147,14 +151,13 @@ def _encode_in_order(
 ) -> Iterator[tuple[str, np.ndarray | None, str]]:
     """File i is the work of worker i modulo W, so reading the pipes in turn gives the files in order, with a bounded
     number of results waiting. A worker that dies takes one file with it and is replaced for the rest."""
-    context = multiprocessing.get_context("spawn")
 
-    def start(first: int) -> tuple[BaseProcess, Connection]:
-        ours, theirs = context.Pipe(duplex=False)
-        paths = [str(midi / name) for name in files[first::workers]]
-        process = context.Process(target=_encode_worker, args=(theirs, paths, vocab.description), daemon=True)
-        process.start()
+    def start(first: int) -> tuple[subprocess.Popen[bytes], Connection]:
+        ours, theirs = Pipe()
+        process = start_worker("fastsmart.tokens.encode_worker", theirs.fileno())
         theirs.close()
+        paths = [str(midi / name) for name in files[first::workers]]
+        ours.send_bytes(json.dumps({"description": vocab.description, "paths": paths}).encode())
         return process, ours
 
     team = [start(first) for first in range(workers)]
@@ -163,13 +166,12 @@ def _encode_in_order(
             process, pipe = team[i % workers]
             try:
                 message = pipe.recv_bytes()
-            except EOFError:
-                process.join()
-                yield name, None, f"the encoder crashed on it (exit code {process.exitcode})"
+            except (EOFError, OSError):
+                yield name, None, f"{midi / name}: the encoder crashed on it (exit code {process.wait()})"
                 team[i % workers] = start(i + workers)
                 continue
-            body = message[_HEADER.size :]
-            if _HEADER.unpack_from(message)[0]:
+            body = message[HEADER.size :]
+            if HEADER.unpack_from(message)[0]:
                 yield name, np.frombuffer(body, np.uint16), ""
             else:
                 yield name, None, body.decode("utf-8")
@@ -177,17 +179,4 @@ def _encode_in_order(
         for process, pipe in team:
             pipe.close()
             process.terminate()
-            process.join()
-
-
-def _encode_worker(pipe: Connection, paths: list[str], description: str) -> None:
-    vocab = Vocabulary((), description)  # encoding needs only MidiTok's own description
-    for path in paths:
-        try:
-            message = _HEADER.pack(True) + encode_midi(path, vocab).tobytes()
-        except UserError as error:
-            message = _HEADER.pack(False) + str(error).encode()
-        except Exception as error:
-            message = _HEADER.pack(False) + f"{path}: {type(error).__name__}: {error}".encode()
-        pipe.send_bytes(message)
-    pipe.close()
+            process.wait()

@@ -43,7 +43,8 @@ def draw_curves(lines: list[dict[str, Any]], path: Path) -> None:
         ]
         axes[1].plot(x_held_out, change, "o-", color=f"C{i}", label=name)
     axes[1].set(title="reward terms, held-out", xlabel="step", ylabel="change in standard deviations at step 0")
-    axes[1].legend(fontsize="small")
+    if held_out:
+        axes[1].legend(fontsize="small")
     axes[2].plot(x, [line["notes"] for line in steps], alpha=0.5, label="training prompts")
     held_out_band(axes[2], [line["eval"]["features"]["notes"] for line in held_out], "C1")
     axes[2].set(title="notes per clip", xlabel="step", ylim=(0, None))

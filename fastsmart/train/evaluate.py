@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from fastsmart.audio import FluidSynthRenderer, listening_settings, render_file
+from fastsmart.audio import FluidSynthRenderer, listening_seconds, listening_settings, render_file
 from fastsmart.files import make_folder
+from fastsmart.notes import NoteBatch
 from fastsmart.reward.features import features
 from fastsmart.sampling import SamplingSettings
 from fastsmart.tokens.decode import decode
@@ -34,39 +35,49 @@ TABLE_FEATURES = (
 )
 
 
-def evaluate(stations: Stations, progress: Callable[[str, int, int], None] | None = None) -> tuple[Performance, dict]:
-    """Perform the held-out prompts, one completion each; the performance and its summary for the metrics."""
+def evaluate(
+    stations: Stations, progress: Callable[[str, int, int], None] | None = None
+) -> tuple[list[Performance], dict[str, Any]]:
+    """Perform the held-out prompts, one completion each, as many at a time as a step has; and their summary."""
     config = stations.config
-    prompts = make_prompts(config.prompts, stations.vocab, "heldout", 0, config.train.eval_prompts)
     settings: SamplingSettings = replace(config.sampling, group=1)
     seed = (config.train.seed, EVALUATION_STREAM)
-    performance = stations.perform(prompts, settings, seed, progress)
-    return performance, summarise(performance)
+    performances = []
+    for first in range(0, config.train.eval_prompts, stations.batch):
+        count = min(stations.batch, config.train.eval_prompts - first)
+        prompts = make_prompts(config.prompts, stations.vocab, "heldout", first, count)
+        performances.append(stations.perform(prompts, settings, seed, progress, first))
+    return performances, summarise(performances)
 
 
-def summarise(performance: Performance) -> dict[str, Any]:
+def summarise(performances: Sequence[Performance]) -> dict[str, Any]:
     """Mean and standard deviation over clips of the reward, each of its terms and each feature; NaN left out."""
-    scores = performance.scores
-    table = features(performance.notes)
+    total = np.concatenate([p.scores.total for p in performances])
+    notes = NoteBatch.concat([p.notes for p in performances])
+    table = features(notes)
+    names = performances[0].scores.terms
     return {
-        "reward": _moments(scores.total),
-        "terms": {name: _moments(values) for name, values in scores.terms.items()},
+        "reward": _moments(total),
+        "terms": {name: _moments(np.concatenate([p.scores.terms[name] for p in performances])) for name in names},
         "features": {name: _moments(table[name]) for name in TABLE_FEATURES},
-        "clips": len(scores),
-        "unscored": int(np.isnan(scores.total).sum()),
-        "empty": int((performance.notes.counts == 0).sum()),
+        "clips": len(total),
+        "unscored": int(np.isnan(total).sum()),
+        "empty": int((notes.counts == 0).sum()),
     }
 
 
-def write_listening(stations: Stations, performance: Performance, folder: Path, label: str) -> None:
+def write_listening(stations: Stations, performances: Sequence[Performance], folder: Path, label: str) -> None:
     """The first held-out clips, whole, as MIDI and as 48 kHz stereo WAV: `NN-<label>.mid`, `NN-<label>.wav`."""
     config = stations.config
+    if not config.train.listen:
+        return
     make_folder(folder)
-    whole = decode(performance.rollout.sequences(), stations.vocab).select(range(config.train.listen))
+    sequences = [sequence for p in performances for sequence in p.rollout.sequences()][: config.train.listen]
+    whole = decode(sequences, stations.vocab)
     for i in range(len(whole)):
         whole.to_midi(i, folder / f"{i + 1:02d}-{label}.mid")
     if stations.pool:
-        settings = replace(config.audio, max_seconds=max(float(whole.end_s.max()), config.audio.max_seconds))
+        settings = replace(config.audio, max_seconds=listening_seconds(whole))
         with FluidSynthRenderer(listening_settings(settings)) as renderer:
             for i in range(len(whole)):
                 render_file(whole, i, folder / f"{i + 1:02d}-{label}.wav", renderer=renderer)
@@ -84,7 +95,8 @@ def before_after(before: dict, after: dict, steps: int) -> str:
         "|---|---|---|---|",
     ]
     for name, old, new in rows:
-        change = f"{(new['mean'] - old['mean']) / old['std']:+.2f}" if old["std"] else "–"
+        known = old["std"] and new["mean"] is not None
+        change = f"{(new['mean'] - old['mean']) / old['std']:+.2f}" if known else "–"
         lines.append(f"| {name} | {_cell(old)} | {_cell(new)} | {change} |")
     lines += [
         f"| empty clips | {before['empty']} | {after['empty']} | |",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import signal
 import time
 from dataclasses import dataclass
@@ -26,7 +27,7 @@ from fastsmart.train.folder import RunFolder
 from fastsmart.train.metrics import metrics, timing
 from fastsmart.train.provenance import provenance, resolved_device, resolved_dtype, statistics_path
 from fastsmart.train.stations import Performance, Stations
-from fastsmart.train.update import Update, update
+from fastsmart.train.update import Update, micro_batches, reference_logprobs, update
 
 TRAINING_STREAM = 0  # second number of the seed; evaluation draws from stream 1
 
@@ -53,55 +54,56 @@ class Run:
 def train(config: Config, out: str | Path, resume: bool = False, display: Display | None = None) -> Run:
     """Tune a policy as the config says, into the folder `out`; with `resume`, go on with the run that is there.
 
-    SIGINT and SIGTERM save a checkpoint and leave. A run killed at any moment and resumed writes the metrics of one
-    never killed (on a CPU to the last digit), apart from those under `time`.
+    SIGINT and SIGTERM let the step under way end, save a checkpoint and leave. A run killed at any moment and resumed
+    writes the metrics of one never killed (on a CPU to the last digit), apart from those under `time`.
 
     Raises UserError for whatever in config, files or machine the user can mend.
     """
     folder = RunFolder.reopen(out) if resume else RunFolder.create(out, config)
     config, show = folder.config, display or Silent()
-    torch.set_num_threads(config.train.threads or cpu_cores())
-    device, dtype = resolved_device(config.policy), resolved_dtype(config.policy)
-    policy = load_policy(config.policy.source, device=device, vocabulary=config.policy.vocabulary)
-    reference = load_policy(config.policy.source, device=device, vocabulary=config.policy.vocabulary)
     knobs = config.train
+    torch.set_num_threads(knobs.threads or cpu_cores())
+    device, dtype = resolved_device(config.policy), resolved_dtype(config.policy)
+    reference = load_policy(config.policy.source, device=device, vocabulary=config.policy.vocabulary)
+    policy = copy.deepcopy(reference)
     optimizer = make_optimizer(policy, knobs.learning_rate, knobs.betas, knobs.weight_decay)
-    step = folder.load(policy, optimizer)
-    folder.forget_after(step)
-    folder.write("run.json", provenance(config, policy))
+    step = folder.checkpoints.load(policy, optimizer).get("step", 0)
     statistics = statistics_path(config)
-    quarantine = folder.path / "failed"
 
-    with stop_signals() as stop, Stations(config, policy, statistics, dtype, step, quarantine) as stations, show:
-        show.start(config, folder.path, step)
-        if not folder.lines():
-            performance, summary = evaluate(stations, show.stage)
-            write_listening(stations, performance, folder.listen, "before")
-            log(folder, show, {"step": 0, "eval": summary, "time": stations.clock.reset()})
-        while step < knobs.steps and not stop:
-            start = time.perf_counter()
-            prompts = make_prompts(config.prompts, policy.vocab, "train", step * knobs.prompts, knobs.prompts)
-            seed = (knobs.seed, TRAINING_STREAM, step)
-            performance = stations.perform(prompts, config.sampling, seed, show.stage)
-            advantage = advantages(performance, config)
-            with stations.clock("update"):
-                change = improve(policy, reference, optimizer, performance, advantage, config, step, dtype)
-            with stations.clock("sync"):
-                stations.engine.load(policy, step + 1)
-            step += 1
-            line = metrics(step, performance, advantage, change)
-            finished = step == knobs.steps
-            seconds = time.perf_counter() - start
-            line["time"] = timing(stations.clock.reset(), seconds, performance)
-            if finished or (knobs.eval_every and step % knobs.eval_every == 0):
-                performance, line["eval"] = evaluate(stations, show.stage)
-                line["time"]["evaluate"] = sum(stations.clock.reset().values())
-                if finished:
-                    write_listening(stations, performance, folder.listen, "after")
-            log(folder, show, line)
-            if finished or stop or (knobs.save_every and step % knobs.save_every == 0):
-                folder.save(step, policy, optimizer)
-        return conclude(folder, show, policy, step, stop)
+    with stop_signals() as stop, Stations(config, policy, statistics, dtype, step, folder.path / "failed") as stations:
+        folder.write_provenance(provenance(config, reference, statistics, stations.pool is not None))
+        folder.metrics.forget_after(step)
+        with show:
+            show.start(config, folder.path, step)
+            if step == 0:
+                held_out, summary = evaluate(stations, show.stage)
+                write_listening(stations, held_out, folder.listen, "before")
+                log(folder, show, {"step": 0, "eval": summary, "time": stations.clock.reset()})
+            while step < knobs.steps and not stop:
+                start = time.perf_counter()
+                prompts = make_prompts(config.prompts, policy.vocab, "train", step * knobs.prompts, knobs.prompts)
+                seed = (knobs.seed, TRAINING_STREAM, step)
+                performance = stations.perform(prompts, config.sampling, seed, show.stage)
+                advantage = advantages(performance, config)
+                with stations.clock("update"):
+                    rate = scheduled_rate(step, knobs.steps, knobs.learning_rate, knobs.schedule, knobs.warmup)
+                    change = improve(policy, reference, optimizer, performance, advantage, config, rate, dtype)
+                step += 1
+                with stations.clock("sync"):
+                    stations.engine.load(policy, step)
+                line = metrics(step, performance, advantage, change)
+                line["time"] = timing(stations.clock.reset(), time.perf_counter() - start, performance)
+                if step == knobs.steps or (knobs.eval_every and step % knobs.eval_every == 0):
+                    held_out, line["eval"] = evaluate(stations, show.stage)
+                    line["time"]["evaluate"] = sum(stations.clock.reset().values())
+                    if step == knobs.steps:
+                        write_listening(stations, held_out, folder.listen, "after")
+                log(folder, show, line)
+                if knobs.save_every and step % knobs.save_every == 0:
+                    folder.checkpoints.save(step, policy, optimizer)
+            if step > folder.checkpoints.step:
+                folder.checkpoints.save(step, policy, optimizer)
+            return conclude(folder, show, policy, step, stop)
 
 
 def advantages(performance: Performance, config: Config) -> torch.Tensor:
@@ -118,42 +120,44 @@ def improve(
     performance: Performance,
     advantage: torch.Tensor,
     config: Config,
-    step: int,
+    learning_rate: float,
     dtype: torch.dtype,
 ) -> Update:
     """The optimizer steps of one batch; the statistics are those of the last."""
-    knobs = config.train
-    for _ in range(knobs.iterations):
+    batches = list(micro_batches(performance.rollout, config.train.micro_batch, policy.device))
+    temperature = config.sampling.temperature
+    anchors = reference_logprobs(reference, batches, temperature, dtype)
+    for _ in range(config.train.iterations):
         change = update(
             policy,
-            reference if config.grpo.beta else None,
             optimizer,
-            performance.rollout,
+            batches,
+            anchors,
             advantage,
             config.grpo,
-            temperature=config.sampling.temperature,
-            micro_batch=knobs.micro_batch,
-            learning_rate=scheduled_rate(step, knobs.steps, knobs.learning_rate, knobs.schedule, knobs.warmup),
-            max_grad_norm=knobs.max_grad_norm,
+            temperature=temperature,
+            learning_rate=learning_rate,
+            max_grad_norm=config.train.max_grad_norm,
             dtype=dtype,
         )
     return change
 
 
 def log(folder: RunFolder, show: Display, line: dict[str, Any]) -> None:
-    folder.log(line)
+    folder.metrics.append(line)
     show.line(line)
 
 
 def conclude(folder: RunFolder, show: Display, policy: Policy, step: int, stop: StopRequest) -> Run:
     """Draw the curves, write the table where there is an after, and say how it ended."""
-    evaluations = [line["eval"] for line in folder.lines() if "eval" in line]
+    evaluations = [line["eval"] for line in folder.metrics.lines() if "eval" in line]
     finished = step >= folder.config.train.steps and len(evaluations) > 1
     before, after = evaluations[0] if evaluations else None, evaluations[-1] if finished else None
-    draw_curves(folder.lines(), folder.path / "curves.png")
+    draw_curves(folder.metrics.lines(), folder.path / "curves.png")
     if before and after:
         folder.write("before_after.md", before_after(before, after, step))
-    if stop:
+    if stop and step < folder.config.train.steps:
         name = signal.Signals(stop.signal_number).name
         show.message(f"{name}: saved at step {step}; go on with: fastsmart train --out {folder.path} --resume")
-    return Run(policy.eval(), folder.path, step, before, after, stop.exit_code)
+    exit_code = stop.exit_code if step < folder.config.train.steps else 0
+    return Run(policy.eval(), folder.path, step, before, after, exit_code)

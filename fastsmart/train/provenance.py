@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import json
+import hashlib
 import platform
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -59,21 +60,35 @@ def statistics_path(config: Config) -> Path | str:
     return ""
 
 
-def provenance(config: Config, policy: Policy) -> str:
-    """JSON of what the numbers of a run depend on."""
-    record = {
-        "policy": {"source": config.policy.source, "parameters": policy.num_parameters},
+def provenance(config: Config, policy: Policy, statistics: Path | str, renders: bool) -> dict[str, Any]:
+    """What the numbers of a run depend on; `inputs` are the files a resumed run must find unchanged."""
+    inputs: dict[str, dict[str, str]] = {"policy": {"path": config.policy.source, "sha256": _weights_hash(policy)}}
+    if statistics:
+        inputs["statistics"] = {"path": str(statistics), "sha256": file_hash(statistics)}
+    if renders:
+        soundfont = find_soundfont(config.audio.soundfont)
+        inputs["soundfont"] = {"path": str(soundfont), "sha256": soundfont_hash(soundfont)}
+    return {
+        "inputs": inputs,
+        "parameters": policy.num_parameters,
         "device": str(resolved_device(config.policy)),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "machine": {"processor": processor(), "cores": cpu_cores(), "python": platform.python_version()},
         "packages": {name: version for name in PACKAGES if (version := installed_version(name))},
     }
-    try:
-        soundfont = find_soundfont(config.audio.soundfont)
-        record["soundfont"] = {"path": str(soundfont), "sha256": soundfont_hash(soundfont)}
-    except UserError:
-        record["soundfont"] = None  # a run whose rewards read only notes needs none
-    return json.dumps(record, indent=1) + "\n"
+
+
+def file_hash(path: str | Path) -> str:
+    """sha256 of a file, hex."""
+    with open(path, "rb") as content:
+        return hashlib.file_digest(content, "sha256").hexdigest()
+
+
+def _weights_hash(policy: Policy) -> str:
+    digest = hashlib.sha256()
+    for name, parameter in policy.named_parameters():
+        digest.update(name.encode() + parameter.detach().cpu().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def installed_version(package: str) -> str | None:

@@ -75,3 +75,7 @@ class TrainSettings:
         for key in ("learning_rate", "max_grad_norm"):
             if not getattr(self, key) > 0:
                 raise UserError(f"train.{key} is {getattr(self, key)}; it must be above 0")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise UserError(f"train.betas are {self.betas}; both must be from 0 to below 1")
+        if not self.weight_decay >= 0:
+            raise UserError(f"train.weight_decay is {self.weight_decay}; it must be 0 or above")

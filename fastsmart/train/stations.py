@@ -69,12 +69,12 @@ class Stations:
         self.config = config
         self.vocab: Vocabulary = policy.vocab
         self.clock = StageClock()
-        self.reward = RewardMix(config.reward, statistics, next(policy.parameters()).device.type)
+        self.batch = config.train.prompts * config.sampling.group  # completions of a step: what one call may hold
+        self.reward = RewardMix(config.reward, statistics, str(policy.device))
         self.engine = make_engine(config.sampling.engine, policy, version, dtype)
         self.pool: RenderPool | None = None
         if self.reward.needs_audio:
-            capacity = max(config.train.prompts * config.sampling.group, config.train.eval_prompts)
-            self.pool = RenderPool(config.audio, capacity, quarantine)
+            self.pool = RenderPool(config.audio, self.batch, quarantine)
 
     def perform(
         self,
@@ -82,29 +82,35 @@ class Stations:
         settings: SamplingSettings,
         seed: tuple[int, ...],
         progress: Callable[[str, int, int], None] | None = None,
+        first: int = 0,
     ) -> Performance:
-        """Sample, decode, render and score every prompt; `progress(stage, done, total)` is called along the way."""
+        """Sample, decode, render and score every prompt, at most `batch` completions.
+
+        seed, first : completion i of this call draws from the random stream (seed, first + i)
+        progress    : `progress(stage, done, total)` is called along the way
+        """
         completions, pieces = [], {}
         total = len(prompts) * settings.group
-        stream = self.engine.stream(prompts, settings, seed)
+        stream = self.engine.stream(prompts, settings, seed, first)
         while True:
             with self.clock("sample"):
                 completion = next(stream, None)
             if completion is None:
                 break
             with self.clock("decode"):
-                prompt = prompts.row(completion.index // settings.group)
+                i = completion.index - first
+                prompt = prompts.row(i // settings.group)
                 whole = TokenBatch.pack([np.concatenate([prompt, completion.ids])])
                 piece = decode(whole, self.vocab, self.config.audio.max_seconds)
             if self.pool:
                 with self.clock("render"):
-                    self.pool.submit(completion.index, piece, 0)
+                    self.pool.submit(i, piece)
             completions.append(completion)
-            pieces[completion.index] = piece
+            pieces[i] = piece
             if progress:
                 progress("sample", len(completions), total)
         with self.clock("decode"):
-            rollout = Rollout.gather(completions, prompts, settings.group)
+            rollout = Rollout.gather(completions, prompts, settings.group, first)
             notes = NoteBatch.concat([pieces[i] for i in range(total)])
         audio = None
         if self.pool:

@@ -5,13 +5,14 @@ Shape letters: N completions, B completions of a micro-batch, T tokens of a row,
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from fastsmart.errors import UserError
 from fastsmart.grpo.losses import LossStats, loss_denominator, policy_loss
 from fastsmart.grpo.settings import LossSettings
 from fastsmart.kernels.logprob import LogProb, logprob
@@ -44,6 +45,7 @@ class Packed:
     sequence : int64 [M], row of each token
     behaviour : float32 [M]
     completions : int64 [B], number in the rollout of each row
+    lengths  : int64 [B], completion tokens of each row
     """
 
     rows: Tensor
@@ -51,7 +53,8 @@ class Packed:
     ids: Tensor
     sequence: Tensor
     behaviour: Tensor
-    completions: np.ndarray
+    completions: Tensor
+    lengths: Tensor
 
 
 def micro_batches(rollout: Rollout, size: int, device: torch.device) -> Iterator[Packed]:
@@ -75,7 +78,8 @@ def micro_batches(rollout: Rollout, size: int, device: torch.device) -> Iterator
             ids=torch.from_numpy(ids.astype(np.int64)).to(device),
             sequence=torch.from_numpy(sequence).to(device),
             behaviour=torch.from_numpy(behaviour).to(device),
-            completions=chosen,
+            completions=torch.from_numpy(chosen),
+            lengths=torch.from_numpy(lengths),
         )
 
 
@@ -88,40 +92,45 @@ def completion_logprobs(policy: Policy, batch: Packed, temperature: float, dtype
     return logprob(picked, policy.lm_head.weight, batch.ids, temperature)
 
 
+@torch.no_grad()
+def reference_logprobs(
+    reference: Policy, batches: Sequence[Packed], temperature: float, dtype: torch.dtype
+) -> list[Tensor]:
+    """Log-probs [M] of each micro-batch under the reference policy."""
+    return [completion_logprobs(reference, batch, temperature, dtype).logprob for batch in batches]
+
+
 def update(
     policy: Policy,
-    reference: Policy | None,
     optimizer: torch.optim.Optimizer,
-    rollout: Rollout,
+    batches: Sequence[Packed],
+    anchors: Sequence[Tensor],
     advantage: Tensor,
     settings: LossSettings,
     *,
     temperature: float,
-    micro_batch: int,
     learning_rate: float,
     max_grad_norm: float,
     dtype: torch.dtype = torch.float32,
 ) -> Update:
-    """One optimizer step on a rollout, accumulated over micro-batches.
+    """One optimizer step on a rollout, its gradient accumulated over micro-batches.
 
-    advantage : float32 [N]
-    reference : the policy the KL term holds to; None where there is no KL term
+    anchors   : `reference_logprobs` of the micro-batches
+    advantage : float32 [N], by number in the rollout
+
+    Raises UserError when the gradient or the new weights are no longer finite; a run then goes on from its last
+    checkpoint.
     """
-    device = next(policy.parameters()).device
-    denominator = loss_denominator(torch.from_numpy(rollout.lengths), settings)
+    denominator = loss_denominator(torch.cat([batch.lengths for batch in batches]), settings)
     policy.train()
     total: LossStats | None = None
-    for batch in micro_batches(rollout, micro_batch, device):
+    for batch, anchor in zip(batches, anchors, strict=True):
         ours = completion_logprobs(policy, batch, temperature, dtype)
-        theirs = None
-        if reference is not None:
-            with torch.no_grad():
-                theirs = completion_logprobs(reference, batch, temperature, dtype).logprob
         loss, stats = policy_loss(
             ours.logprob,
             batch.behaviour,
-            theirs,
-            advantage[torch.from_numpy(batch.completions)].to(device),
+            anchor,
+            advantage[batch.completions].to(policy.device),
             batch.sequence,
             settings,
             denominator,
@@ -134,5 +143,7 @@ def update(
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     policy.eval()
+    if not torch.stack([grad_norm, *(p.detach().sum() for p in policy.parameters())]).isfinite().all():
+        raise UserError("the gradient or the weights are no longer finite; lower train.learning_rate and start again")
     assert total is not None  # a rollout holds at least one completion
     return Update(total.means(), float(grad_norm), learning_rate)

@@ -12,7 +12,10 @@ from conftest import make_policy
 from safetensors.torch import load_file, save_file
 
 from fastsmart.errors import UserError
+from fastsmart.files import atomic_folder
 from fastsmart.policy.checkpoint import load_policy, save_policy, shipped_policies
+from fastsmart.policy.optimizer import make_optimizer
+from fastsmart.policy.state import Checkpoints
 from fastsmart.policy.transformer import Policy, PolicySize
 
 
@@ -41,6 +44,17 @@ def test_a_tied_head_stays_tied(vocab, tmp_path):
 def edit_config(checkpoint, **changes):
     path = checkpoint / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def test_what_a_killed_process_left_is_cleared_away_and_what_it_moved_aside_put_back(policy, checkpoint):
+    aside = checkpoint.parent / f".{checkpoint.name}.old.abc"
+    aside.mkdir()
+    checkpoint.rename(aside / checkpoint.name)  # killed between the two renames
+    (checkpoint.parent / f".{checkpoint.name}.xyz").mkdir()  # killed while writing
+    with pytest.raises(KeyboardInterrupt), atomic_folder(checkpoint):
+        raise KeyboardInterrupt
+    assert [p.name for p in checkpoint.parent.iterdir()] == [checkpoint.name]
+    assert load_policy(checkpoint).size == policy.size
 
 
 @pytest.mark.parametrize(
@@ -104,20 +118,36 @@ def test_a_policy_of_another_size_than_its_vocabulary_is_refused(vocab):
         Policy(PolicySize(10), vocab)
 
 
-def test_a_full_disk_leaves_the_previous_checkpoint_whole(policy, checkpoint):
+@pytest.mark.parametrize("limit", [20_000, 250_000], ids=["weights", "optimizer"])
+def test_a_full_disk_leaves_the_previous_checkpoint_whole(policy, tmp_path, limit):
+    checkpoints = Checkpoints(tmp_path / "checkpoints")
+    optimizer = make_optimizer(policy, 1e-3, (0.9, 0.999), 0.0)
+    for parameter in policy.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    checkpoints.save(1, policy, optimizer)
+    (checkpoint,) = checkpoints.all()
     before = {p.name: p.read_bytes() for p in checkpoint.iterdir()}
+    assert len(before["model.safetensors"]) < 250_000 < len(before["optimizer.safetensors"])
     script = """
         import resource, sys
-        from fastsmart.policy.checkpoint import load_policy, save_policy
-        policy = load_policy(sys.argv[1])
-        limit = 20_000  # bytes a file: the weights need more, so the write fails half way, as on a full disk
+        from pathlib import Path
+        from fastsmart.policy.checkpoint import load_policy
+        from fastsmart.policy.optimizer import make_optimizer
+        from fastsmart.policy.state import Checkpoints
+        policy, checkpoints = load_policy(sys.argv[1]), Checkpoints(Path(sys.argv[1]).parent)
+        optimizer = make_optimizer(policy, 1e-3, (0.9, 0.999), 0.0)
+        checkpoints.load(policy, optimizer)
+        limit = int(sys.argv[2])  # bytes a file may have: the write fails half way, as on a full disk
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-        save_policy(policy, sys.argv[1])
+        checkpoints.save(2, policy, optimizer)
     """
-    assert len(before["model.safetensors"]) > 20_000
     assert resource.getrlimit(resource.RLIMIT_FSIZE)[0] == resource.RLIM_INFINITY
     run = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(script), str(checkpoint)], capture_output=True, text=True, check=False
+        [sys.executable, "-c", textwrap.dedent(script), str(checkpoint), str(limit)],
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert run.returncode == 1
     assert "UserError: cannot write" in run.stderr

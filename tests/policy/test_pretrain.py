@@ -90,9 +90,9 @@ def test_ngram_losses_are_those_of_counting():
     train = [np.array([0, 1, 0, 1, 2])]
     rows = np.array([[0, 1, 3]])  # 3 is padding: one real target
     losses = ngram_losses(train, rows, 4, pad=3)
-    # add-one counts: after 0 come 1 twice, so (2 + 1) / (2 + 4); token 1 is seen 2 + 4 times of 4 + 16
+    # add-one counts: after 0 come 1 twice, so (2 + 1) / (2 + 4); token 1 is seen 2 + 1 times of 5 + 4
     assert losses["bigram"] == pytest.approx(-np.log(3 / 6))
-    assert losses["unigram"] == pytest.approx(-np.log(6 / 20))
+    assert losses["unigram"] == pytest.approx(-np.log(3 / 9))
 
 
 def test_the_loss_falls_below_the_unigram_and_the_run_folder_is_complete(dataset, tmp_path):

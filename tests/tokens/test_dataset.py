@@ -70,7 +70,7 @@ def test_a_worker_that_dies_takes_one_file_at_most_and_is_replaced(folder, tmp_p
                         command = Path(f"/proc/{entry}/cmdline").read_text()
                     except OSError:
                         continue
-                    if int(status[1]) == os.getpid() and "spawn_main" in command:
+                    if int(status[1]) == os.getpid() and "encode_worker" in command:
                         os.kill(int(entry), signal.SIGKILL)
                         killed.append(int(entry))
                         return

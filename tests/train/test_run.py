@@ -18,8 +18,10 @@ import torch
 
 from fastsmart import Config, UserError, presets, train
 from fastsmart.config import updated
+from fastsmart.files import JsonLines
 from fastsmart.notes import read_midi
 from fastsmart.policy.checkpoint import load_policy
+from fastsmart.train.evaluate import before_after
 
 SMALL = {
     "prompts": {"time_signatures": ["4/4"]},
@@ -180,10 +182,12 @@ def test_asked_to_stop_it_saves_and_leaves_and_goes_on(checkpoint, tmp_path, num
 def test_a_folder_that_holds_a_run_is_not_overwritten(checkpoint, tmp_path):
     out = tmp_path / "run"
     out.mkdir()
+    (out / "metrics.jsonl").write_text('{"step": 0}\n')
     (out / "config.toml").write_text("precious")
     with pytest.raises(UserError, match="already holds a run; add --resume"):
         train(config_for(checkpoint), out)
     assert (out / "config.toml").read_text() == "precious"
+    assert (out / "metrics.jsonl").read_text() == '{"step": 0}\n'
     with pytest.raises(UserError, match="no run to resume"):
         train(config_for(checkpoint), tmp_path / "empty", resume=True)
 
@@ -192,6 +196,55 @@ def test_a_folder_that_cannot_be_written_is_named(checkpoint, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"cannot write .*file/run: Not a directory"):
         train(config_for(checkpoint), tmp_path / "file" / "run")
+
+
+def test_a_first_try_that_failed_does_not_stand_in_the_way_of_the_next(checkpoint, tmp_path):
+    with pytest.raises(UserError, match="--engine native"):
+        train(config_for(checkpoint, {"sampling": {"engine": "vllm"}}), tmp_path / "run")
+    assert train(config_for(checkpoint, SYMBOLIC, {"train": {"steps": 1}}), tmp_path / "run").step == 1
+
+
+def test_a_run_does_not_go_on_with_another_soundfont(checkpoint, tmp_path, soundfont, monkeypatch):
+    monkeypatch.setenv("FASTSMART_SOUNDFONT", str(soundfont))
+    out = tmp_path / "run"
+    train(config_for(checkpoint, {"train": {"steps": 1}}), out)
+    (tmp_path / "other.sf3").write_bytes(soundfont.read_bytes())
+    record = json.loads((out / "run.json").read_text())
+    record["inputs"]["soundfont"]["sha256"] = "0" * 64
+    (out / "run.json").write_text(json.dumps(record))
+    with pytest.raises(UserError, match="begun with another soundfont"):
+        train(config_for(checkpoint), out, resume=True)
+
+
+def test_a_policy_that_falls_silent_is_still_concluded(checkpoint, tmp_path):
+    summary = {"mean": 1.0, "std": 0.5}
+    nothing = {"mean": None, "std": None}
+    before = {"reward": summary, "terms": {}, "features": {"notes": summary}, "clips": 4, "empty": 0, "unscored": 0}
+    after = {**before, "features": {"notes": nothing}, "empty": 4}
+    assert "| notes | 1.000 ± 0.500 | – | – |" in before_after(before, after, 3)
+    silent = {"sampling": {"max_tokens": 1}, "train": {"steps": 1, "listen": 0}}
+    result = train(config_for(checkpoint, SYMBOLIC, silent), tmp_path / "run")
+    assert result.after["empty"] == 4
+
+
+def test_weights_that_are_no_longer_finite_are_not_saved(checkpoint, tmp_path):
+    wild = {"train": {"steps": 3, "learning_rate": 1e38, "save_every": 1, "eval_every": 0}}
+    with pytest.raises(UserError, match="no longer finite"):
+        train(config_for(checkpoint, SYMBOLIC, wild), tmp_path / "run")
+    for saved in (tmp_path / "run").glob("checkpoints/step-*"):
+        assert all(p.isfinite().all() for p in load_policy(saved).parameters())
+
+
+def test_a_last_line_cut_short_by_a_crash_is_left_out(tmp_path):
+    metrics = JsonLines(tmp_path / "metrics.jsonl")
+    for step in (0, 1, 2):
+        metrics.append({"step": step, "terms": {"a": float("nan")}})
+    text = metrics.path.read_text()
+    metrics.path.write_text(text + '{"step": 3, "terms": {"a": 1.0}')
+    assert [line["step"] for line in metrics.lines()] == [0, 1, 2]
+    assert metrics.lines()[0]["terms"] == {"a": None}
+    metrics.forget_after(1)
+    assert [line["step"] for line in metrics.lines()] == [0, 1]
 
 
 def test_missing_audiobox_weights_are_said_before_anything_is_sampled(checkpoint, tmp_path):
