@@ -28,10 +28,10 @@ def demo() -> Config:
         prompts=PromptSettings(source="procedural", time_signatures=("4/4",), tempo_min=60.0, tempo_max=150.0),
         sampling=SamplingSettings(group=8, max_tokens=250),
         reward=RewardSettings(
-            terms={"consonance": 5.0, "typicality": 1.0, "presence": 2.0, "variety": 1.0}, normalize="none"
+            terms={"consonance": 5.0, "typicality": 1.0, "presence": 3.0, "variety": 1.0}, normalize="none"
         ),
         grpo=LossSettings(beta=0.04),
-        train=TrainSettings(steps=40, prompts=8, learning_rate=1e-4, eval_every=10, eval_prompts=64, save_every=10),
+        train=TrainSettings(steps=40, prompts=8, learning_rate=3e-4, eval_every=10, eval_prompts=64, save_every=10),
     )
 
 
