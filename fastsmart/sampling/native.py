@@ -187,7 +187,7 @@ class NativeEngine:
                 # a padded position sees itself, so that its softmax is defined; nobody reads it
                 seen = (seen & ((slot >= left[:, None, None]) | (slot == slot[start:, None])))[:, None]
         turn = turn.unsqueeze(-2)
-        x = self.embed[ids.flatten()]
+        x = F.embedding(ids.flatten(), self.embed)
         for layer, kv in zip(self.layers, cache, strict=True):
             qkv = layer.qkv(self._normalised(x)).view(rows, width, heads + 2 * kv_heads, size.head_size)
             _rotate(qkv[:, :, : heads + kv_heads], turn)
@@ -233,7 +233,9 @@ def draw(logits: Tensor, uniform: Tensor, settings: SamplingSettings) -> tuple[T
 
     Raises UserError when the logits are not finite, as those of a policy that has diverged.
     """
-    logits = truncate(logits / settings.temperature, settings.top_k, settings.top_p)
+    if settings.temperature != 1.0:
+        logits = logits / settings.temperature
+    logits = truncate(logits, settings.top_k, settings.top_p)
     logprob = logits.log_softmax(-1)
     cumulative = logprob.exp().cumsum(-1, dtype=torch.float64)
     if not cumulative[:, -1].isfinite().all():
