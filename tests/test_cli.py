@@ -110,7 +110,7 @@ def bad_soundfont(folder):
 
 
 def wrong_vocabulary(folder):
-    from conftest import make_policy
+    from tiny_policy import make_policy
 
     from fastsmart.policy.checkpoint import save_policy
     from fastsmart.tokens.vocabulary import load_vocabulary

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_policy
+from tiny_policy import make_policy
 from transformers import Phi3ForCausalLM
 
 from fastsmart.policy.checkpoint import load_policy, save_policy

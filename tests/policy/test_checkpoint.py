@@ -8,8 +8,8 @@ import textwrap
 
 import pytest
 import torch
-from conftest import make_policy
 from safetensors.torch import load_file, save_file
+from tiny_policy import make_policy
 
 from fastsmart.errors import UserError
 from fastsmart.files import atomic_folder

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 import torch
-from conftest import make_policy
 from scipy.stats import chisquare
+from tiny_policy import make_policy
 from transformers import TopKLogitsWarper, TopPLogitsWarper
 
 from fastsmart.errors import UserError

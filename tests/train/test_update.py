@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from conftest import make_policy
+from tiny_policy import make_policy
 
 from fastsmart.grpo.settings import LossSettings
 from fastsmart.policy.optimizer import (
