@@ -101,7 +101,7 @@ class NativeEngine:
     def close(self) -> None:
         self.layers, self.memory = [], []
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def stream(
         self, prompts: TokenBatch, settings: SamplingSettings, seed: tuple[int, ...], first: int = 0
     ) -> Iterator[Completion]:
