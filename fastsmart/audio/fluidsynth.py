@@ -19,8 +19,10 @@ from __future__ import annotations
 
 import ctypes
 import weakref
+from contextlib import redirect_stdout
 from ctypes import c_char_p, c_double, c_int, c_void_p
 from functools import cache
+from io import StringIO
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -76,7 +78,8 @@ def load_library() -> ctypes.CDLL:
     Raises UserError with the command that installs it when it is missing.
     """
     try:
-        import fluidsynth  # looks for the shared library when imported
+        with redirect_stdout(StringIO()):  # where CI is set it prints what it found
+            import fluidsynth  # looks for the shared library when imported
     except ImportError as error:
         raise UserError(
             f"FluidSynth cannot be loaded ({error}): run `apt-get install libfluidsynth3` "
