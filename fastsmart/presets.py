@@ -20,8 +20,7 @@ def demo() -> Config:
     """A few minutes on two CPU cores: the shipped POP909 policy, a blend of formula rewards.
 
     Consonance is what is learnt; on its own it is hacked within 40 steps by playing ever fewer notes. Presence, variety
-    and typicality hold against it, with weights under which leaving out a tenth of the notes already costs more than it
-    gains.
+    and typicality hold against it; every term is logged on its own.
     """
     return Config(
         policy=PolicySettings(source="pop909-tiny"),
