@@ -12,6 +12,7 @@ LossName = Literal["grpo", "bnpo", "dr_grpo", "dapo", "gspo", "cispo"]
 KlName = Literal["k1", "k2", "k3"]
 RatioName = Literal["behaviour", "one"]
 MaskLevel = Literal["token", "sequence"]
+KernelName = Literal["auto", "torch", "triton"]
 
 # A ratio of exp(20) = 5e8 is as broken as an infinite one, but can still be logged.
 MAX_LOG_RATIO = 20.0
@@ -45,6 +46,7 @@ class LossSettings:
     mask_level  : "token" tests each token's ratio, "sequence" the geometric mean of the completion's
     entropy_bonus : weight of the mean entropy, with the denominator and token weights of the loss; 0 = none
     max_tokens  : longest completion that can be sampled; only for dr_grpo
+    kernel      : what computes log-probs and loss: "torch", "triton", or "auto" = Triton on a GPU that has it
 
     Raises UserError naming the key when a value makes no sense.
     """
@@ -63,9 +65,11 @@ class LossSettings:
     mask_level: MaskLevel = "token"
     entropy_bonus: float = 0.0
     max_tokens: int = 0
+    kernel: KernelName = "auto"
 
     def __post_init__(self) -> None:
-        for key, name in {"loss": LossName, "kl": KlName, "ratio": RatioName, "mask_level": MaskLevel}.items():
+        names = {"loss": LossName, "kl": KlName, "ratio": RatioName, "mask_level": MaskLevel, "kernel": KernelName}
+        for key, name in names.items():
             if getattr(self, key) not in get_args(name):
                 raise UserError(f'{key} must be one of {", ".join(get_args(name))}; got "{getattr(self, key)}"')
         rules = [

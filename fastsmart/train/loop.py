@@ -14,6 +14,7 @@ import torch
 from fastsmart.config import Config
 from fastsmart.files import cpu_cores
 from fastsmart.grpo.advantages import group_advantages
+from fastsmart.kernels.jit import choose_kernel
 from fastsmart.policy.checkpoint import load_policy
 from fastsmart.policy.optimizer import make_optimizer, scheduled_rate
 from fastsmart.policy.transformer import Policy
@@ -64,6 +65,7 @@ def train(config: Config, out: str | Path, resume: bool = False, display: Displa
     knobs = config.train
     torch.set_num_threads(knobs.threads or cpu_cores())
     device, dtype = resolved_device(config.policy), resolved_dtype(config.policy)
+    choose_kernel(config.grpo.kernel, device)  # refuses now what could not run after the first rollout
     reference = load_policy(config.policy.source, device=device, vocabulary=config.policy.vocabulary)
     policy = copy.deepcopy(reference)
     optimizer = make_optimizer(policy, knobs.learning_rate, knobs.betas, knobs.weight_decay)
@@ -126,7 +128,7 @@ def improve(
     """The optimizer steps of one batch; the statistics are those of the last."""
     batches = list(micro_batches(performance.rollout, config.train.micro_batch, policy.device))
     temperature = config.sampling.temperature
-    anchors = reference_logprobs(reference, batches, temperature, dtype)
+    anchors = reference_logprobs(reference, batches, temperature, dtype, config.grpo.kernel)
     for _ in range(config.train.iterations):
         change = update(
             policy,

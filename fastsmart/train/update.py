@@ -13,8 +13,10 @@ import torch
 from torch import Tensor
 
 from fastsmart.errors import UserError
+from fastsmart.grpo.fused import fused_policy_loss
 from fastsmart.grpo.losses import LossStats, loss_denominator, policy_loss
 from fastsmart.grpo.settings import LossSettings
+from fastsmart.kernels.jit import choose_kernel
 from fastsmart.kernels.logprob import LogProb, logprob
 from fastsmart.policy.optimizer import set_learning_rate
 from fastsmart.policy.transformer import Policy
@@ -43,6 +45,7 @@ class Packed:
     where    : int64 [M], place in the flattened [B, T] that predicts each completion token
     ids      : int64 [M]
     sequence : int64 [M], row of each token
+    offsets  : int64 [B + 1], the tokens of row b are offsets[b] … offsets[b + 1] − 1
     behaviour : float32 [M]
     completions : int64 [B], number in the rollout of each row
     lengths  : int64 [B], completion tokens of each row
@@ -52,6 +55,7 @@ class Packed:
     where: Tensor
     ids: Tensor
     sequence: Tensor
+    offsets: Tensor
     behaviour: Tensor
     completions: Tensor
     lengths: Tensor
@@ -69,7 +73,8 @@ def micro_batches(rollout: Rollout, size: int, device: torch.device) -> Iterator
             row[: total[i] - 1] = rollout.sequence(int(i))[:-1]
         lengths = rollout.lengths[chosen].astype(np.int64)
         sequence = np.repeat(np.arange(len(chosen)), lengths)
-        step = np.arange(len(sequence)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+        offsets = np.concatenate([[0], np.cumsum(lengths)])
+        step = np.arange(len(sequence)) - offsets[sequence]
         where = sequence * width + rollout.prompt_lengths[chosen][sequence] - 1 + step
         ids, behaviour = rollout.ids[chosen][sequence, step], rollout.logprobs[chosen][sequence, step]
         yield Packed(
@@ -77,27 +82,30 @@ def micro_batches(rollout: Rollout, size: int, device: torch.device) -> Iterator
             where=torch.from_numpy(where).to(device),
             ids=torch.from_numpy(ids.astype(np.int64)).to(device),
             sequence=torch.from_numpy(sequence).to(device),
+            offsets=torch.from_numpy(offsets).to(device),
             behaviour=torch.from_numpy(behaviour).to(device),
             completions=torch.from_numpy(chosen),
             lengths=torch.from_numpy(lengths),
         )
 
 
-def completion_logprobs(policy: Policy, batch: Packed, temperature: float, dtype: torch.dtype) -> LogProb:
+def completion_logprobs(
+    policy: Policy, batch: Packed, temperature: float, dtype: torch.dtype, kernel: str = "auto"
+) -> LogProb:
     """Log-prob, entropy and log-sum-exp of every completion token of a micro-batch, [M] each."""
     device = batch.rows.device
     with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
         hidden = policy.hidden(batch.rows)
     picked = hidden.flatten(0, 1).index_select(0, batch.where).float()
-    return logprob(picked, policy.lm_head.weight, batch.ids, temperature)
+    return logprob(picked, policy.lm_head.weight, batch.ids, temperature, kernel)
 
 
 @torch.no_grad()
 def reference_logprobs(
-    reference: Policy, batches: Sequence[Packed], temperature: float, dtype: torch.dtype
+    reference: Policy, batches: Sequence[Packed], temperature: float, dtype: torch.dtype, kernel: str = "auto"
 ) -> list[Tensor]:
     """Log-probs [M] of each micro-batch under the reference policy."""
-    return [completion_logprobs(reference, batch, temperature, dtype).logprob for batch in batches]
+    return [completion_logprobs(reference, batch, temperature, dtype, kernel).logprob for batch in batches]
 
 
 def update(
@@ -121,21 +129,19 @@ def update(
     Raises UserError when the gradient or the new weights are no longer finite; a run then goes on from its last
     checkpoint.
     """
+    kernel = choose_kernel(settings.kernel, policy.device)
     denominator = loss_denominator(torch.cat([batch.lengths for batch in batches]), settings)
     policy.train()
     total: LossStats | None = None
     for batch, anchor in zip(batches, anchors, strict=True):
-        ours = completion_logprobs(policy, batch, temperature, dtype)
-        loss, stats = policy_loss(
-            ours.logprob,
-            batch.behaviour,
-            anchor,
-            advantage[batch.completions].to(policy.device),
-            batch.sequence,
-            settings,
-            denominator,
-            ours.entropy if settings.entropy_bonus else ours.entropy.detach(),
-        )
+        ours = completion_logprobs(policy, batch, temperature, dtype, kernel)
+        entropy = ours.entropy if settings.entropy_bonus else ours.entropy.detach()
+        gain = advantage[batch.completions].to(policy.device)
+        given = (ours.logprob, batch.behaviour, anchor, gain)
+        if kernel == "triton":
+            loss, stats = fused_policy_loss(*given, batch.offsets, settings, denominator, entropy)
+        else:
+            loss, stats = policy_loss(*given, batch.sequence, settings, denominator, entropy)
         loss.backward()
         total = stats if total is None else total.merge(stats)
     grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), max_grad_norm)

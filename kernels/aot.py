@@ -1,0 +1,86 @@
+"""Compiles every kernel ahead of time, without a GPU: `python -m fastsmart.kernels.aot [sm_90 ...]`.
+
+Prints registers, spills and shared memory of each configuration in a kernel file's `SHIPPED` list; exit code 1 when one
+spills registers, 2 when Triton is not installed.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import pkgutil
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """What a compiled kernel takes: registers a thread, bytes of spill stores and loads a thread, bytes of shared
+    memory a block."""
+
+    registers: int
+    spills: int
+    shared: int
+
+
+def main(arguments: Sequence[str]) -> int:
+    os.environ.pop("TRITON_INTERPRET", None)  # interpreted kernels cannot be compiled; read when they are imported
+    if importlib.util.find_spec("triton") is None:
+        print("Triton is not installed: pip install triton", file=sys.stderr)
+        return 2
+    spilled = False
+    print(f"{'kernel':36} {'target':7} {'registers':>9} {'spills, B':>9} {'shared, B':>9}")
+    for shipped in shipped_kernels():
+        for architecture in arguments or ARCHITECTURES:
+            found = footprint(shipped, architecture)
+            spilled |= found.spills > 0
+            print(
+                f"{shipped.name:36} {architecture:7} {found.registers:9} {found.spills:9} {found.shared:9}", flush=True
+            )
+    return int(spilled)
+
+
+def shipped_kernels() -> Iterator[Any]:
+    """Every `Shipped` of every kernel file."""
+    for module in pkgutil.iter_modules([str(Path(__file__).parent)]):
+        if module.name != "aot":
+            yield from getattr(importlib.import_module(f"fastsmart.kernels.{module.name}"), "SHIPPED", [])
+
+
+def footprint(shipped: Any, architecture: str) -> Footprint:
+    """Compile one configuration and ask ptxas what it takes."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.backends.nvidia.compiler import get_ptxas, sm_arch_from_capability
+    from triton.compiler import ASTSource
+
+    capability = int(architecture.removeprefix("sm_"))
+    taken = set(shipped.kernel.arg_names)
+    constants = {name: value for name, value in shipped.constants.items() if name in taken}
+    types = {name: kind for name, kind in shipped.types.items() if name in taken}
+    source = ASTSource(shipped.kernel, types | dict.fromkeys(constants, "constexpr"), constants)
+    options = {"num_warps": shipped.num_warps, "enable_fp_fusion": True}
+    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    with tempfile.TemporaryDirectory() as folder:
+        ptx = Path(folder, "kernel.ptx")
+        ptx.write_text(compiled.asm["ptx"])
+        # as Triton calls it, with -v for the numbers it keeps to itself until there is a device
+        command = [get_ptxas(capability).path, "-v", f"--gpu-name={sm_arch_from_capability(capability)}"]
+        done = subprocess.run([*command, str(ptx), "-o", os.devnull], capture_output=True, text=True, check=True)
+    registers = re.search(r"Used (\d+) registers", done.stderr)
+    spills = re.findall(r"(\d+) bytes spill (?:stores|loads)", done.stderr)
+    if registers is None or not spills:
+        raise RuntimeError(f"ptxas said nothing of registers and spills: {done.stderr}")
+    return Footprint(int(registers[1]), sum(map(int, spills)), compiled.metadata.shared)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,100 @@
+"""Which kernel runs where, and what the ahead-of-time compiler says of each."""
+
+import os
+import subprocess
+import sys
+import textwrap
+
+import pytest
+import torch
+
+from fastsmart.errors import UserError
+from fastsmart.kernels import jit
+from fastsmart.kernels.jit import choose_kernel
+
+CPU, GPU = torch.device("cpu"), torch.device("cuda")
+
+
+def test_auto_is_triton_on_a_gpu_only(monkeypatch):
+    pytest.importorskip("triton")
+    monkeypatch.setattr(jit, "INTERPRETED", False)
+    assert [choose_kernel("auto", d) for d in (CPU, GPU)] == ["torch", "triton"]
+    assert choose_kernel("triton", GPU) == "triton"
+    assert [choose_kernel("torch", d) for d in (CPU, GPU)] == ["torch", "torch"]
+    with pytest.raises(UserError, match='kernel "triton" needs the triton package and an NVIDIA GPU, not cpu'):
+        choose_kernel("triton", CPU)
+    with pytest.raises(UserError, match="one of auto, torch, triton"):
+        choose_kernel("cuda", CPU)
+
+
+def test_the_interpreter_runs_only_when_asked(monkeypatch):
+    pytest.importorskip("triton")
+    monkeypatch.setattr(jit, "INTERPRETED", True)
+    assert [choose_kernel(k, CPU) for k in ("auto", "triton")] == ["torch", "triton"]
+
+
+def test_nothing_needs_triton_on_a_cpu(tmp_path):
+    """The update step's own imports and a log-prob, where `import triton` fails."""
+    script = textwrap.dedent("""
+        import sys
+        sys.modules["triton"] = None
+        import torch, fastsmart.train.update
+        from fastsmart.errors import UserError
+        from fastsmart.kernels import grpo, logprob
+        ones = torch.ones(2, 3)
+        print(logprob.logprob(ones, ones, torch.zeros(2, dtype=torch.int64)).entropy, logprob.SHIPPED + grpo.SHIPPED)
+        try:
+            logprob.logprob(ones, ones, torch.zeros(2, dtype=torch.int64), kernel="triton")
+        except UserError as error:
+            print(error)
+    """)
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    run = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, cwd=tmp_path, env=environment, check=True
+    )
+    assert "tensor([0.6931, 0.6931]) []" in run.stdout
+    assert 'kernel "triton" needs the triton package' in run.stdout
+
+
+def test_every_kernel_compiles_without_spills(tmp_path):
+    """For sm_80, sm_90 and sm_100, by the ptxas in Triton's wheel; at least the five of logprob and the two of grpo."""
+    pytest.importorskip("triton")
+    run = subprocess.run(
+        [sys.executable, "-m", "fastsmart.kernels.aot"],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"TRITON_CACHE_DIR": str(tmp_path)},
+        check=False,
+    )
+    assert run.returncode == 0, run.stdout + run.stderr
+    rows = [line.rsplit(maxsplit=4) for line in run.stdout.splitlines()[1:]]
+    assert {architecture for _, architecture, *_ in rows} == {"sm_80", "sm_90", "sm_100"}
+    assert len({name for name, *_ in rows}) >= 7
+    for _, _, registers, spills, _ in rows:
+        assert 0 < int(registers) <= 255
+        assert spills == "0"
+
+
+def test_a_kernel_that_spills_fails(tmp_path):
+    """8,192 numbers summed up by one warp do not fit into its registers."""
+    pytest.importorskip("triton")
+    (tmp_path / "greedy.py").write_text(
+        textwrap.dedent("""
+            import sys
+            from fastsmart.kernels import aot
+            from fastsmart.kernels.jit import Shipped, jit, tl
+
+            @jit
+            def greedy(x, BLOCK: tl.constexpr):
+                column = tl.arange(0, BLOCK)
+                tl.store(x + column, tl.cumsum(tl.load(x + column), axis=0))
+
+            aot.shipped_kernels = lambda: [Shipped("greedy", greedy, {"x": "*fp32"}, {"BLOCK": 8192}, num_warps=1)]
+            sys.exit(aot.main(["sm_90"]))
+        """)
+    )
+    environment = os.environ | {"TRITON_CACHE_DIR": str(tmp_path / "cache"), "TRITON_INTERPRET": "0"}
+    run = subprocess.run(
+        [sys.executable, str(tmp_path / "greedy.py")], capture_output=True, text=True, env=environment, check=False
+    )
+    assert run.returncode == 1, run.stdout + run.stderr
