@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fastsmart.kernels.jit import Shipped, jit, tl, triton
+from fastsmart.kernels.jit import Shipped, jit, tl
 
 # Names of the columns of the kernel's results, in the order of `LossStats`.
 SUMS = (
@@ -313,8 +313,6 @@ def _objective(
 
 def _shipped() -> list[Shipped]:
     """The default loss, and gspo with everything switched on that makes it walk twice."""
-    if triton is None:
-        return []
     tensors = ("logprob", "entropy", "behaviour", "reference", "advantage", "grad_logprob", "grad_entropy")
     types = dict.fromkeys(tensors, "*fp32") | {"offsets": "*i64", "sums": "*fp64", "peaks": "*fp64"}
     plain = Objective(False, False, False, False, 0.8, 1.2, 0.0, 0.04, "k3", False, 20.0, 0.0, 0.0, False, 0.0, 20.0)

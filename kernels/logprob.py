@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fastsmart.kernels.jit import Shipped, choose_kernel, jit, tl, triton
+from fastsmart.kernels.jit import Shipped, choose_kernel, jit, next_power_of_2, tl, triton
 
 # CPU: a chunk of logits should stay in a core's L2 cache between the passes over it: 2**18 fp32 are 1 MiB, 634 rows at
 # V = 413. Wide vocabularies get at least MIN_ROWS rows, or the matrix product would only re-read the weight.
@@ -268,7 +268,7 @@ def _backward(
 
 def _tile(vocabulary: int, elements: int) -> dict[str, int]:
     """Rows and columns of a program's tile of that many logits; whole rows where they fit."""
-    columns = min(triton.next_power_of_2(vocabulary), elements)
+    columns = min(next_power_of_2(vocabulary), elements)
     return {"ROWS": elements // columns, "BLOCK": columns}
 
 
@@ -306,8 +306,6 @@ def _triton_backward(
 
 def _shipped() -> list[Shipped]:
     """Both regimes in fp32: the 413 tokens of preset smart, and the 151,936 of a large language model."""
-    if triton is None:
-        return []
     ours, wide = 413, 151_936
     rows = dict.fromkeys(("logprob", "entropy", "peak", "log_total"), "*fp32")
     slopes = dict.fromkeys(("slope_chosen", "slope_entropy", "slope_row"), "*fp32")

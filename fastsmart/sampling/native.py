@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastsmart.errors import UserError
+from fastsmart.kernels.sample import UNDEFINED, sample_tokens
 from fastsmart.policy.transformer import Policy
 from fastsmart.sampling.rollout import Completion, SamplingSettings
 from fastsmart.tokens.sequences import TokenBatch
@@ -233,16 +234,13 @@ def draw(logits: Tensor, uniform: Tensor, settings: SamplingSettings) -> tuple[T
 
     Raises UserError when the logits are not finite, as those of a policy that has diverged.
     """
-    if settings.temperature != 1.0:
-        logits = logits / settings.temperature
-    logits = truncate(logits, settings.top_k, settings.top_p)
-    logprob = logits.log_softmax(-1)
-    cumulative = logprob.exp().cumsum(-1, dtype=torch.float64)
-    if not cumulative[:, -1].isfinite().all():
+    temperature = settings.temperature
+    if settings.top_k or settings.top_p < 1.0:
+        logits, temperature = truncate(logits / temperature, settings.top_k, settings.top_p), 1.0
+    token, logprob = sample_tokens(logits, uniform, temperature)
+    if (token == UNDEFINED).any():
         raise UserError("the policy's logits are no longer finite; go back to an earlier checkpoint")
-    # uniform <= 1 - 2^-24, so in float64 the product stays below the total and the draw below V
-    token = torch.searchsorted(cumulative, (uniform.double() * cumulative[:, -1])[:, None], right=True)
-    return token[:, 0], logprob.gather(-1, token)[:, 0]
+    return token, logprob
 
 
 def truncate(logits: Tensor, top_k: int, top_p: float) -> Tensor:

@@ -1,6 +1,7 @@
 """The optimizer batch: however it is cut, one gradient; and it is the gradient of the loss as written down."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -49,6 +50,24 @@ def test_micro_batches_do_not_change_the_step(batch, loss):
     assert cut.stats["loss"] == pytest.approx(whole.stats["loss"], rel=1e-5, abs=1e-7)
     for a, b in zip(whole_optimizer.state.values(), cut_optimizer.state.values(), strict=True):
         torch.testing.assert_close(a["exp_avg"], b["exp_avg"], rtol=1e-3, atol=1e-7)
+
+
+@pytest.mark.parametrize("loss", ["bnpo", "gspo", "cispo"])
+def test_kernels_do_not_change_the_step(batch, loss):
+    """Triton's log-probs and objective, in its interpreter or on a GPU, against the readable ones on the CPU."""
+    pytest.importorskip("triton")
+    policy, rollout, advantage = batch
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    reference = make_policy(policy.vocab, seed=5)
+    settings = LossSettings(loss=loss, entropy_bonus=0.01, mask_high=2.0)
+    whole, whole_optimizer, want = step(batch, replace(settings, kernel="torch"), 5, reference)
+    moved = (copy.deepcopy(policy).to(device), rollout, advantage)
+    fused, fused_optimizer, got = step(moved, replace(settings, kernel="triton"), 5, reference.to(device))
+    assert got.grad_norm == pytest.approx(want.grad_norm, rel=1e-4)
+    assert got.stats == pytest.approx(want.stats, rel=1e-4, abs=1e-6)
+    a, b = optimizer_tensors(whole_optimizer, whole), optimizer_tensors(fused_optimizer, fused)
+    for name in a:
+        torch.testing.assert_close(a[name], b[name].cpu(), rtol=1e-3, atol=1e-6)
 
 
 def test_the_step_follows_the_gradient_of_the_loss_as_written_down(batch):
