@@ -4,11 +4,11 @@ This is the boundary between kernels and readable code: everything above it (rat
 [M] vectors. Shape letters: M packed tokens, R tokens of a chunk, D hidden width, V vocabulary.
 
 A chunk of logits is made by the BLAS in fp32, reduced to four numbers a row, and forgotten; for the backward pass it is
-kept (M·V small) or made again. What that costs at least, on a GPU with fp32 GEMMs at 50 TFLOP/s and 3.3 TB/s, for
-M = 8,192, D = 512, V = 413: three products of 3.5 GFLOP, 208 µs, and 13.5 MB of logits that are written once, read by
-each row kernel, and whose gradient is written once and read by two products: 81 MB, 25 µs. Products and softmax in one
-kernel would save at most 16 of the 233 µs and need a GEMM better than cuBLAS's, hence the two row kernels here. At
-V = 151,936 the logits are made twice, four products in all; the row kernels then move 15 GB, 4.5 ms beside 51 ms.
+kept (M·V small) or made again. What that costs at least, on paper, on a GPU with fp32 products at 50 TFLOP/s and
+3.3 TB/s, for M = 8,192 and D = 512. V = 413: three products of 3.5 GFLOP, 208 µs, and 13.5 MB of logits, written once
+and read by each row kernel, and their gradient, written once and read by two products: 81 MB, 25 µs. Products and
+softmax in one kernel could save at most those 25 of 233 µs and would need a product better than cuBLAS's, hence the two
+row kernels here. V = 151,936: four products, 102 ms; the row kernels move 15 GB, 4.5 ms.
 """
 
 from __future__ import annotations
