@@ -63,10 +63,12 @@ def footprint(shipped: Any, architecture: str) -> Footprint:
     from triton.compiler import ASTSource
 
     capability = int(architecture.removeprefix("sm_"))
-    taken = set(shipped.kernel.arg_names)
-    constants = {name: value for name, value in shipped.constants.items() if name in taken}
-    types = {name: kind for name, kind in shipped.types.items() if name in taken}
-    source = ASTSource(shipped.kernel, types | dict.fromkeys(constants, "constexpr"), constants)
+    names = shipped.kernel.arg_names
+    constants = {name: value for name, value in shipped.constants.items() if name in names}
+    types = {name: kind for name, kind in shipped.types.items() if name in names}
+    # as at a launch: torch's memory is aligned
+    aligned = {(names.index(name),): [["tt.divisibility", 16]] for name, kind in types.items() if kind[0] == "*"}
+    source = ASTSource(shipped.kernel, types | dict.fromkeys(constants, "constexpr"), constants, aligned)
     options = {"num_warps": shipped.num_warps, "enable_fp_fusion": True}
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     with tempfile.TemporaryDirectory() as folder:
