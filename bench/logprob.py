@@ -1,7 +1,7 @@
 """The loss part of an update, from hidden states to their gradient: fastsmart's kernels beside what others use.
 
-    python bench/logprob.py --out bench/results/logprob.json            # time, memory, and a whole update
-    PYTHONPATH=... python bench/logprob.py                              # with Liger, installed by hand, as a peer
+    pip install --no-deps liger-kernel                            # TRL is a development dependency; Liger is by hand
+    python bench/logprob.py --out bench/results/logprob.json
 
 Every peer computes the log-probs of the same tokens, with entropies, and the same bnpo loss with k3 and its gradient in
 hidden states and head; Liger has its own loss and gives no entropies. They take turns in one process; figures are
