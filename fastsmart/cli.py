@@ -58,6 +58,12 @@ def _train(p: argparse.ArgumentParser) -> None:
     p.add_argument("--config", help="TOML file with the keys that --dry-run prints")
     p.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="set one key; repeatable")
     p.add_argument("--engine", help="native or vllm; short for --set sampling.engine=...")
+    p.add_argument(
+        "--async",
+        dest="pipeline",
+        choices=["off", "overlap", "one-step-off"],
+        help="what runs side by side; short for --set train.pipeline=...",
+    )
     p.add_argument("--out", default="", help="folder of the run")
     p.add_argument(
         "--resume",
