@@ -107,7 +107,7 @@ def train(
             record.line(line, rollouts)
             if record.better(reward) or (knobs.save_every and step % knobs.save_every == 0):
                 record.save(learner.snapshot(reward))
-            if learner.skipped == MAX_SKIPPED:
+            if learner.skipped >= MAX_SKIPPED:
                 give_up(record, learner, performance, advantage[batch.mine.start : batch.mine.stop])
             collect(step)
         if learner.step > record.saved:
