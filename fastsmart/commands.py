@@ -55,6 +55,26 @@ def train(options: argparse.Namespace) -> int:
     return run.exit_code
 
 
+def top(options: argparse.Namespace) -> int:
+    import time
+
+    from rich.console import Console
+    from rich.live import Live
+
+    from fastsmart.train.top import Top
+
+    view, console = Top(options.run), Console()
+    if options.once or not console.is_terminal or view.ended:
+        console.print(view.render(), highlight=False)
+        return 0
+    with Live(view.render(), console=console, auto_refresh=False, screen=True) as live:
+        while not view.ended:
+            time.sleep(1.0)
+            live.update(view.render(), refresh=True)
+    console.print(view.render(), highlight=False)
+    return 0
+
+
 def sample(options: argparse.Namespace) -> int:
     from fastsmart import decode, load_policy, prompts
     from fastsmart import sample as draw

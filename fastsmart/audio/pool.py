@@ -87,6 +87,7 @@ class RenderPool:
         self._done: set[int] = set()
         self._unseen: list[int] = []  # clips done since the last poll
         self._events: list[str] = []
+        self._work: deque[tuple[int, float, float]] = deque(maxlen=10_000)
         self._failed_starts = 0
         self._workers: list[_Worker] = []
         self._finalizer = weakref.finalize(self, _end, os.getpid(), self._workers, self._memory_fd)
@@ -153,6 +154,12 @@ class RenderPool:
         events, self._events = self._events, []
         return events
 
+    def take_work(self) -> list[tuple[int, float, float]]:
+        """Process id, start and end (seconds of `time.monotonic`) of every clip rendered since the last call."""
+        work = list(self._work)
+        self._work.clear()
+        return work
+
     def heartbeats(self) -> list[dict[str, float]]:
         """Of each worker: its process id, the clips it has in hand, and the seconds since it last gave a sign."""
         now = time.monotonic()
@@ -201,11 +208,12 @@ class RenderPool:
                 index, length = REPORT.unpack_from(report)
                 if index == REFUSED:
                     raise UserError(report[REPORT.size :].decode())
-                worker.since_s = time.monotonic()
+                start_s, worker.since_s = worker.since_s, time.monotonic()
                 if index == READY:
                     worker.ready = True
                     self._failed_starts = 0
                 else:
+                    self._work.append((worker.process.pid, start_s, worker.since_s))
                     worker.in_hand.popleft()
                     self._finish(index, length)
         except (EOFError, ConnectionError):

@@ -34,7 +34,8 @@ class Record:
     def __init__(self, folder: RunFolder, stations: Stations, display: Display | None) -> None:
         self.folder, self.stations, self.ranks = folder, stations, stations.ranks
         self.show: Display = display if display and self.ranks.leader else Silent()
-        self.writers: list[Writer] = open_writers(folder.config.train.writers, folder.path) if self.ranks.leader else []
+        names = folder.config.train.writers if self.ranks.leader else ()
+        self.writers: list[Writer] = open_writers(names, folder.path, folder.checkpoints.step)
         self.failed_saves = 0
         self.best = folder.checkpoints.best()[1]
         self.saved = folder.checkpoints.step

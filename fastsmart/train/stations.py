@@ -90,6 +90,8 @@ class Stations:
 
         stream = self.engine.stream(prompts, settings, seed, first)
         made = self.stages.run(stream, decoded, len(prompts) * group, chunk, first, progress)
+        for pid, start_s, end_s in self.pool.take_work() if self.pool else []:
+            self.trace.add("clip", start_s, end_s, lane=f"render worker {pid}")
         rollout = Rollout.gather(made.completions, prompts, group, first)
         return Performance(rollout, made.notes, made.scores, made.sample_s)
 

@@ -32,7 +32,7 @@ MERGE_S = 1e-4  # spans of one kind this close together are one: 64 draws of a t
 
 @dataclass
 class Span:
-    """One stage at work, in seconds of `time.perf_counter`."""
+    """One stage at work, in seconds of `time.perf_counter`, which on Linux are those of `time.monotonic`."""
 
     stage: str
     lane: str

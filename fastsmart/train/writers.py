@@ -17,14 +17,17 @@ class Writer(Protocol):
 
 
 class TensorBoard:
-    """Event files in `<run>/tensorboard`; raises UserError where TensorBoard is not installed."""
+    """Event files in `<run>/tensorboard`; raises UserError where TensorBoard is not installed.
 
-    def __init__(self, run: Path) -> None:
+    step : the run's last; what an earlier life of it has written beyond is hidden
+    """
+
+    def __init__(self, run: Path, step: int) -> None:
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
             raise UserError(_missing("tensorboard")) from error
-        self.sink = SummaryWriter(str(run / "tensorboard"))
+        self.sink = SummaryWriter(str(run / "tensorboard"), purge_step=step + 1)
 
     def write(self, line: Mapping[str, Any]) -> None:
         for name, value in numbers(line):
@@ -37,10 +40,11 @@ class TensorBoard:
 class WeightsAndBiases:
     """A run called like the run's folder, with its files there; raises UserError where wandb is not installed.
 
-    WANDB_MODE=offline keeps it on this machine; a resumed run goes on under the same id.
+    WANDB_MODE=offline keeps it on this machine. A resumed run goes on under the same id, where wandb itself leaves out
+    steps that it has.
     """
 
-    def __init__(self, run: Path) -> None:
+    def __init__(self, run: Path, step: int) -> None:
         try:
             import wandb
         except ImportError as error:
@@ -55,12 +59,12 @@ class WeightsAndBiases:
         self.sink.finish()
 
 
-WRITERS: dict[str, Callable[[Path], Writer]] = {"tensorboard": TensorBoard, "wandb": WeightsAndBiases}
+WRITERS: dict[str, Callable[[Path, int], Writer]] = {"tensorboard": TensorBoard, "wandb": WeightsAndBiases}
 
 
-def open_writers(names: Sequence[str], run: Path) -> list[Writer]:
-    """The writers of these names; raises UserError where one is not installed."""
-    return [WRITERS[name](run) for name in names]
+def open_writers(names: Sequence[str], run: Path, step: int) -> list[Writer]:
+    """The writers of these names, for a run that goes on after `step`; raises UserError where one is not installed."""
+    return [WRITERS[name](run, step) for name in names]
 
 
 def numbers(line: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 
 import pytest
@@ -34,6 +35,14 @@ def test_off_and_overlap_are_one_trajectory(checkpoint, tmp_path):
     assert line["time"]["idle"].keys() == {"sampler", "renderer", "scorer", "trainer"}
     assert all(0.0 <= share <= 1.0 for share in line["time"]["idle"].values())
     assert line["health"]["rss_mb"] > 0
+    events = json.loads((tmp_path / "overlap" / "trace.json").read_text())["traceEvents"]
+    lanes = [e["args"]["name"] for e in events if e["name"] == "thread_name"]
+    assert sum(lane.startswith("render worker ") for lane in lanes) == 2
+    clips = [e for e in events if e["name"] == "clip"]
+    assert 0 < len(clips) <= 16 * 5 + 7 * 3
+    steps = [e for e in events if e["name"] == "update"]
+    begin, end = steps[0]["ts"] - 60e6, steps[-1]["ts"] + 60e6
+    assert all(begin < clip["ts"] < end for clip in clips)
 
 
 def test_one_step_off_learns_from_the_policy_of_the_step_before(checkpoint, tmp_path):
