@@ -3,9 +3,9 @@
     python bench/soak.py --steps 1000 --out bench/results/soak.json
 
 The shipped policy, eight clips of two seconds a step. At fixed steps a render worker is killed, or stopped as if it
-hung; audio is overwritten with NaN before it is scored; the disk is full for a while; and the whole run is asked to stop
-by SIGTERM, or killed, and resumed. What must come out: every step once; the numbers of the run in peace, up to the first
-corrupted clip; an account of each event in the metrics; and memory and file descriptors that do not grow.
+hung; audio is overwritten with NaN before it is scored; the disk is full for a while; and the whole run is asked to
+stop by SIGTERM, or killed, and resumed. What must come out: every step once; the numbers of the run in peace, up to the
+first corrupted clip; an account of each event in the metrics; and memory and file descriptors that do not grow.
 """
 
 from __future__ import annotations
