@@ -57,13 +57,15 @@ class Stages:
     overlap  : completions are decoded and rendered in a thread of their own as they come, and scored in another as soon
                as a chunk is whole; else one stage begins when the one before has ended
 
-    Owns two threads: call `close`.
+    Owns two threads: call `close`. A batch that is being sampled in another thread then is given up at its next
+    completion once `closing` is set.
     """
 
     def __init__(
         self, renderer: Renderer | None, score: Callable[[Clips], Scores], overlap: bool, trace: Trace
     ) -> None:
         self.renderer, self.score, self.overlap, self.trace = renderer, score, overlap, trace
+        self.closing = False
         # threads that stay: each that computes with OpenMP keeps a team of helpers
         self.rendering = started_thread("render")
         self.scoring = started_thread("score")
@@ -113,6 +115,8 @@ class Stages:
             end_s = time.perf_counter()
             self.trace.add("sample", start_s, end_s)
             batch.sample_s += end_s - start_s
+            if self.closing:
+                raise RuntimeError("the run has ended")
             if completion is None:
                 raise ValueError(f"{count - 1} completions of {batch.total} came")
             batch.tell("sample", count, batch.total)
@@ -132,9 +136,11 @@ class Stages:
                 batch.collect(POLL_S)
                 continue
             if item is None and len(batch.pieces) < batch.total:
-                break  # sampling has failed, and says so itself
+                raise RuntimeError("sampling has failed")  # and says so itself
             if isinstance(item, Completion):
                 batch.take_in(item)
+            elif isinstance(item, Future):
+                item.result()  # raises now what would else be found when all have been sampled
         return batch.result([score.result() for score in scores])
 
     def _score(self, clips: Clips) -> Scores:
@@ -142,7 +148,7 @@ class Stages:
             return self.score(clips)
 
     def close(self) -> None:
-        """End the threads; a batch under way is finished first."""
+        """End the threads."""
         self.rendering.shutdown()
         self.scoring.shutdown()
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import os
 import socket
+import sys
 import threading
 import time
+from collections import Counter
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from pathlib import Path
@@ -22,6 +24,7 @@ from fastsmart.train.stations import Rollouts, Stations
 from fastsmart.train.writers import Writer, open_writers
 
 LIVE_EVERY_S = 0.5
+EVENTS = ("workers_replaced", "clips_failed", "stale_dropped", "failed_saves")
 
 
 class Record:
@@ -36,7 +39,7 @@ class Record:
         self.show: Display = display if display and self.ranks.leader else Silent()
         names = folder.config.train.writers if self.ranks.leader else ()
         self.writers: list[Writer] = open_writers(names, folder.path, folder.checkpoints.step)
-        self.failed_saves = 0
+        self._counts: Counter[str] = Counter()  # of EVENTS since the last line
         self.best = folder.checkpoints.best()[1]
         self.saved = folder.checkpoints.step
         self._notes: list[str] = []
@@ -71,7 +74,13 @@ class Record:
         """Begin, or go on after a step; raises UserError where a resumed run has other inputs than it began with."""
         if self.ranks.leader:
             self.folder.write_provenance(provenance)
+            undone = [line for line in self.folder.metrics.lines() if line["step"] > step]
+            for health in (line.get("health", {}) for line in undone):  # what happened has happened
+                self._counts.update({name: health.get(name, 0) for name in EVENTS})
+                self._notes += health.get("notes", [])
             self.folder.metrics.forget_after(step)
+            if step:
+                self._notes.append(f"resumed after step {step}")
         self.show.start(self.folder.config, self.folder.path, step)
 
     def stage(self, name: str, done: int, total: int) -> None:
@@ -83,6 +92,8 @@ class Record:
         """Something a person should know: shown now, and kept in the next line of metrics."""
         self._notes.append(text)
         self.show.message(text)
+        if not self.ranks.leader:
+            print(f"rank {self.ranks.rank}: {text}", file=sys.stderr, flush=True)
 
     def line(self, line: dict[str, Any], rollouts: Rollouts) -> None:
         """Finish a step's line with its `health`, and put it wherever it belongs."""
@@ -114,10 +125,9 @@ class Record:
         replaced, failed, stale = rows[:, 3:].sum(axis=0)
         self._collect_write()
         health: dict[str, Any] = {"rss_mb": round(rss_mb, 1), "shm_mb": round(shm_mb, 1), "files": int(files)}
-        counts = {"workers_replaced": replaced, "clips_failed": failed, "stale_dropped": stale,
-                  "failed_saves": self.failed_saves}  # fmt: skip
-        health |= {name: int(count) for name, count in counts.items() if count}
-        self.failed_saves = 0
+        self._counts.update(dict(zip(EVENTS, map(int, (replaced, failed, stale)), strict=False)))
+        health |= {name: count for name, count in self._counts.items() if count}
+        self._counts.clear()
         if self._notes:
             health["notes"], self._notes = self._notes, []
         return health
@@ -156,7 +166,7 @@ class Record:
         try:
             self._writing.result()
         except UserError as error:
-            self.failed_saves += 1
+            self._counts["failed_saves"] += 1
             self.note(f"a checkpoint could not be saved: {error}")
         self._writing = None
 

@@ -106,6 +106,7 @@ class Stations:
         return self.perform(prompts, config.sampling, seed, progress, share.start * config.sampling.group)
 
     def close(self) -> None:
+        self.stages.closing = True
         self.drawing.shutdown()
         self.stages.close()
         if self.pool:

@@ -18,12 +18,12 @@ from fastsmart.config import Config, read_config
 from fastsmart.errors import UserError
 from fastsmart.train.display import describe, held_out, summary
 from fastsmart.train.folder import CONFIG_FILE, LIVE_FILE, METRICS_FILE
+from fastsmart.train.record import EVENTS
 
 RECENT = 10  # steps that times and idle shares are means of
 WIDTH = 60  # characters of a curve
 SILENT_S = 15.0  # after which a run is said to be silent
 _BLOCKS = " ▁▂▃▄▅▆▇█"
-_EVENTS = ("workers_replaced", "clips_failed", "stale_dropped", "failed_saves")
 
 
 class Top:
@@ -81,7 +81,7 @@ class Top:
             return []
         totals: Counter[str] = Counter()
         for entry in health:
-            totals.update({name: entry.get(name, 0) for name in _EVENTS})
+            totals.update({name: entry.get(name, 0) for name in EVENTS})
         skipped = sum(bool(line.get("skipped")) for line in self.lines)
         said = [f"{name.replace('_', ' ')} {count}" for name, count in (*totals.items(), ("skipped", skipped)) if count]
         memory = f"memory {health[-1]['rss_mb']:.0f} MB (first {health[0]['rss_mb']:.0f}), {health[-1]['files']} files"

@@ -30,7 +30,7 @@ RESOURCES = ("sampler", "renderer", "scorer", "trainer")  # whose idle share is 
 MERGE_S = 1e-4  # spans of one kind this close together are one: 64 draws of a token are one "sample"
 
 
-@dataclass
+@dataclass(slots=True)
 class Span:
     """One stage at work, in seconds of `time.perf_counter`, which on Linux are those of `time.monotonic`."""
 

@@ -6,6 +6,7 @@ import gc
 import json
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -193,6 +194,25 @@ def test_a_worker_that_dies_or_hangs_is_named_replaced_and_changes_nothing(check
     assert note.startswith("render worker 0 (process ")
     assert fate in note
     assert note in display.said
+
+
+def test_what_happened_in_steps_that_are_done_again_stays_in_the_account(checkpoint, tmp_path):
+    out, config = tmp_path / "run", config_for(checkpoint, SYMBOLIC, {"train": {"eval_every": 0}})
+    train(config, out)
+    shutil.rmtree(out / "checkpoints" / "step-000006")
+    metrics = JsonLines(out / "metrics.jsonl")
+    lines = metrics.lines()
+    for line in lines[4:]:  # after the last checkpoint there is
+        line["health"] |= {"workers_replaced": 1, "notes": [f"a worker died in step {line['step']}"]}
+    metrics.path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    train(config, out, resume=True)
+    after = metrics.lines()
+    assert [line["step"] for line in after] == list(range(7))
+    assert after[5]["health"]["workers_replaced"] == 2
+    assert after[5]["health"]["notes"] == [
+        "a worker died in step 5", "a worker died in step 6", "resumed after step 4"
+    ]  # fmt: skip
+    assert after[4]["health"]["workers_replaced"] == 1
 
 
 def test_memory_is_collected_at_steps_only():

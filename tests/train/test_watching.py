@@ -128,6 +128,7 @@ def test_tensorboard_reads_what_a_run_and_its_second_life_wrote(checkpoint, tmp_
     with pytest.raises(RuntimeError):
         train(config, out, display=Dies())
     train(config, out, resume=True)
+    assert JsonLines(out / "metrics.jsonl").lines()[3]["health"]["notes"] == ["resumed after step 2"]
     events = event_accumulator.EventAccumulator(str(out / "tensorboard"))
     events.Reload()
     rewards = [(e.step, e.value) for e in events.Scalars("reward")]
