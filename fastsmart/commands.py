@@ -48,6 +48,7 @@ def train(options: argparse.Namespace) -> int:
     from fastsmart.train.loop import train as run_training
 
     run = run_training(config, options.out, resume, Terminal() if sys.stdout.isatty() else Plain(), ranks)
+    ranks.close()
     table = run.path / "before_after.md"
     if run.after and ranks.leader:
         print(table.read_text(encoding="utf-8"))

@@ -74,6 +74,8 @@ class Learner:
                 ranks=self.ranks,
                 trace=trace,
             )
+            if change.skipped:
+                break
         self.step += 1
         self.skipped = self.skipped + 1 if change.skipped else 0
         return change

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -51,15 +51,19 @@ def take_cores(ranks: Ranks) -> None:
 
 
 @contextmanager
-def helpers_apart(device: torch.device) -> Iterator[None]:
-    """Processes and threads started inside the block get the helpers' cores; afterwards this thread keeps its own."""
+def helpers_apart(device: torch.device) -> Iterator[Callable[[], None]]:
+    """Processes and threads started inside the block get the helpers' cores; afterwards this thread keeps its own.
+
+    Gives a function that puts the thread back on all of them.
+    """
     if not hasattr(os, "sched_setaffinity"):
-        yield
+        yield lambda: None
         return
-    training, helpers = split_cores(sorted(os.sched_getaffinity(0)), device.type == "cuda")
+    cores = sorted(os.sched_getaffinity(0))
+    training, helpers = split_cores(cores, device.type == "cuda")
     os.sched_setaffinity(0, helpers)
     try:
-        yield
+        yield lambda: os.sched_setaffinity(0, cores)
     finally:
         os.sched_setaffinity(0, training)
 

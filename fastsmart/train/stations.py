@@ -11,6 +11,7 @@ import torch
 
 from fastsmart.audio import RenderPool
 from fastsmart.config import Config
+from fastsmart.errors import UserError
 from fastsmart.notes import NoteBatch
 from fastsmart.policy.transformer import Policy
 from fastsmart.reward import RewardMix, Scores
@@ -55,6 +56,9 @@ class Stations:
         ranks: Ranks | None = None,
     ) -> None:
         self.config, self.ranks = config, ranks or Ranks()
+        for key in ("prompts", "eval_prompts"):
+            if (count := getattr(config.train, key)) < self.ranks.world:
+                raise UserError(f"train.{key} is {count}, fewer than the {self.ranks.world} ranks, and each needs one")
         self.vocab: Vocabulary = policy.vocab
         self.trace = Trace(self.ranks.rank)
         most_prompts = -(-config.train.prompts // self.ranks.world)
@@ -62,7 +66,7 @@ class Stations:
         self.reward = RewardMix(config.reward, statistics, str(policy.device))
         self.engine = make_engine(config.sampling.engine, policy, version, dtype)
         self.pool: RenderPool | None = None
-        with helpers_apart(policy.device):
+        with helpers_apart(policy.device) as self.rejoin_cores:
             if self.reward.needs_audio:
                 self.pool = RenderPool(config.audio, self.batch, quarantine)
             self.stages = Stages(self.pool, self.reward, config.train.pipeline != "off", self.trace)
@@ -112,6 +116,7 @@ class Stations:
         if self.pool:
             self.pool.close()
         self.engine.close()
+        self.rejoin_cores()
 
     def __enter__(self) -> Stations:
         return self

@@ -11,13 +11,16 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
-from small_run import comparable, write_config
+import torch
+from small_run import SYMBOLIC, comparable, config_for, write_config
 from tiny_policy import make_policy
 
+from fastsmart import UserError
 from fastsmart.files import JsonLines
 from fastsmart.policy.checkpoint import save_policy
 from fastsmart.train.placement import parse_cores, rank_cores, split_cores
 from fastsmart.train.ranks import Ranks
+from fastsmart.train.stations import Stations
 
 TWENTY = {
     "train": {"steps": 20, "prompts": 4, "eval_every": 10, "eval_prompts": 7, "save_every": 5},
@@ -140,6 +143,11 @@ def test_shares_cover_everything_once_in_order():
             ranks = [Ranks(rank, world) for rank in range(world)]
             assert [i for rank in ranks for i in rank.share(total)] == list(range(total))
             assert all(ranks[0].share(total, r) == rank.share(total) for r, rank in enumerate(ranks))
+
+
+def test_each_rank_needs_a_prompt(policy, checkpoint):
+    with pytest.raises(UserError, match=r"train\.prompts is 2, fewer than the 3 ranks"):
+        Stations(config_for(checkpoint, SYMBOLIC), policy, "", torch.float32, ranks=Ranks(1, 3))
 
 
 def test_one_rank_needs_no_group():
