@@ -2,14 +2,14 @@
 
     python bench/scaling.py --out bench/results/scaling.json
 
-The constants of each stage are fitted to some points (non-negative least squares) and tried on others. The prediction
-for GPUs puts data-sheet rates and assumed efficiencies in their place; nothing of it has been measured on a GPU.
+The constants of each stage are fitted to some points (non-negative least squares) and tried on others; with one thread
+and one render worker, because two threads on a shared machine measure their neighbours. The prediction for GPUs puts
+data-sheet rates and assumed efficiencies in their place; nothing of it has been measured on a GPU.
 """
 
 from __future__ import annotations
 
 import argparse
-import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -83,7 +83,7 @@ AUDIO_FIT, AUDIO_TRY = ((16, 10.0), (64, 5.0), (32, 2.5)), ((64, 10.0), (48, 7.5
 def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     arguments.add_argument("--predict", action="store_true", help="only print what the model says of GPUs")
-    arguments.add_argument("--threads", type=int, default=2)
+    arguments.add_argument("--threads", type=int, default=1)
     arguments.add_argument("--out", default="", help="JSON file for the result")
     options = arguments.parse_args()
     torch.set_num_threads(options.threads)
@@ -127,7 +127,7 @@ def fitted(
 
 
 def policy_seconds(job: Job, runs: int = 2) -> tuple[float, float]:
-    """Seconds of sampling, and of the update with its reference pass: medians after a warm-up."""
+    """Seconds of sampling, and of the update with its reference pass: the shortest of the runs."""
     vocab = load_vocabulary("smart")
     size = PolicySize(VOCABULARY, job.width, 4 * job.width, job.layers, job.width // 64, job.width // 64)
     policy = Policy(size, vocab).initialise(torch.Generator().manual_seed(0)).eval()
@@ -136,7 +136,7 @@ def policy_seconds(job: Job, runs: int = 2) -> tuple[float, float]:
     prompts = procedural(vocab, job.clips // GROUP, seed=0).tokens
     settings = SamplingSettings(group=GROUP, max_tokens=job.tokens)
     sampled, updated = [], []
-    for run in range(runs + 1):
+    for run in range(runs):
         start = time.perf_counter()
         rollout = Rollout.gather(engine.stream(prompts, settings, (run,)), prompts, GROUP)
         middle = time.perf_counter()
@@ -148,7 +148,7 @@ def policy_seconds(job: Job, runs: int = 2) -> tuple[float, float]:
         )  # fmt: skip
         sampled.append(middle - start)
         updated.append(time.perf_counter() - middle)
-    return statistics.median(sampled[1:]), statistics.median(updated[1:])
+    return min(sampled), min(updated)
 
 
 def audio_seconds(clips: int, seconds: float, runs: int = 3) -> tuple[float, float]:
@@ -158,8 +158,8 @@ def audio_seconds(clips: int, seconds: float, runs: int = 3) -> tuple[float, flo
     rollout = Rollout.gather(NativeEngine(policy).stream(prompts, SamplingSettings(group=1), (0,)), prompts, 1)
     notes = decode(rollout.sequences(), policy.vocab, seconds)
     reward, times = RewardMix(config.reward, statistics_path(config)), []
-    with RenderPool(replace(RenderSettings(), max_seconds=seconds), clips) as pool:
-        for _ in range(runs + 1):
+    with RenderPool(replace(RenderSettings(), max_seconds=seconds, workers=1), clips) as pool:
+        for _ in range(runs):
             start = time.perf_counter()
             for i in range(clips):
                 pool.submit(i, notes, i)
@@ -167,7 +167,7 @@ def audio_seconds(clips: int, seconds: float, runs: int = 3) -> tuple[float, flo
             middle = time.perf_counter()
             reward(Clips(notes, audio))
             times.append((middle - start, time.perf_counter() - middle))
-    return statistics.median(t for t, _ in times[1:]), statistics.median(t for _, t in times[1:])
+    return min(t for t, _ in times), min(t for _, t in times)
 
 
 @dataclass(frozen=True)

@@ -130,7 +130,6 @@ class Rollouts:
 
     Then the batch of step k has been drawn by the policy that step k - 1 began with: its version is k - 1, its
     staleness 1. A batch staler than `train.max_staleness` is dropped, counted in `dropped`, and drawn again.
-
     """
 
     def __init__(self, stations: Stations, progress: Progress | None = None) -> None:
