@@ -46,6 +46,7 @@ def parser() -> argparse.ArgumentParser:
     _sample(commands.add_parser("sample", help="let a policy play: MIDI and WAV files"))
     _render(commands.add_parser("render", help="MIDI files to WAV, 48 kHz stereo"))
     _score(commands.add_parser("score", help="reward of MIDI and audio files, as JSON lines"))
+    _top(commands.add_parser("top", help="how a run is doing, live, from its files"))
     commands.add_parser("doctor", help="what this machine has, what is missing, and the command that mends it")
     return top
 
@@ -58,6 +59,12 @@ def _train(p: argparse.ArgumentParser) -> None:
     p.add_argument("--config", help="TOML file with the keys that --dry-run prints")
     p.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="set one key; repeatable")
     p.add_argument("--engine", help="native or vllm; short for --set sampling.engine=...")
+    p.add_argument(
+        "--async",
+        dest="pipeline",
+        choices=["off", "overlap", "one-step-off"],
+        help="what runs side by side; short for --set train.pipeline=...",
+    )
     p.add_argument("--out", default="", help="folder of the run")
     p.add_argument(
         "--resume",
@@ -67,6 +74,15 @@ def _train(p: argparse.ArgumentParser) -> None:
         help="go on with the run in --out; with 'auto', start it where there is none",
     )
     p.add_argument("--dry-run", action="store_true", help="print the resolved run and leave")
+
+
+def _top(p: argparse.ArgumentParser) -> None:
+    p.description = (
+        "Show a running or finished run: curves, held-out rewards, seconds of each stage, how busy each resource is, "
+        "and what has gone wrong. Reads files only, so it works from another terminal or machine. Ctrl-C leaves."
+    )
+    p.add_argument("run", help="folder of the run")
+    p.add_argument("--once", action="store_true", help="print once and leave, as it does where stdout is no terminal")
 
 
 def _sample(p: argparse.ArgumentParser) -> None:

@@ -20,22 +20,26 @@ def train(options: argparse.Namespace) -> int:
     from fastsmart.config import Config, assigned, read_config, to_toml
     from fastsmart.presets import load_preset
     from fastsmart.train.folder import RunFolder
+    from fastsmart.train.ranks import join_ranks
 
     config = load_preset(options.preset) if options.preset else Config()
     if options.config:
         config = read_config(options.config, config)
     sets = options.set + ([f"sampling.engine={options.engine}"] if options.engine else [])
+    sets += [f"train.pipeline={options.pipeline}"] if options.pipeline else []
     config = assigned(config, sets)
     if options.dry_run:
         print(to_toml(config), end="")
         return 0
     if not options.out:
         raise UserError("name the folder of the run with --out, for example --out runs/demo")
+    ranks = join_ranks()
     resume = options.resume == "yes" or (options.resume == "auto" and RunFolder.begun(options.out))
+    resume = bool(ranks.same(resume))  # rank 0 may be about to start the run
     if resume and (options.preset or options.config or sets) and RunFolder.reopen(options.out).config != config:
         raise UserError(
-            f"{options.out} holds a run with other settings; leave out --preset, --config, --set and --engine to go on "
-            "with its own config.toml, or choose another --out"
+            f"{options.out} holds a run with other settings; leave out --preset, --config, --set, --engine and --async "
+            "to go on with its own config.toml, or choose another --out"
         )
     if not resume and not config.reward.terms:
         raise UserError("reward.terms names no reward; start from --preset demo or add --set reward.terms.consonance=1")
@@ -43,12 +47,33 @@ def train(options: argparse.Namespace) -> int:
     from fastsmart.train.display import Plain, Terminal
     from fastsmart.train.loop import train as run_training
 
-    run = run_training(config, options.out, resume, Terminal() if sys.stdout.isatty() else Plain())
+    run = run_training(config, options.out, resume, Terminal() if sys.stdout.isatty() else Plain(), ranks)
+    ranks.close()
     table = run.path / "before_after.md"
-    if run.after:
+    if run.after and ranks.leader:
         print(table.read_text(encoding="utf-8"))
         print(f"listen to {run.path / 'listen'}, look at {run.path / 'curves.png'}")
     return run.exit_code
+
+
+def top(options: argparse.Namespace) -> int:
+    import time
+
+    from rich.console import Console
+    from rich.live import Live
+
+    from fastsmart.train.top import Top
+
+    view, console = Top(options.run), Console()
+    if options.once or not console.is_terminal or view.ended:
+        console.print(view.render(), highlight=False)
+        return 0
+    with Live(view.render(), console=console, auto_refresh=False, screen=True) as live:
+        while not view.ended:
+            time.sleep(1.0)
+            live.update(view.render(), refresh=True)
+    console.print(view.render(), highlight=False)
+    return 0
 
 
 def sample(options: argparse.Namespace) -> int:

@@ -53,6 +53,11 @@ class Config:
             raise UserError(
                 "grpo.ratio 'one' takes every step for on-policy; with train.iterations above 1 it must be 'behaviour'"
             )
+        if self.grpo.ratio == "one" and self.train.pipeline == "one-step-off":
+            raise UserError(
+                "train.pipeline 'one-step-off' learns from completions of an older policy: grpo.ratio must be "
+                "'behaviour'"
+            )
 
 
 def read_config(path: str | Path, base: Config | None = None) -> Config:

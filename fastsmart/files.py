@@ -83,11 +83,30 @@ class JsonLines:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._late: list[str] = []  # lines that found the disk full
 
     def append(self, line: dict[str, Any]) -> None:
-        """Add a line; a number that is not finite is written as null. Raises UserError when the disk is full."""
-        with os_errors_as_user_errors(self.path), open(self.path, "a", encoding="utf-8") as sink:
-            sink.write(json.dumps(_finite(line)) + "\n")
+        """Add a line; a number that is not finite is written as null.
+
+        Raises UserError when the disk is full; the line is kept, and written with the next one.
+        """
+        self._late.append(json.dumps(_finite(line)) + "\n")
+        self.flush()
+
+    def flush(self) -> None:
+        """Write lines that found the disk full; raises UserError when it still is."""
+        if not self._late:
+            return
+        with os_errors_as_user_errors(self.path):
+            size = self.path.stat().st_size if self.path.exists() else 0
+            try:
+                with open(self.path, "a", encoding="utf-8") as sink:
+                    sink.write("".join(self._late))
+            except OSError:
+                with suppress(OSError):
+                    os.truncate(self.path, size)  # no half a line before the next
+                raise
+        self._late.clear()
 
     def lines(self) -> list[dict[str, Any]]:
         """The lines so far; a last line cut short by a crash is left out."""

@@ -86,6 +86,8 @@ class RenderPool:
         self._strikes: dict[int, int] = {}
         self._done: set[int] = set()
         self._unseen: list[int] = []  # clips done since the last poll
+        self._events: list[str] = []
+        self._work: deque[tuple[int, float, float]] = deque(maxlen=10_000)
         self._failed_starts = 0
         self._workers: list[_Worker] = []
         self._finalizer = weakref.finalize(self, _end, os.getpid(), self._workers, self._memory_fd)
@@ -102,9 +104,12 @@ class RenderPool:
         self._queue.append(index)
         self._turn(timeout_s=0.0)
 
-    def poll(self) -> list[int]:
-        """The clips finished (or given up) since the last call, in the order they ended; `gather` hands them out."""
-        self._turn(timeout_s=0.0)
+    def poll(self, timeout_s: float = 0.0) -> list[int]:
+        """The clips finished (or given up) since the last call, in the order they ended; `gather` hands them out.
+
+        Waits for the next report of a worker up to `timeout_s`, where none has been finished since.
+        """
+        self._turn(timeout_s=0.0 if self._unseen else timeout_s)
         unseen, self._unseen = self._unseen, []
         return unseen
 
@@ -132,11 +137,36 @@ class RenderPool:
             if told == len(self._pieces):
                 break
         batch = self.gather(range(max(self._pieces, default=-1) + 1))
+        self.clear()
+        return batch
+
+    def clear(self) -> None:
+        """Forget the finished clips: the pool is empty again. Raises ValueError while a clip is under way."""
+        if len(self._done) < len(self._pieces):
+            raise ValueError(f"{len(self._pieces) - len(self._done)} clips are not finished")
         self._pieces.clear()
         self._strikes.clear()
         self._done.clear()
         self._unseen.clear()
-        return batch
+
+    def take_events(self) -> list[str]:
+        """What happened to workers and clips since the last call, a sentence each."""
+        events, self._events = self._events, []
+        return events
+
+    def take_work(self) -> list[tuple[int, float, float]]:
+        """Process id, start and end (seconds of `time.monotonic`) of every clip rendered since the last call."""
+        work = list(self._work)
+        self._work.clear()
+        return work
+
+    def heartbeats(self) -> list[dict[str, float]]:
+        """Of each worker: its process id, the clips it has in hand, and the seconds since it last gave a sign."""
+        now = time.monotonic()
+        return [
+            {"pid": w.process.pid, "in_hand": len(w.in_hand), "silent_s": round(now - w.since_s, 1) if w.in_hand else 0}
+            for w in list(self._workers)
+        ]
 
     @property
     def pids(self) -> list[int]:
@@ -162,7 +192,7 @@ class RenderPool:
         for place, worker in enumerate(self._workers):
             alive = worker.connection not in reporting or self._hear(worker)
             if not alive or time.monotonic() - worker.since_s > self._patience_s(worker):
-                self._replace(place)
+                self._replace(place, hung=alive)
         self._hand_out()
 
     def _patience_s(self, worker: _Worker) -> float:
@@ -178,11 +208,12 @@ class RenderPool:
                 index, length = REPORT.unpack_from(report)
                 if index == REFUSED:
                     raise UserError(report[REPORT.size :].decode())
-                worker.since_s = time.monotonic()
+                start_s, worker.since_s = worker.since_s, time.monotonic()
                 if index == READY:
                     worker.ready = True
                     self._failed_starts = 0
                 else:
+                    self._work.append((worker.process.pid, start_s, worker.since_s))
                     worker.in_hand.popleft()
                     self._finish(index, length)
         except (EOFError, ConnectionError):
@@ -194,7 +225,7 @@ class RenderPool:
         self._done.add(index)
         self._unseen.append(index)
 
-    def _replace(self, place: int) -> None:
+    def _replace(self, place: int, hung: bool = False) -> None:
         worker = self._workers[place]
         _kill(worker)
         clips = [index for index, _ in worker.in_hand]
@@ -209,6 +240,9 @@ class RenderPool:
             self._strikes[clips[0]] = self._strikes.get(clips[0], 0) + 1
             if self._strikes[clips[0]] == TRIES:
                 self._give_up(clips.pop(0))
+        name, status = f"render worker {place} (process {worker.process.pid})", worker.process.returncode
+        fate = f"hung for {time.monotonic() - worker.since_s:.0f} s" if hung else f"died (exit status {status})"
+        self._events.append(f"{name} {fate} {'over a clip' if worker.in_hand else 'idle'} and was replaced")
         self._queue.extendleft(reversed(clips))
         self._workers[place] = self._start()
         self.replaced += 1

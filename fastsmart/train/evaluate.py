@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -38,36 +38,49 @@ TABLE_FEATURES = (
 def evaluate(
     stations: Stations, progress: Callable[[str, int, int], None] | None = None
 ) -> tuple[list[Performance], dict[str, Any]]:
-    """Perform the held-out prompts, one completion each, as many at a time as a step has; and their summary."""
-    config = stations.config
+    """Perform the held-out prompts, one completion each, as many at a time as a step has.
+
+    Every rank performs its share; the performances are this rank's, the summary is of all.
+    """
+    config, ranks = stations.config, stations.ranks
     settings: SamplingSettings = replace(config.sampling, group=1)
     seed = (config.train.seed, EVALUATION_STREAM)
+    share = ranks.share(config.train.eval_prompts)
     performances = []
-    for first in range(0, config.train.eval_prompts, stations.batch):
-        count = min(stations.batch, config.train.eval_prompts - first)
+    for first in range(share.start, share.stop, stations.batch):
+        count = min(stations.batch, share.stop - first)
         prompts = make_prompts(config.prompts, stations.vocab, "heldout", first, count)
         performances.append(stations.perform(prompts, settings, seed, progress, first))
-    return performances, summarise(performances)
+    table = clip_table(performances)
+    rows = ranks.gather(np.stack(list(table.values()), axis=1), config.train.eval_prompts)
+    return performances, summarise(dict(zip(table, rows.T, strict=True)))
 
 
-def summarise(performances: Sequence[Performance]) -> dict[str, Any]:
+def clip_table(performances: Sequence[Performance]) -> dict[str, np.ndarray]:
+    """`reward`, `term <name>` for each of its terms and every feature of the N clips, float64 [N] each."""
+    table = {"reward": np.concatenate([p.scores.total for p in performances])}
+    for name in performances[0].scores.terms:
+        table[f"term {name}"] = np.concatenate([p.scores.terms[name] for p in performances])
+    measured = features(NoteBatch.concat([p.notes for p in performances]))
+    table |= {name: measured[name] for name in TABLE_FEATURES}
+    return {name: np.asarray(values, np.float64) for name, values in table.items()}
+
+
+def summarise(table: Mapping[str, np.ndarray]) -> dict[str, Any]:
     """Mean and standard deviation over clips of the reward, each of its terms and each feature; NaN left out."""
-    total = np.concatenate([p.scores.total for p in performances])
-    notes = NoteBatch.concat([p.notes for p in performances])
-    table = features(notes)
-    names = performances[0].scores.terms
+    terms = {name.removeprefix("term "): values for name, values in table.items() if name.startswith("term ")}
     return {
-        "reward": _moments(total),
-        "terms": {name: _moments(np.concatenate([p.scores.terms[name] for p in performances])) for name in names},
+        "reward": _moments(table["reward"]),
+        "terms": {name: _moments(values) for name, values in terms.items()},
         "features": {name: _moments(table[name]) for name in TABLE_FEATURES},
-        "clips": len(total),
-        "unscored": int(np.isnan(total).sum()),
-        "empty": int((notes.counts == 0).sum()),
+        "clips": len(table["reward"]),
+        "unscored": int(np.isnan(table["reward"]).sum()),
+        "empty": int((table["notes"] == 0).sum()),
     }
 
 
 def write_listening(stations: Stations, performances: Sequence[Performance], folder: Path, label: str) -> None:
-    """The first held-out clips, whole, as MIDI and as 48 kHz stereo WAV: `NN-<label>.mid`, `NN-<label>.wav`."""
+    """This rank's first held-out clips, whole, as MIDI and as 48 kHz stereo WAV: `NN-<label>.mid`, `NN-<label>.wav`."""
     config = stations.config
     if not config.train.listen:
         return

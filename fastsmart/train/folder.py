@@ -3,7 +3,8 @@
 config.toml      the resolved configuration            checkpoints/step-000040/   policy, optimizer and state
 run.json         what it ran with: versions, machine   listen/                    before and after, MIDI and WAV
 metrics.jsonl    one line a step                       before_after.md            features and rewards
-curves.png
+curves.png       the metrics as curves                 trace.json                 who did what when, for ui.perfetto.dev
+live.json        while it runs: for `fastsmart top`    failed/                    clips and batches worth a look
 """
 
 from __future__ import annotations
@@ -15,10 +16,13 @@ from fastsmart.config import Config, read_config, to_toml
 from fastsmart.errors import UserError
 from fastsmart.files import JsonLines, make_folder, write_atomic
 from fastsmart.policy.state import Checkpoints
+from fastsmart.train.ranks import Ranks
 
 CONFIG_FILE = "config.toml"
 METRICS_FILE = "metrics.jsonl"
 PROVENANCE_FILE = "run.json"
+TRACE_FILE = "trace.json"
+LIVE_FILE = "live.json"
 
 
 class RunFolder:
@@ -35,6 +39,17 @@ class RunFolder:
         """Whether a run in this folder has got so far that there is something to lose."""
         path = Path(path)
         return bool(JsonLines(path / METRICS_FILE).lines() or Checkpoints(path / "checkpoints").all())
+
+    @staticmethod
+    def open(path: str | Path, config: Config, resume: bool, ranks: Ranks) -> RunFolder:
+        """`create` or `reopen`, by rank 0; the others find what it has left. The file system is one they share."""
+        if ranks.leader:
+            folder = RunFolder.reopen(path) if resume else RunFolder.create(path, config)
+        step = ranks.same(folder.checkpoints.step if ranks.leader else 0)
+        folder = folder if ranks.leader else RunFolder.reopen(path)
+        if folder.checkpoints.step != step:
+            raise UserError(f"rank {ranks.rank} finds other checkpoints in {path} than rank 0; put it on a shared disk")
+        return folder
 
     @staticmethod
     def create(path: str | Path, config: Config) -> RunFolder:

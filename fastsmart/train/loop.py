@@ -2,35 +2,36 @@
 
 from __future__ import annotations
 
-import copy
 import signal
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from fastsmart.config import Config
-from fastsmart.files import cpu_cores
+from fastsmart.errors import UserError
+from fastsmart.files import cpu_cores, os_errors_as_user_errors
 from fastsmart.grpo.advantages import group_advantages
-from fastsmart.kernels.jit import choose_kernel
-from fastsmart.policy.checkpoint import load_policy
-from fastsmart.policy.optimizer import make_optimizer, scheduled_rate
 from fastsmart.policy.transformer import Policy
 from fastsmart.reward import combine
 from fastsmart.stopping import StopRequest, stop_signals
-from fastsmart.tokens.prompts import make_prompts
 from fastsmart.train.curves import draw_curves
-from fastsmart.train.display import Display, Silent
+from fastsmart.train.display import Display
 from fastsmart.train.evaluate import before_after, evaluate, write_listening
 from fastsmart.train.folder import RunFolder
-from fastsmart.train.metrics import metrics, timing
-from fastsmart.train.provenance import provenance, resolved_device, resolved_dtype, statistics_path
-from fastsmart.train.stations import Performance, Stations
-from fastsmart.train.update import Update, micro_batches, reference_logprobs, update
+from fastsmart.train.housekeeping import collections_at_steps
+from fastsmart.train.learner import Learner
+from fastsmart.train.metrics import Batch, metrics, timing
+from fastsmart.train.placement import take_cores
+from fastsmart.train.provenance import provenance, statistics_path
+from fastsmart.train.ranks import Ranks, join_ranks
+from fastsmart.train.record import Record
+from fastsmart.train.stations import Performance, Rollouts, Stations
 
-TRAINING_STREAM = 0  # second number of the seed; evaluation draws from stream 1
+MAX_SKIPPED = 3  # steps in a row whose gradient is not finite before a run gives up
 
 
 @dataclass(frozen=True)
@@ -52,114 +53,121 @@ class Run:
     exit_code: int
 
 
-def train(config: Config, out: str | Path, resume: bool = False, display: Display | None = None) -> Run:
+def train(
+    config: Config,
+    out: str | Path,
+    resume: bool = False,
+    display: Display | None = None,
+    ranks: Ranks | None = None,
+) -> Run:
     """Tune a policy as the config says, into the folder `out`; with `resume`, go on with the run that is there.
 
-    SIGINT and SIGTERM let the step under way end, save a checkpoint and leave. A run killed at any moment and resumed
-    writes the metrics of one never killed (on a CPU to the last digit), apart from those under `time`.
+    Started by torchrun, every rank calls this with the same arguments (`ranks`: see `join_ranks`, which is the
+    default). SIGINT and SIGTERM let the step under way end, save a checkpoint and leave. A run killed at any moment and
+    resumed, on any number of ranks, writes the metrics of one never killed (on one rank of a CPU to the last digit),
+    apart from those under `time` and `health`.
 
-    Raises UserError for whatever in config, files or machine the user can mend.
+    Raises UserError for whatever in config, files or machine the user can mend, and when the gradient has not been
+    finite three steps in a row.
     """
-    folder = RunFolder.reopen(out) if resume else RunFolder.create(out, config)
-    config, show = folder.config, display or Silent()
-    knobs = config.train
+    ranks = ranks or join_ranks()
+    take_cores(ranks)
+    folder = RunFolder.open(out, config, resume, ranks)
+    config, knobs = folder.config, folder.config.train
     torch.set_num_threads(knobs.threads or cpu_cores())
-    device, dtype = resolved_device(config.policy), resolved_dtype(config.policy)
-    choose_kernel(config.grpo.kernel, device)  # refuses now what could not run after the first rollout
-    reference = load_policy(config.policy.source, device=device, vocabulary=config.policy.vocabulary)
-    policy = copy.deepcopy(reference)
-    optimizer = make_optimizer(policy, knobs.learning_rate, knobs.betas, knobs.weight_decay)
-    step = folder.checkpoints.load(policy, optimizer).get("step", 0)
-    statistics = statistics_path(config)
+    learner = Learner(config, folder.checkpoints, ranks)
+    (sampler, version), statistics = learner.sampler_weights(), statistics_path(config)
 
-    with stop_signals() as stop, Stations(config, policy, statistics, dtype, step, folder.path / "failed") as stations:
-        folder.write_provenance(provenance(config, reference, statistics, stations.pool is not None))
-        folder.metrics.forget_after(step)
-        with show:
-            show.start(config, folder.path, step)
-            if step == 0:
-                held_out, summary = evaluate(stations, show.stage)
-                write_listening(stations, held_out, folder.listen, "before")
-                log(folder, show, {"step": 0, "eval": summary, "time": stations.clock.reset()})
-            while step < knobs.steps and not stop:
-                start = time.perf_counter()
-                prompts = make_prompts(config.prompts, policy.vocab, "train", step * knobs.prompts, knobs.prompts)
-                seed = (knobs.seed, TRAINING_STREAM, step)
-                performance = stations.perform(prompts, config.sampling, seed, show.stage)
-                advantage = advantages(performance, config)
-                with stations.clock("update"):
-                    rate = scheduled_rate(step, knobs.steps, knobs.learning_rate, knobs.schedule, knobs.warmup)
-                    change = improve(policy, reference, optimizer, performance, advantage, config, rate, dtype)
-                step += 1
-                with stations.clock("sync"):
-                    stations.engine.load(policy, step)
-                line = metrics(step, performance, advantage, change)
-                line["time"] = timing(stations.clock.reset(), time.perf_counter() - start, performance)
-                if step == knobs.steps or (knobs.eval_every and step % knobs.eval_every == 0):
-                    held_out, line["eval"] = evaluate(stations, show.stage)
-                    line["time"]["evaluate"] = sum(stations.clock.reset().values())
-                    if step == knobs.steps:
-                        write_listening(stations, held_out, folder.listen, "after")
-                log(folder, show, line)
-                if knobs.save_every and step % knobs.save_every == 0:
-                    folder.checkpoints.save(step, policy, optimizer)
-            if step > folder.checkpoints.step:
-                folder.checkpoints.save(step, policy, optimizer)
-            return conclude(folder, show, policy, step, stop)
+    with (
+        stop_signals() as stop,
+        Stations(config, sampler, statistics, learner.dtype, version, folder.path / "failed", ranks) as stations,
+        Record(folder, stations, display) as record,
+        collections_at_steps() as collect,
+    ):
+        trace, rollouts = stations.trace, Rollouts(stations, record.stage)
+        record.start(learner.step, provenance(config, learner.reference, statistics, stations.pool is not None))
+        if learner.step == 0:
+            summary = hear_held_out(stations, record, "before")
+            record.line({"step": 0, "eval": summary, "time": {"evaluate": trace.take_apart()}}, rollouts)
+        while learner.step < knobs.steps and not asked_to_stop(stop, ranks):
+            start = time.perf_counter()
+            performance = rollouts.take(learner.step, learner.policy)
+            batch = Batch.gather(performance, knobs.prompts, ranks)
+            advantage = advantages(batch, config)
+            with trace("update"):
+                change = learner.learn(performance, batch, advantage, trace)
+            step, reward = learner.step, None
+            line = metrics(step, batch, advantage, change)
+            line["time"] = timing(*trace.take(), time.perf_counter() - start, performance, len(advantage))
+            if step == knobs.steps or (knobs.eval_every and step % knobs.eval_every == 0):
+                rollouts.sync(learner.policy, step)
+                line["eval"] = hear_held_out(stations, record, "after" if step == knobs.steps else "")
+                line["time"]["evaluate"] = trace.take_apart()
+                reward = line["eval"]["reward"]["mean"]
+            record.line(line, rollouts)
+            if record.better(reward) or (knobs.save_every and step % knobs.save_every == 0):
+                record.save(learner.snapshot(reward))
+            if learner.skipped >= MAX_SKIPPED:
+                give_up(record, learner, performance, advantage[batch.mine.start : batch.mine.stop])
+            collect(step)
+        if learner.step > record.saved:
+            record.save(learner.snapshot())
+        record.finish()
+        return conclude(folder, record, learner, stop)
 
 
-def advantages(performance: Performance, config: Config) -> torch.Tensor:
-    """Advantage of each completion, float32 [N], from the training signal its scores combine to."""
-    scores, group = performance.scores, performance.rollout.group
-    signal_ = combine(scores.terms, config.reward.terms, group, config.reward.normalize)
-    return group_advantages(torch.from_numpy(signal_), torch.from_numpy(group), config.train.advantage_scale)
+def asked_to_stop(stop: StopRequest, ranks: Ranks) -> bool:
+    """Whether somebody has asked any rank to stop; all ranks get the same answer."""
+    stop.signal_number = ranks.largest(stop.signal_number)
+    return bool(stop)
 
 
-def improve(
-    policy: Policy,
-    reference: Policy,
-    optimizer: torch.optim.Optimizer,
-    performance: Performance,
-    advantage: torch.Tensor,
-    config: Config,
-    learning_rate: float,
-    dtype: torch.dtype,
-) -> Update:
-    """The optimizer steps of one batch; the statistics are those of the last."""
-    batches = list(micro_batches(performance.rollout, config.train.micro_batch, policy.device))
-    temperature = config.sampling.temperature
-    anchors = reference_logprobs(reference, batches, temperature, dtype, config.grpo.kernel)
-    for _ in range(config.train.iterations):
-        change = update(
-            policy,
-            optimizer,
-            batches,
-            anchors,
-            advantage,
-            config.grpo,
-            temperature=temperature,
-            learning_rate=learning_rate,
-            max_grad_norm=config.train.max_grad_norm,
-            dtype=dtype,
-        )
-    return change
+def advantages(batch: Batch, config: Config) -> torch.Tensor:
+    """Advantage of each completion of all ranks, float32 [N], from the training signal its scores combine to."""
+    signal_ = combine(batch.scores.terms, config.reward.terms, batch.group, config.reward.normalize)
+    return group_advantages(torch.from_numpy(signal_), torch.from_numpy(batch.group), config.train.advantage_scale)
 
 
-def log(folder: RunFolder, show: Display, line: dict[str, Any]) -> None:
-    folder.metrics.append(line)
-    show.line(line)
+def hear_held_out(stations: Stations, record: Record, label: str) -> dict[str, Any]:
+    """Evaluate the engine's weights; with a label, keep clips to listen to under it."""
+    with stations.trace.apart("evaluate"):
+        performances, summary = evaluate(stations, record.stage)
+        if label and stations.ranks.leader:
+            write_listening(stations, performances, record.folder.listen, label)
+    return summary
 
 
-def conclude(folder: RunFolder, show: Display, policy: Policy, step: int, stop: StopRequest) -> Run:
+def give_up(record: Record, learner: Learner, performance: Performance, advantage: torch.Tensor) -> None:
+    """Save the policy, which is still finite, and the batch that is not; raises UserError saying so."""
+    record.save(learner.snapshot())
+    record.finish()
+    rollout, rank = performance.rollout, learner.ranks.rank
+    path = record.folder.path / "failed" / f"step-{learner.step:06d}-rank-{rank}.npz"
+    with os_errors_as_user_errors(path):
+        path.parent.mkdir(exist_ok=True)
+        terms = {f"term_{name}": values for name, values in performance.scores.terms.items()}
+        arrays: dict[str, Any] = {**vars(rollout), **terms, "advantage": advantage.numpy()}
+        np.savez(path, **arrays)
+    raise UserError(
+        f"the gradient was not finite {MAX_SKIPPED} steps in a row, so nothing has been learnt since step "
+        f"{learner.step - MAX_SKIPPED}; the last batch is in {path}; look into it, or start again with a lower "
+        "train.learning_rate"
+    )
+
+
+def conclude(folder: RunFolder, record: Record, learner: Learner, stop: StopRequest) -> Run:
     """Draw the curves, write the table where there is an after, and say how it ended."""
+    step, steps = learner.step, folder.config.train.steps
+    learner.ranks.same(step)  # rank 0 has written all lines
     evaluations = [line["eval"] for line in folder.metrics.lines() if "eval" in line]
-    finished = step >= folder.config.train.steps and len(evaluations) > 1
+    finished = step >= steps and len(evaluations) > 1
     before, after = evaluations[0] if evaluations else None, evaluations[-1] if finished else None
-    draw_curves(folder.metrics.lines(), folder.path / "curves.png")
-    if before and after:
-        folder.write("before_after.md", before_after(before, after, step))
-    if stop and step < folder.config.train.steps:
+    if learner.ranks.leader:
+        draw_curves(folder.metrics.lines(), folder.path / "curves.png")
+        if before and after:
+            folder.write("before_after.md", before_after(before, after, step))
+    if stop and step < steps:
         name = signal.Signals(stop.signal_number).name
-        show.message(f"{name}: saved at step {step}; go on with: fastsmart train --out {folder.path} --resume")
-    exit_code = stop.exit_code if step < folder.config.train.steps else 0
-    return Run(policy.eval(), folder.path, step, before, after, exit_code)
+        record.show.message(f"{name}: saved at step {step}; go on with: fastsmart train --out {folder.path} --resume")
+    exit_code = stop.exit_code if step < steps else 0
+    return Run(learner.policy.eval(), folder.path, step, before, after, exit_code)

@@ -29,6 +29,11 @@ class PolicySettings:
 class TrainSettings:
     """The training loop.
 
+    pipeline       : "off" = one stage after the other; "overlap" = clips are rendered and scored while others are still
+                     being sampled, with the same numbers to the last bit; "one-step-off" = the batch of a step is
+                     sampled, rendered and scored while the policy learns from the one before
+    max_staleness  : of one-step-off: completions drawn by a policy more steps old than this are dropped and drawn again
+    score_batch    : clips scored in one call, at least one group; the pieces that overlap works with
     steps          : optimizer batches; each samples its own prompts
     prompts        : prompts a step; completions a step = prompts x sampling.group
     iterations     : optimizer steps on each batch of completions
@@ -40,11 +45,15 @@ class TrainSettings:
     eval_every     : steps between evaluations on held-out prompts (0 = only before and after)
     eval_prompts   : held-out prompts of each evaluation, one completion each
     save_every     : steps between checkpoints (0 = only the last)
-    keep           : checkpoints kept
+    keep           : checkpoints kept, beside the one with the best held-out reward
     listen         : held-out prompts written to listen/ as MIDI and WAV, before and after
-    threads        : CPU threads of torch (0 = one a core)
+    threads        : CPU threads of torch (0 = one a core of this rank)
+    writers        : "tensorboard", "wandb": where metrics go beside metrics.jsonl
     """
 
+    pipeline: Literal["off", "overlap", "one-step-off"] = "overlap"
+    max_staleness: int = 1
+    score_batch: int = 16
     steps: int = 200
     prompts: int = 8
     iterations: int = 1
@@ -63,9 +72,11 @@ class TrainSettings:
     keep: int = 3
     listen: int = 6
     threads: int = 0
+    writers: tuple[Literal["tensorboard", "wandb"], ...] = ()
 
     def __post_init__(self) -> None:
         least = dict.fromkeys(("steps", "prompts", "iterations", "micro_batch", "eval_prompts", "keep"), 1)
+        least |= dict.fromkeys(("max_staleness", "score_batch"), 1)
         least |= dict.fromkeys(("warmup", "eval_every", "save_every", "listen", "threads", "seed"), 0)
         for key, low in least.items():
             if getattr(self, key) < low:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from concurrent.futures import Future, wait
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -13,48 +11,38 @@ import torch
 
 from fastsmart.audio import RenderPool
 from fastsmart.config import Config
+from fastsmart.errors import UserError
 from fastsmart.notes import NoteBatch
 from fastsmart.policy.transformer import Policy
-from fastsmart.reward import Clips, RewardMix, Scores
-from fastsmart.sampling import Rollout, SamplingSettings, make_engine
+from fastsmart.reward import RewardMix, Scores
+from fastsmart.sampling import Completion, Rollout, SamplingSettings, make_engine
 from fastsmart.tokens.decode import decode
+from fastsmart.tokens.prompts import make_prompts
 from fastsmart.tokens.sequences import TokenBatch
 from fastsmart.tokens.vocabulary import Vocabulary
+from fastsmart.train.pipeline import Progress, Stages, started_thread
+from fastsmart.train.placement import helpers_apart
+from fastsmart.train.ranks import Ranks
+from fastsmart.train.trace import Trace
 
-
-@dataclass
-class StageClock:
-    """Seconds spent in each stage since the last `reset`."""
-
-    seconds: dict[str, float] = field(default_factory=dict)
-
-    @contextmanager
-    def __call__(self, stage: str) -> Iterator[None]:
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - start
-
-    def reset(self) -> dict[str, float]:
-        """The seconds so far; counting starts anew."""
-        seconds, self.seconds = self.seconds, {}
-        return seconds
+TRAINING_STREAM = 0  # second number of the seed; evaluation draws from stream 1
 
 
 @dataclass(frozen=True)
 class Performance:
-    """What came of a batch of prompts: N completions, their notes, and what they were worth."""
+    """What came of a batch of prompts: N completions, their notes, what they were worth; and how long sampling took."""
 
     rollout: Rollout
     notes: NoteBatch
     scores: Scores
+    sample_s: float
 
 
 class Stations:
     """The sampling engine, the renderer pool and the rewards of a run, started once and closed together.
 
-    A clip is handed to the renderer the moment its completion ends, while the others are still being sampled.
+    With train.pipeline "overlap" a clip is rendered the moment its completion ends, and scored with its chunk, while
+    others are still being sampled.
     """
 
     def __init__(
@@ -65,68 +53,118 @@ class Stations:
         dtype: torch.dtype,
         version: int = 0,
         quarantine: Path | None = None,
+        ranks: Ranks | None = None,
     ) -> None:
-        self.config = config
+        self.config, self.ranks = config, ranks or Ranks()
+        for key in ("prompts", "eval_prompts"):
+            if (count := getattr(config.train, key)) < self.ranks.world:
+                raise UserError(f"train.{key} is {count}, fewer than the {self.ranks.world} ranks, and each needs one")
         self.vocab: Vocabulary = policy.vocab
-        self.clock = StageClock()
-        self.batch = config.train.prompts * config.sampling.group  # completions of a step: what one call may hold
+        self.trace = Trace(self.ranks.rank)
+        most_prompts = -(-config.train.prompts // self.ranks.world)
+        self.batch = most_prompts * config.sampling.group  # completions of a step: what one call may hold
         self.reward = RewardMix(config.reward, statistics, str(policy.device))
         self.engine = make_engine(config.sampling.engine, policy, version, dtype)
         self.pool: RenderPool | None = None
-        if self.reward.needs_audio:
-            self.pool = RenderPool(config.audio, self.batch, quarantine)
+        with helpers_apart(policy.device) as self.rejoin_cores:
+            if self.reward.needs_audio:
+                self.pool = RenderPool(config.audio, self.batch, quarantine)
+            self.stages = Stages(self.pool, self.reward, config.train.pipeline != "off", self.trace)
+            self.drawing = started_thread("rollout")
 
     def perform(
         self,
         prompts: TokenBatch,
         settings: SamplingSettings,
         seed: tuple[int, ...],
-        progress: Callable[[str, int, int], None] | None = None,
+        progress: Progress | None = None,
         first: int = 0,
     ) -> Performance:
         """Sample, decode, render and score every prompt, at most `batch` completions.
 
         seed, first : completion i of this call draws from the random stream (seed, first + i)
-        progress    : `progress(stage, done, total)` is called along the way
+        progress    : `progress(stage, done, total)` is called along the way, from any thread
         """
-        completions, pieces = [], {}
-        total = len(prompts) * settings.group
+        group = settings.group
+        chunk = max(1, self.config.train.score_batch // group) * group  # whole groups
+
+        def decoded(i: int, completion: Completion) -> NoteBatch:
+            whole = np.concatenate([prompts.row(i // group), completion.ids])
+            return decode(TokenBatch.pack([whole]), self.vocab, self.config.audio.max_seconds)
+
         stream = self.engine.stream(prompts, settings, seed, first)
-        while True:
-            with self.clock("sample"):
-                completion = next(stream, None)
-            if completion is None:
-                break
-            with self.clock("decode"):
-                i = completion.index - first
-                prompt = prompts.row(i // settings.group)
-                whole = TokenBatch.pack([np.concatenate([prompt, completion.ids])])
-                piece = decode(whole, self.vocab, self.config.audio.max_seconds)
-            if self.pool:
-                with self.clock("render"):
-                    self.pool.submit(i, piece)
-            completions.append(completion)
-            pieces[i] = piece
-            if progress:
-                progress("sample", len(completions), total)
-        with self.clock("decode"):
-            rollout = Rollout.gather(completions, prompts, settings.group, first)
-            notes = NoteBatch.concat([pieces[i] for i in range(total)])
-        audio = None
-        if self.pool:
-            with self.clock("render"):
-                audio = self.pool.wait(lambda done: progress("render", done, total) if progress else None)
-        with self.clock("score"):
-            scores = self.reward(Clips(notes, audio))
-        return Performance(rollout, notes, scores)
+        made = self.stages.run(stream, decoded, len(prompts) * group, chunk, first, progress)
+        for pid, start_s, end_s in self.pool.take_work() if self.pool else []:
+            self.trace.add("clip", start_s, end_s, lane=f"render worker {pid}")
+        rollout = Rollout.gather(made.completions, prompts, group, first)
+        return Performance(rollout, made.notes, made.scores, made.sample_s)
+
+    def perform_step(self, step: int, progress: Progress | None = None) -> Performance:
+        """This rank's share of a step's batch: prompts and random numbers are those of the step, whoever draws them."""
+        config = self.config
+        share = self.ranks.share(config.train.prompts)
+        prompts = make_prompts(
+            config.prompts, self.vocab, "train", step * config.train.prompts + share.start, len(share)
+        )
+        seed = (config.train.seed, TRAINING_STREAM, step)
+        return self.perform(prompts, config.sampling, seed, progress, share.start * config.sampling.group)
 
     def close(self) -> None:
+        self.stages.closing = True
+        self.drawing.shutdown()
+        self.stages.close()
         if self.pool:
             self.pool.close()
         self.engine.close()
+        self.rejoin_cores()
 
     def __enter__(self) -> Stations:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+class Rollouts:
+    """The batch of each step, drawn when it is asked for; one step off, drawn while the step before was learnt from.
+
+    Then the batch of step k has been drawn by the policy that step k - 1 began with: its version is k - 1, its
+    staleness 1. A batch staler than `train.max_staleness` is dropped, counted in `dropped`, and drawn again.
+    """
+
+    def __init__(self, stations: Stations, progress: Progress | None = None) -> None:
+        self.stations, self.progress = stations, progress
+        knobs = stations.config.train
+        self.ahead = knobs.pipeline == "one-step-off"
+        self.max_staleness = knobs.max_staleness if self.ahead else 0
+        self.steps = knobs.steps
+        self.dropped = 0
+        self._next: Future[Performance] | None = None
+
+    def take(self, step: int, policy: Policy) -> Performance:
+        """The batch of a step (counted from 0), whose policy this is; the engine holds its weights afterwards.
+
+        Without a batch under way it is drawn now: by this policy or, one step off, by the engine's weights as they are.
+        """
+        drawn = self._draw(step) if self.ahead and not self._next else None
+        self.sync(policy, step)
+        performance = drawn or (self._next.result() if self._next else self._draw(step))
+        if step - performance.rollout.version > self.max_staleness:
+            self.dropped += len(performance.rollout)
+            performance = self._draw(step)
+        self._next = (
+            self.stations.drawing.submit(self._draw, step + 1) if self.ahead and step + 1 < self.steps else None
+        )
+        return performance
+
+    def sync(self, policy: Policy, version: int) -> None:
+        """Give the engine these weights, when it has finished what it is drawing, unless it has them."""
+        if self._next:
+            with self.stations.trace("wait"):
+                wait([self._next])
+        if self.stations.engine.version != version:
+            with self.stations.trace("sync"):
+                self.stations.engine.load(policy, version)
+
+    def _draw(self, step: int) -> Performance:
+        return self.stations.perform_step(step, self.progress)

@@ -21,6 +21,8 @@ from fastsmart.kernels.logprob import LogProb, logprob
 from fastsmart.policy.optimizer import set_learning_rate
 from fastsmart.policy.transformer import Policy
 from fastsmart.sampling.rollout import Rollout
+from fastsmart.train.ranks import Ranks
+from fastsmart.train.trace import Trace
 
 
 @dataclass(frozen=True)
@@ -30,11 +32,13 @@ class Update:
     stats         : loss terms and means over tokens, by name (see `LossStats.means`)
     grad_norm     : before clipping
     learning_rate : of this step
+    skipped       : whether the gradient was not finite and the weights have been left as they were
     """
 
     stats: dict[str, float]
     grad_norm: float
     learning_rate: float
+    skipped: bool = False
 
 
 @dataclass(frozen=True)
@@ -120,17 +124,25 @@ def update(
     learning_rate: float,
     max_grad_norm: float,
     dtype: torch.dtype = torch.float32,
+    lengths: Tensor | None = None,
+    ranks: Ranks | None = None,
+    trace: Trace | None = None,
 ) -> Update:
-    """One optimizer step on a rollout, its gradient accumulated over micro-batches.
+    """One optimizer step on a rollout, its gradient accumulated over micro-batches and ranks.
 
     anchors   : `reference_logprobs` of the micro-batches
     advantage : float32 [N], by number in the rollout
+    lengths   : int64, completion tokens of each completion of all ranks; None = those of the micro-batches
+    ranks     : over which gradients and statistics are added up
+    trace     : counts that as "reduce"
 
-    Raises UserError when the gradient or the new weights are no longer finite; a run then goes on from its last
-    checkpoint.
+    A gradient that is not finite changes nothing (`Update.skipped`). Raises UserError when the new weights are no
+    longer finite; a run then goes on from its last checkpoint.
     """
     kernel = choose_kernel(settings.kernel, policy.device)
-    denominator = loss_denominator(torch.cat([batch.lengths for batch in batches]), settings)
+    ranks, trace = ranks or Ranks(), trace or Trace()
+    lengths = torch.cat([batch.lengths for batch in batches]) if lengths is None else lengths
+    denominator = loss_denominator(lengths, settings)
     policy.train()
     total: LossStats | None = None
     for batch, anchor in zip(batches, anchors, strict=True):
@@ -144,12 +156,26 @@ def update(
             loss, stats = policy_loss(*given, batch.sequence, settings, denominator, entropy)
         loss.backward()
         total = stats if total is None else total.merge(stats)
+    assert total is not None  # a rollout holds at least one completion
+    with trace("reduce"):
+        ranks.add_up_gradients(policy.parameters())
+        total = over_ranks(total, ranks)
     grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), max_grad_norm)
-    set_learning_rate(optimizer, learning_rate)
-    optimizer.step()
+    skipped = not bool(grad_norm.isfinite())
+    if not skipped:
+        set_learning_rate(optimizer, learning_rate)
+        optimizer.step()
+        if not torch.stack([p.detach().sum() for p in policy.parameters()]).isfinite().all():
+            raise UserError("the weights are no longer finite; lower train.learning_rate and start again")
     optimizer.zero_grad(set_to_none=True)
     policy.eval()
-    if not torch.stack([grad_norm, *(p.detach().sum() for p in policy.parameters())]).isfinite().all():
-        raise UserError("the gradient or the weights are no longer finite; lower train.learning_rate and start again")
-    assert total is not None  # a rollout holds at least one completion
-    return Update(total.means(), float(grad_norm), learning_rate)
+    return Update(total.means(), float(grad_norm), learning_rate, skipped)
+
+
+def over_ranks(stats: LossStats, ranks: Ranks) -> LossStats:
+    """The statistics of all ranks' micro-batches."""
+    if ranks.world == 1:
+        return stats
+    sums = len(stats.sums)
+    rows = ranks.gather(torch.cat([stats.sums, stats.peaks]).cpu().numpy()[None], ranks.world)
+    return LossStats(torch.from_numpy(rows[:, :sums].sum(0)), torch.from_numpy(rows[:, sums:].max(0)))

@@ -6,70 +6,20 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import soundfile
-import tomli_w
 import torch
+from small_run import SYMBOLIC, command, comparable, config_for, write_config
 
-from fastsmart import Config, UserError, presets, train
-from fastsmart.config import updated
+from fastsmart import UserError, presets, train
 from fastsmart.files import JsonLines
 from fastsmart.notes import read_midi
 from fastsmart.policy.checkpoint import load_policy
 from fastsmart.train.evaluate import before_after
-
-SMALL = {
-    "prompts": {"time_signatures": ["4/4"]},
-    "sampling": {"group": 4, "max_tokens": 60},
-    "reward": {"terms": {"consonance": 1.0, "variety": 0.5}, "normalize": "group"},
-    "train": {
-        "steps": 6,
-        "prompts": 2,
-        "eval_every": 2,
-        "eval_prompts": 4,
-        "save_every": 2,
-        "keep": 2,
-        "listen": 1,
-        "learning_rate": 1e-3,
-        "threads": 2,
-    },
-    "audio": {"workers": 2},
-}
-SYMBOLIC = {"reward": {"terms": {"variety": 1.0, "filled_beats": 1.0}}}
-
-
-def config_for(checkpoint: Path, *changes: dict) -> Config:
-    config = updated(Config(), SMALL)
-    for change in ({"policy": {"source": str(checkpoint)}}, *changes):
-        config = updated(config, change)
-    return config
-
-
-def comparable(run: Path) -> list[dict]:
-    """The metrics without the times, which are the one thing a rerun may change."""
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    for line in lines:
-        line.pop("time")
-    return lines
-
-
-def command(out: Path, *options: str) -> list[str]:
-    return [sys.executable, "-m", "fastsmart", "train", "--out", str(out), *options]
-
-
-def write_config(folder: Path, checkpoint: Path, *changes: dict) -> Path:
-    tree: dict = {**SMALL, "policy": {"source": str(checkpoint)}}
-    for change in changes:
-        for section, keys in change.items():
-            tree[section] = {**tree.get(section, {}), **keys}
-    path = folder / "small.toml"
-    path.write_text(tomli_w.dumps(tree))
-    return path
 
 
 def test_a_run_leaves_what_a_person_opens(checkpoint, tmp_path):
@@ -86,8 +36,9 @@ def test_a_run_leaves_what_a_person_opens(checkpoint, tmp_path):
         "listen",
         "metrics.jsonl",
         "run.json",
+        "trace.json",
     }
-    assert [p.name for p in sorted((out / "checkpoints").iterdir())] == ["step-000004", "step-000006"]
+    assert [p.name for p in sorted((out / "checkpoints").iterdir())] == ["best", "step-000004", "step-000006"]
     assert (out / "curves.png").read_bytes().startswith(b"\x89PNG")
     for label in ("before", "after"):
         assert len(read_midi(out / "listen" / f"01-{label}.mid")) == 1

@@ -1,0 +1,171 @@
+"""What overlap gives: on the stage times of a GPU node, slept, and on the demo's job on this machine.
+
+    python bench/pipeline.py --out bench/results/pipeline.json
+
+Slept: 64 completions come evenly over 40 ms, rendering them takes 10 ms, scoring 40 ms, the update 20 ms. Every mode is
+held against the throughput of its schedule, computed stage by stage without any cost of threads and queues. The real
+job: the demo's steps, the modes in turn.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+from results import write_result
+
+from fastsmart.audio import AudioBatch
+from fastsmart.files import JsonLines
+from fastsmart.notes import NoteBatch
+from fastsmart.presets import demo
+from fastsmart.reward import Clips, Scores
+from fastsmart.sampling import Completion
+from fastsmart.train.loop import train
+from fastsmart.train.pipeline import Progress, Stages, started_thread
+from fastsmart.train.stations import Performance, Rollouts
+from fastsmart.train.trace import Trace
+
+MODES = ("off", "overlap", "one-step-off")
+CLIPS, CHUNK = 64, 8
+SAMPLE_S, RENDER_S, SCORE_S, UPDATE_S = 0.040, 0.010, 0.040, 0.020
+
+
+def main() -> None:
+    arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    arguments.add_argument("--steps", type=int, default=50, help="slept steps of each mode")
+    arguments.add_argument("--real-steps", type=int, default=6, help="steps of the demo, a mode and round; 0 = none")
+    arguments.add_argument("--rounds", type=int, default=2, help="of the demo, the modes in turn")
+    arguments.add_argument("--out", default="", help="JSON file for the result")
+    options = arguments.parse_args()
+    slept = {mode: slept_steps(mode, options.steps) for mode in MODES}
+    figures: dict = {"slept": {}, "demo": {}}
+    for mode, seconds in slept.items():
+        ideal = schedule_s(mode)
+        share = ideal / statistics.mean(seconds)
+        print(
+            f"{mode:13} {1e3 * statistics.mean(seconds):6.1f} ms a step, schedule {1e3 * ideal:5.1f}: {share:.1%} of it"
+        )
+        figures["slept"][mode] = {"step_s": seconds, "schedule_s": ideal, "share_of_schedule": share}
+    real: dict[str, list[float]] = {mode: [] for mode in MODES}
+    for _ in range(options.rounds if options.real_steps else 0):
+        for mode in MODES:
+            real[mode] += real_steps(mode, options.real_steps)
+    for mode, seconds in real.items():
+        if seconds:
+            print(f"{mode:13} {statistics.median(seconds):6.2f} s a step of the demo (median; off / it "
+                  f"{statistics.median(real['off']) / statistics.median(seconds):.2f})")  # fmt: skip
+    figures["demo"] = {mode: {"step_s": seconds} for mode, seconds in real.items()}
+    if options.out:
+        write_result(options.out, figures)
+
+
+def schedule_s(mode: str) -> float:
+    """Seconds a step takes at best: a clip is sampled, rendered, scored with its chunk as soon as stages are free."""
+    if mode == "off":
+        return SAMPLE_S + RENDER_S + SCORE_S + UPDATE_S
+    rendered = scored = 0.0
+    for i in range(CLIPS):
+        sampled = SAMPLE_S * (i + 1) / CLIPS
+        rendered = max(rendered, sampled) + RENDER_S / CLIPS
+        if (i + 1) % CHUNK == 0:
+            scored = max(scored, rendered) + SCORE_S * CHUNK / CLIPS
+    return scored + UPDATE_S if mode == "overlap" else max(scored, UPDATE_S)
+
+
+def slept_steps(mode: str, steps: int) -> list[float]:
+    """Seconds of each step after the first, by the pipeline itself around stages that sleep."""
+    stations, seconds = SleptStations(mode, steps + 1), []
+    rollouts, start = Rollouts(stations), 0.0  # type: ignore[arg-type]
+    for step in range(steps + 1):
+        start = time.perf_counter()
+        rollouts.take(step, None)  # type: ignore[arg-type]
+        time.sleep(UPDATE_S)
+        seconds.append(time.perf_counter() - start)
+    stations.close()
+    return seconds[1:]
+
+
+class SleptStations:
+    """The stations of `fastsmart.train.stations` with an engine, a renderer and a reward that sleep."""
+
+    def __init__(self, mode: str, steps: int) -> None:
+        knobs = replace(demo().train, pipeline=mode, steps=steps)  # type: ignore[arg-type]
+        self.config, self.trace, self.engine = SimpleNamespace(train=knobs), Trace(), SleptEngine()
+        self.drawing = started_thread("rollout")
+        self.stages = Stages(SleptRenderer(), self.score, mode != "off", self.trace)
+
+    def perform_step(self, step: int, progress: Progress | None = None) -> Performance:
+        def decode(i: int, completion: Completion) -> NoteBatch:
+            return NoteBatch.empty(1)
+
+        made = self.stages.run(self.engine.stream(), decode, CLIPS, CHUNK)
+        rollout = SimpleNamespace(version=made.completions[0].version)
+        return Performance(rollout, made.notes, made.scores, made.sample_s)  # type: ignore[arg-type]
+
+    @staticmethod
+    def score(clips: Clips) -> Scores:
+        time.sleep(SCORE_S * len(clips) / CLIPS)
+        return Scores({}, np.zeros(len(clips), np.float32))
+
+    def close(self) -> None:
+        self.drawing.shutdown()
+        self.stages.close()
+
+
+class SleptEngine:
+    version = 0
+
+    def load(self, policy: object, version: int) -> None:
+        self.version = version
+
+    def stream(self) -> Iterator[Completion]:
+        start = time.perf_counter()
+        for i in range(CLIPS):
+            time.sleep(max(0.0, start + SAMPLE_S * (i + 1) / CLIPS - time.perf_counter()))
+            yield Completion(i, np.zeros(1, np.int32), np.zeros(1, np.float32), self.version)
+
+
+class SleptRenderer:
+    """Renders one clip after the other, elsewhere."""
+
+    def __init__(self) -> None:
+        self.ready: dict[int, float] = {}
+        self.free = 0.0
+
+    def submit(self, index: int, notes: NoteBatch) -> None:
+        self.free = max(self.free, time.perf_counter()) + RENDER_S / CLIPS
+        self.ready[index] = self.free
+
+    def poll(self, timeout_s: float = 0.0) -> list[int]:
+        if self.ready:
+            time.sleep(min(timeout_s, max(0.0, min(self.ready.values()) - time.perf_counter())))
+        done = [i for i, at in self.ready.items() if at <= time.perf_counter()]
+        for i in done:
+            del self.ready[i]
+        return done
+
+    def gather(self, indices: Sequence[int]) -> AudioBatch:
+        return AudioBatch(np.zeros((len(indices), 1), np.float32), np.ones(len(indices), np.int64), 16000)
+
+    def clear(self) -> None:
+        assert not self.ready
+
+
+def real_steps(mode: str, steps: int) -> list[float]:
+    """Seconds of each step of the demo but the first, the evaluations left out."""
+    config = demo()
+    knobs = replace(config.train, pipeline=mode, steps=steps, eval_prompts=1, listen=0, eval_every=0, save_every=0)  # type: ignore[arg-type]
+    with tempfile.TemporaryDirectory() as folder:
+        run = train(replace(config, train=knobs), Path(folder) / "run")
+        return [line["time"]["step"] for line in JsonLines(run.path / "metrics.jsonl").lines()[2:]]
+
+
+if __name__ == "__main__":
+    main()

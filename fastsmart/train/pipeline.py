@@ -1,0 +1,215 @@
+"""Decoding, rendering and scoring while others are still being sampled, and sampling while the policy learns.
+
+Nothing here depends on time: clips are known by their number in the batch, and they are scored in chunks of numbers,
+so every mode gives the same bits. Everything is bounded: completions by the batch, clips by the renderer's memory, and
+audio that waits for the scorer by `DEPTH` chunks; what is rendered beyond that stays where the renderer has put it.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from queue import Empty, SimpleQueue
+from typing import Protocol
+
+import numpy as np
+
+from fastsmart.audio import AudioBatch
+from fastsmart.notes import NoteBatch
+from fastsmart.reward import Clips, Scores
+from fastsmart.sampling import Completion
+from fastsmart.train.trace import Trace
+
+DEPTH = 2  # chunks at the scorer: one at work, one that is ready when it has finished
+POLL_S = 0.005  # how long to wait for the renderer before looking for new completions
+
+Progress = Callable[[str, int, int], None]
+Decode = Callable[[int, Completion], NoteBatch]
+Inbox = SimpleQueue  # of completions, of scores that are there, and None when no completion will come any more
+
+
+class Renderer(Protocol):
+    """Renders up to a batch of clips at a time, in any order; see `fastsmart.audio.RenderPool`."""
+
+    def submit(self, index: int, notes: NoteBatch) -> None: ...
+    def poll(self, timeout_s: float = 0.0) -> list[int]: ...
+    def gather(self, indices: Sequence[int]) -> AudioBatch: ...
+    def clear(self) -> None: ...
+
+
+@dataclass(frozen=True)
+class Performed:
+    """What the stages made of N sampled completions, in order of their number, and the seconds sampling took."""
+
+    completions: list[Completion]
+    notes: NoteBatch
+    scores: Scores
+    sample_s: float
+
+
+class Stages:
+    """Decodes, renders and scores the completions of one batch at a time.
+
+    renderer : None where no reward listens
+    score    : Clips -> Scores
+    overlap  : completions are decoded and rendered in a thread of their own as they come, and scored in another as soon
+               as a chunk is whole; else one stage begins when the one before has ended
+
+    Owns two threads: call `close`. A batch that is being sampled in another thread then is given up at its next
+    completion once `closing` is set.
+    """
+
+    def __init__(
+        self, renderer: Renderer | None, score: Callable[[Clips], Scores], overlap: bool, trace: Trace
+    ) -> None:
+        self.renderer, self.score, self.overlap, self.trace = renderer, score, overlap, trace
+        self.closing = False
+        # threads that stay: each that computes with OpenMP keeps a team of helpers
+        self.rendering = started_thread("render")
+        self.scoring = started_thread("score")
+
+    def run(
+        self,
+        completions: Iterable[Completion],
+        decode: Decode,
+        total: int,
+        chunk: int,
+        first: int = 0,
+        progress: Progress | None = None,
+    ) -> Performed:
+        """Take in `total` completions, whose index counts from `first`, in any order.
+
+        decode   : number in the batch and completion -> its notes
+        chunk    : clips scored in one call: numbers 0 to chunk - 1, then the next
+        progress : `progress(stage, done, total)` is called along the way, from any thread
+
+        Raises what a stage raised.
+        """
+        tell = progress or (lambda stage, done, total: None)
+        batch = _Batch(self, decode, first, total, chunk, tell)
+        stream = self._sampled(completions, batch)
+        if not self.overlap:
+            for completion in list(stream):
+                batch.take_in(completion)
+            while batch.rendering:
+                batch.collect(timeout_s=1.0)
+            return batch.result([self._score(batch.clips(c)) for c in batch.chunks])
+        inbox: Inbox = SimpleQueue()
+        rest = self.rendering.submit(self._render_and_score, batch, inbox)
+        try:
+            for completion in stream:
+                inbox.put(completion)
+                if rest.done():
+                    break
+        finally:
+            inbox.put(None)
+        return rest.result()
+
+    def _sampled(self, completions: Iterable[Completion], batch: _Batch) -> Iterator[Completion]:
+        source = iter(completions)
+        for count in range(1, batch.total + 1):
+            start_s = time.perf_counter()
+            completion = next(source, None)
+            end_s = time.perf_counter()
+            self.trace.add("sample", start_s, end_s)
+            batch.sample_s += end_s - start_s
+            if self.closing:
+                raise RuntimeError("the run has ended")
+            if completion is None:
+                raise ValueError(f"{count - 1} completions of {batch.total} came")
+            batch.tell("sample", count, batch.total)
+            yield completion
+
+    def _render_and_score(self, batch: _Batch, inbox: Inbox) -> Performed:
+        """The rendering thread: from the inbox to the renderer, from there to the scoring thread."""
+        scores: list[Future[Scores]] = []
+        while len(scores) < len(batch.chunks):
+            if batch.whole(len(scores)) and sum(not score.done() for score in scores) < DEPTH:
+                scores.append(self.scoring.submit(self._score, batch.clips(batch.chunks[len(scores)])))
+                scores[-1].add_done_callback(inbox.put)  # wakes this thread: there is room again
+                continue
+            try:
+                item = inbox.get(block=not batch.rendering)
+            except Empty:
+                batch.collect(POLL_S)
+                continue
+            if item is None and len(batch.pieces) < batch.total:
+                raise RuntimeError("sampling has failed")  # and says so itself
+            if isinstance(item, Completion):
+                batch.take_in(item)
+            elif isinstance(item, Future):
+                item.result()  # raises now what would else be found when all have been sampled
+        return batch.result([score.result() for score in scores])
+
+    def _score(self, clips: Clips) -> Scores:
+        with self.trace("score"):
+            return self.score(clips)
+
+    def close(self) -> None:
+        """End the threads."""
+        self.rendering.shutdown()
+        self.scoring.shutdown()
+
+
+def started_thread(name: str) -> ThreadPoolExecutor:
+    """One thread that is there already, on the cores of the thread that calls this."""
+    executor = ThreadPoolExecutor(1, name)
+    executor.submit(int).result()
+    return executor
+
+
+class _Batch:
+    """Where the clips of one batch are."""
+
+    def __init__(self, stages: Stages, decode: Decode, first: int, total: int, chunk: int, tell: Progress) -> None:
+        self.renderer, self.trace = stages.renderer, stages.trace
+        self.decode, self.first, self.total, self.tell = decode, first, total, tell
+        self.chunks = [range(at, min(at + chunk, total)) for at in range(0, total, chunk)]
+        self.completions: dict[int, Completion] = {}
+        self.pieces: dict[int, NoteBatch] = {}
+        self.done: set[int] = set()  # clips that can be scored
+        self.sample_s = 0.0
+        self.since_s = 0.0  # since when the renderer has had something to do
+
+    @property
+    def rendering(self) -> bool:
+        return len(self.done) < len(self.pieces)
+
+    def take_in(self, completion: Completion) -> None:
+        i = completion.index - self.first
+        with self.trace("decode"):
+            piece = self.decode(i, completion)
+        if self.renderer is None:
+            self.done.add(i)
+        else:
+            self.since_s = self.since_s if self.rendering else time.perf_counter()
+            self.renderer.submit(i, piece)
+        self.completions[i], self.pieces[i] = completion, piece
+
+    def collect(self, timeout_s: float) -> None:
+        """Note what has been rendered, waiting for news up to `timeout_s`."""
+        assert self.renderer is not None
+        new = self.renderer.poll(timeout_s)
+        self.done.update(new)
+        if new:
+            start_s, self.since_s = self.since_s, time.perf_counter()
+            self.trace.add("render", start_s, self.since_s)
+            self.tell("render", len(self.done), self.total)
+
+    def whole(self, chunk: int) -> bool:
+        return self.done.issuperset(self.chunks[chunk])
+
+    def clips(self, chunk: range) -> Clips:
+        notes = NoteBatch.concat([self.pieces[i] for i in chunk])
+        return Clips(notes, self.renderer.gather(chunk) if self.renderer else None)
+
+    def result(self, scores: Sequence[Scores]) -> Performed:
+        if self.renderer:
+            self.renderer.clear()
+        terms = {name: np.concatenate([s.terms[name] for s in scores]) for name in scores[0].terms}
+        completions = [self.completions[i] for i in range(self.total)]
+        notes = NoteBatch.concat([self.pieces[i] for i in range(self.total)])
+        totals = np.concatenate([s.total for s in scores])
+        return Performed(completions, notes, Scores(terms, totals), self.sample_s)
