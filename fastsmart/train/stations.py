@@ -71,7 +71,7 @@ class Stations:
         self.clock = StageClock()
         self.batch = config.train.prompts * config.sampling.group  # completions of a step: what one call may hold
         self.reward = RewardMix(config.reward, statistics, str(policy.device))
-        self.engine = make_engine(config.sampling.engine, policy, version, dtype)
+        self.engine = make_engine(config.sampling, policy, version, dtype, self.batch)
         self.pool: RenderPool | None = None
         if self.reward.needs_audio:
             self.pool = RenderPool(config.audio, self.batch, quarantine)

