@@ -17,6 +17,7 @@ import tempfile
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -68,7 +69,8 @@ class VllmEngine:
         with undisturbed():
             check_api(missing_api(), installed_version() or "")
             with tempfile.TemporaryDirectory(prefix="fastsmart-vllm-") as folder:
-                config = to_hf_config(policy.size, policy.vocab, dtype)
+                # a head of its own: after a sync, vLLM's CPU layers would go on with a tied head's old copy
+                config = to_hf_config(replace(policy.size, tied_head=False), policy.vocab, dtype)
                 (Path(folder) / CONFIG_FILE).write_text(json.dumps(config), encoding="utf-8")
                 self.engine = start_engine(folder, self.plan, self.size.max_positions, dtype, policy.device, self.sleeps)
         self.load(policy, version)
@@ -123,7 +125,7 @@ class VllmEngine:
         self._wake("weights")
         (model,) = self.engine.apply_model(lambda model: model)
         modules = dict(model.named_modules())
-        for name, parameter in policy.named_parameters():
+        for name, parameter in policy.named_parameters(remove_duplicate=False):
             held = read_back(modules[name.removesuffix(".weight")], parameter.shape, self.dtype)
             if not torch.equal(held.cpu(), parameter.detach().to(self.dtype).cpu()):
                 return name
@@ -186,8 +188,8 @@ def start_engine(
 
 
 def weights_of(policy: Policy) -> Iterator[tuple[str, Tensor]]:
-    """What a sync sends: every parameter under its checkpoint name, a tied head once."""
-    return ((name, parameter.detach()) for name, parameter in policy.named_parameters())
+    """What a sync sends: every parameter under its checkpoint name, a tied head under both of its names."""
+    return ((name, parameter.detach()) for name, parameter in policy.named_parameters(remove_duplicate=False))
 
 
 def request(settings: SamplingSettings, seed: tuple[int, ...], eos: int) -> Any:
@@ -221,10 +223,12 @@ def completion(output: Any) -> Completion:
 def read_back(module: nn.Module, shape: torch.Size, dtype: torch.dtype) -> Tensor:
     """The weight a layer computes with. A matrix may be held repacked, so it is asked for its product with the
     identity, which is exact; rows that vLLM added to fill a block are cut off."""
-    if len(shape) == 1 or not hasattr(module, "quant_method"):
+    from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
+
+    if len(shape) == 1:
         return module.weight
-    if isinstance(module, nn.Module) and hasattr(module, "num_embeddings") and type(module).__name__ != "ParallelLMHead":
-        return module.weight[: shape[0]]
+    if isinstance(module, VocabParallelEmbedding) and not isinstance(module, ParallelLMHead):
+        return module(torch.arange(shape[0], device=module.weight.device))
     identity = torch.eye(shape[1], dtype=dtype, device=module.weight.device)
     return module.quant_method.apply(module, identity)[:, : shape[0]].t()
 
