@@ -102,7 +102,7 @@ class NativeEngine:
         return None
 
     def _named_weights(self) -> Iterator[tuple[str, Tensor]]:
-        """What is held under the name of the policy's tensor, in the policy's order; a norm is in the matrix it feeds."""
+        """What is held, under the policy's name for it and in the policy's order; a norm is in the matrix it feeds."""
         yield "model.embed_tokens.weight", self.embed
         for i, layer in enumerate(self.layers):
             yield f"model.layers.{i}.self_attn.qkv_proj.weight", layer.qkv.weight

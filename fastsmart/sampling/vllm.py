@@ -24,8 +24,7 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from fastsmart.errors import UserError
 from fastsmart.policy.checkpoint import CONFIG_FILE, to_hf_config
@@ -64,7 +63,6 @@ class VllmEngine:
             raise UserError("sampling.vllm.sleep gives GPU memory back; this policy is on the CPU, so leave it off")
         self.plan = plan(self.size, settings, dtype.itemsize, self.on_gpu)
         self.sleeps, self.asleep, self.streaming = settings.vllm.sleep, False, False
-        # vLLM's shutdown ends the process group of the whole process; one that torchrun's ranks share must outlive it
         self.shares_process_group = torch.distributed.is_available() and torch.distributed.is_initialized()
         with undisturbed():
             check_api(missing_api(), installed_version() or "")
@@ -72,7 +70,7 @@ class VllmEngine:
                 # a head of its own: after a sync, vLLM's CPU layers would go on with a tied head's old copy
                 config = to_hf_config(replace(policy.size, tied_head=False), policy.vocab, dtype)
                 (Path(folder) / CONFIG_FILE).write_text(json.dumps(config), encoding="utf-8")
-                self.engine = start_engine(folder, self.plan, self.size.max_positions, dtype, policy.device, self.sleeps)
+                self.engine = start_engine(folder, self.plan, policy, dtype, self.sleeps)
         self.load(policy, version)
 
     @torch.no_grad()
@@ -132,29 +130,23 @@ class VllmEngine:
         return None
 
     def close(self) -> None:
-        if self.shares_process_group:
-            from vllm.distributed.parallel_state import destroy_model_parallel
-
-            core = self.engine.engine_core.engine_core
-            self.engine.engine_core._finalizer.detach()
-            core.model_executor.shutdown()
-            core.scheduler.shutdown()
-            destroy_model_parallel()
-        else:
-            with undisturbed():
-                self.engine.engine_core.shutdown()
+        with undisturbed(), keep_process_group(self.shares_process_group):
+            self.engine.engine_core.shutdown()
 
 
-def start_engine(
-    folder: str, sizes: VllmPlan, max_positions: int, dtype: torch.dtype, device: torch.device, sleeps: bool
-) -> Any:
-    """vLLM's engine for the config.json in `folder`, its weights not yet those of any policy."""
+def start_engine(folder: str, sizes: VllmPlan, policy: Policy, dtype: torch.dtype, sleeps: bool) -> Any:
+    """vLLM's engine for the config.json in `folder` on the policy's device, its weights not yet the policy's."""
     from vllm.engine.arg_utils import EngineArgs
+    from vllm.triton_utils import dispatcher
     from vllm.v1.engine.llm_engine import LLMEngine
 
+    # Its start-up on a CPU takes `vars` of every value of every module for a dict; llvmlite, where numba is loaded,
+    # answers with something else
+    dispatcher.vars = lambda value: found if isinstance(found := vars(value), dict) else {}
+    max_positions = policy.size.max_positions
     special: dict[str, Any] = {"enforce_eager": True}
-    if device.type == "cuda":
-        total = torch.cuda.get_device_properties(device).total_memory
+    if policy.device.type == "cuda":
+        total = torch.cuda.get_device_properties(policy.device).total_memory
         special = {
             "max_cudagraph_capture_size": sizes.rows,
             "enable_sleep_mode": sleeps,
@@ -220,7 +212,7 @@ def completion(output: Any) -> Completion:
     return Completion(int(output.request_id), ids, logprobs, int(drawn.weight_versions[0].version))
 
 
-def read_back(module: nn.Module, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+def read_back(module: Any, shape: torch.Size, dtype: torch.dtype) -> Tensor:
     """The weight a layer computes with. A matrix may be held repacked, so it is asked for its product with the
     identity, which is exact; rows that vLLM added to fill a block are cut off."""
     from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
@@ -259,6 +251,18 @@ def undisturbed() -> Iterator[None]:
         torch.set_num_threads(threads)
         os.environ.clear()
         os.environ.update(environment)
+
+
+@contextmanager
+def keep_process_group(keep: bool) -> Iterator[None]:
+    """vLLM's shutdown ends torch's process group; one that it did not make, such as torchrun's, is to outlive it."""
+    destroy = torch.distributed.destroy_process_group
+    if keep:
+        torch.distributed.destroy_process_group = lambda group=None: destroy(group) if group is not None else None
+    try:
+        yield
+    finally:
+        torch.distributed.destroy_process_group = destroy
 
 
 @contextmanager

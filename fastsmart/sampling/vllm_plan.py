@@ -29,7 +29,7 @@ class VllmSettings:
     kv_cache_bytes : size of its KV cache; 0 = what `sampling.max_rows` completions of full length need, no more
     sleep          : GPU only: move its weights to the host and drop its KV cache between two rollouts, so that the
                      trainer has the memory
-    server         : address of a vLLM server on GPUs of its own, such as http://127.0.0.1:8000; "" = inside this process
+    server         : address of a vLLM server on GPUs of its own, such as http://127.0.0.1:8000; "" = in this process
     transfer_host, transfer_port : where this process and the server's workers meet for the weights (NCCL)
     """
 
@@ -68,8 +68,9 @@ class VllmPlan:
 
     def __str__(self) -> str:
         return (
-            f"vLLM will hold {self.weight_bytes / 2**20:,.1f} MiB of weights and {self.kv_cache_bytes / 2**20:,.1f} MiB "
-            f"of KV cache ({self.rows} completions of {self.longest} tokens, in blocks of {self.block_tokens})"
+            f"vLLM will hold {self.weight_bytes / 2**20:,.1f} MiB of weights and a KV cache of "
+            f"{self.kv_cache_bytes / 2**20:,.1f} MiB ({self.rows} completions of {self.longest} tokens, in blocks of "
+            f"{self.block_tokens})"
         )
 
 
@@ -97,10 +98,10 @@ def plan(size: PolicySize, settings: SamplingSettings, dtype_bytes: int, on_gpu:
 
 
 def weight_count(size: PolicySize) -> int:
-    """Parameters of a policy: embedding, head unless tied, and in each layer qkv, o, gate, up and down and two norms."""
+    """Parameters vLLM holds: embedding, head (tied or not), last norm; each layer's four matrices and two norms."""
     hidden, heads = size.hidden_size, size.num_heads + 2 * size.num_kv_heads
     layer = hidden * heads * size.head_size + hidden * hidden + 3 * hidden * size.intermediate_size + 2 * hidden
-    return size.num_layers * layer + hidden + size.vocab_size * hidden * (1 if size.tied_head else 2)
+    return size.num_layers * layer + hidden + 2 * size.vocab_size * hidden
 
 
 def transfer_buffer_bytes(tensor_bytes: list[int]) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import signal
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +25,13 @@ from fastsmart.train.display import Display, Silent
 from fastsmart.train.evaluate import before_after, evaluate, write_listening
 from fastsmart.train.folder import RunFolder
 from fastsmart.train.metrics import metrics, timing
+from fastsmart.train.parity import check_engine, health_warning
 from fastsmart.train.provenance import provenance, resolved_device, resolved_dtype, statistics_path
 from fastsmart.train.stations import Performance, Stations
 from fastsmart.train.update import Update, micro_batches, reference_logprobs, update
 
-TRAINING_STREAM = 0  # second number of the seed; evaluation draws from stream 1
+TRAINING_STREAM = 0  # second number of the seed; evaluation draws from stream 1, the check of the engine from 2
+APART = ("token_mult_prob_error", "mismatch_k3", "logprob_gap_max")
 
 
 @dataclass(frozen=True)
@@ -73,6 +75,7 @@ def train(config: Config, out: str | Path, resume: bool = False, display: Displa
     with stop_signals() as stop, Stations(config, policy, statistics, dtype, step, folder.path / "failed") as stations:
         folder.write_provenance(provenance(config, reference, statistics, stations.pool is not None))
         folder.metrics.forget_after(step)
+        check_engine(stations.engine, policy, config, step, dtype)
         with show:
             show.start(config, folder.path, step)
             if step == 0:
@@ -99,6 +102,8 @@ def train(config: Config, out: str | Path, resume: bool = False, display: Displa
                     if step == knobs.steps:
                         write_listening(stations, held_out, folder.listen, "after")
                 log(folder, show, line)
+                if warning := health_warning(stations.engine, policy, config, change, dtype):
+                    show.message(f"step {step}: {warning}")
                 if knobs.save_every and step % knobs.save_every == 0:
                     folder.checkpoints.save(step, policy, optimizer)
             if step > folder.checkpoints.step:
@@ -123,10 +128,12 @@ def improve(
     learning_rate: float,
     dtype: torch.dtype,
 ) -> Update:
-    """The optimizer steps of one batch; the statistics are those of the last."""
+    """The optimizer steps of one batch; the statistics are those of the last, and how far sampler and trainer are apart
+    is that of the first, before which they are to be the same."""
     batches = list(micro_batches(performance.rollout, config.train.micro_batch, policy.device))
     temperature = config.sampling.temperature
     anchors = reference_logprobs(reference, batches, temperature, dtype)
+    apart: dict[str, float] = {}
     for _ in range(config.train.iterations):
         change = update(
             policy,
@@ -140,7 +147,8 @@ def improve(
             max_grad_norm=config.train.max_grad_norm,
             dtype=dtype,
         )
-    return change
+        apart = apart or {name: change.stats[name] for name in APART}
+    return replace(change, stats=change.stats | apart)
 
 
 def log(folder: RunFolder, show: Display, line: dict[str, Any]) -> None:
