@@ -15,12 +15,14 @@ import random
 import sys
 import tempfile
 import warnings
+import weakref
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -63,14 +65,14 @@ class VllmEngine:
             raise UserError("sampling.vllm.sleep gives GPU memory back; this policy is on the CPU, so leave it off")
         self.plan = plan(self.size, settings, dtype.itemsize, self.on_gpu)
         self.sleeps, self.asleep, self.streaming = settings.vllm.sleep, False, False
-        self.shares_process_group = torch.distributed.is_available() and torch.distributed.is_initialized()
-        with undisturbed():
+        with undisturbed(), groups.joined():
             check_api(missing_api(), installed_version() or "")
             with tempfile.TemporaryDirectory(prefix="fastsmart-vllm-") as folder:
                 # a head of its own: after a sync, vLLM's CPU layers would go on with a tied head's old copy
                 config = to_hf_config(replace(policy.size, tied_head=False), policy.vocab, dtype)
                 (Path(folder) / CONFIG_FILE).write_text(json.dumps(config), encoding="utf-8")
                 self.engine = start_engine(folder, self.plan, policy, dtype, self.sleeps)
+        self._finalizer = weakref.finalize(self, end_engine, self.engine)
         self.load(policy, version)
 
     @torch.no_grad()
@@ -130,16 +132,22 @@ class VllmEngine:
         return None
 
     def close(self) -> None:
-        with undisturbed(), keep_process_group(self.shares_process_group):
-            self.engine.engine_core.shutdown()
+        self._finalizer()
 
 
 def start_engine(folder: str, sizes: VllmPlan, policy: Policy, dtype: torch.dtype, sleeps: bool) -> Any:
     """vLLM's engine for the config.json in `folder` on the policy's device, its weights not yet the policy's."""
     from vllm.engine.arg_utils import EngineArgs
     from vllm.triton_utils import dispatcher
+    from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
     from vllm.v1.engine.llm_engine import LLMEngine
 
+    heads = CPUAttentionBackend.get_supported_head_sizes()
+    if policy.device.type == "cpu" and policy.size.head_size not in heads:
+        raise UserError(
+            f"vLLM's attention on a CPU takes heads of {', '.join(map(str, heads))}; this policy's are of "
+            f"{policy.size.head_size}: use --engine native"
+        )
     # Its start-up on a CPU takes `vars` of every value of every module for a dict; llvmlite, where numba is loaded,
     # answers with something else
     dispatcher.vars = lambda value: found if isinstance(found := vars(value), dict) else {}
@@ -177,6 +185,11 @@ def start_engine(folder: str, sizes: VllmPlan, policy: Policy, dtype: torch.dtyp
     except ValueError as error:
         reason = str(error).strip().splitlines()[-1].strip()
         raise UserError(f"vLLM cannot hold this policy: {reason} Use --engine native.") from error
+
+
+def end_engine(engine: Any) -> None:
+    with undisturbed(), groups.left():
+        engine.engine_core.shutdown()
 
 
 def weights_of(policy: Policy) -> Iterator[tuple[str, Tensor]]:
@@ -225,6 +238,50 @@ def read_back(module: Any, shape: torch.Size, dtype: torch.dtype) -> Tensor:
     return module.quant_method.apply(module, identity)[:, : shape[0]].t()
 
 
+class ProcessGroups:
+    """The groups of ranks vLLM keeps once a process, whatever the number of engines. Its shutdown ends them all and
+    torch's own with them: here they last as long as there is an engine, and torch's, where others made it (torchrun),
+    longer."""
+
+    def __init__(self) -> None:
+        self.engines = 0
+        self.torchs_is_ours = True
+
+    @contextmanager
+    def joined(self) -> Iterator[None]:
+        """Around the start of an engine."""
+        if not self.engines:
+            self.torchs_is_ours = not torch.distributed.is_initialized()
+        self.engines += 1
+        try:
+            yield
+        except BaseException:
+            from vllm.distributed import parallel_state
+
+            with self.left():
+                parallel_state.cleanup_dist_env_and_memory()
+            raise
+
+    @contextmanager
+    def left(self) -> Iterator[None]:
+        """Around the end of an engine."""
+        from vllm.distributed import parallel_state
+
+        self.engines -= 1
+        with ExitStack() as stack:
+            if self.engines:
+                stack.enter_context(patch.object(parallel_state, "destroy_model_parallel"))
+                stack.enter_context(patch.object(parallel_state, "destroy_distributed_environment"))
+            elif not self.torchs_is_ours:
+                destroy = torch.distributed.destroy_process_group
+                only_named = lambda group=None: destroy(group) if group is not None else None  # noqa: E731
+                stack.enter_context(patch.object(torch.distributed, "destroy_process_group", only_named))
+            yield
+
+
+groups = ProcessGroups()
+
+
 @contextmanager
 def undisturbed() -> Iterator[None]:
     """Let vLLM start or stop, and put back what it changes for the whole process: the environment, the number of
@@ -251,18 +308,6 @@ def undisturbed() -> Iterator[None]:
         torch.set_num_threads(threads)
         os.environ.clear()
         os.environ.update(environment)
-
-
-@contextmanager
-def keep_process_group(keep: bool) -> Iterator[None]:
-    """vLLM's shutdown ends torch's process group; one that it did not make, such as torchrun's, is to outlive it."""
-    destroy = torch.distributed.destroy_process_group
-    if keep:
-        torch.distributed.destroy_process_group = lambda group=None: destroy(group) if group is not None else None
-    try:
-        yield
-    finally:
-        torch.distributed.destroy_process_group = destroy
 
 
 @contextmanager
