@@ -35,6 +35,10 @@ def make_engine(
         from fastsmart.sampling.native import NativeEngine
 
         return NativeEngine(policy, version, dtype)
+    if settings.vllm.server:
+        from fastsmart.sampling.remote import RemoteEngine
+
+        return RemoteEngine(policy, version, dtype, settings)
     from fastsmart.sampling.vllm import VllmEngine
 
     if completions:

@@ -32,7 +32,14 @@ from fastsmart.errors import UserError
 from fastsmart.policy.checkpoint import CONFIG_FILE, to_hf_config
 from fastsmart.policy.transformer import Policy
 from fastsmart.sampling.rollout import Completion, SamplingSettings, check_prompts, not_finite
-from fastsmart.sampling.vllm_plan import VllmPlan, check_api, check_version, plan
+from fastsmart.sampling.vllm_plan import (
+    VllmPlan,
+    check_api,
+    check_version,
+    plan,
+    request_fields,
+    transfer_buffer_bytes,
+)
 from fastsmart.tokens.sequences import TokenBatch
 
 # In this process, and talking to nobody
@@ -198,21 +205,11 @@ def weights_of(policy: Policy) -> Iterator[tuple[str, Tensor]]:
 
 
 def request(settings: SamplingSettings, seed: tuple[int, ...], eos: int) -> Any:
-    """vLLM's parameters of one completion, which has a random stream of its own."""
+    """vLLM's parameters of one completion."""
     from vllm.sampling_params import RequestOutputKind, SamplingParams
 
     return SamplingParams(
-        temperature=settings.temperature,
-        top_k=settings.top_k,
-        top_p=settings.top_p,
-        max_tokens=settings.max_tokens,
-        seed=int(np.random.SeedSequence(seed).generate_state(1, np.uint32)[0]),
-        ignore_eos=True,  # vLLM knows no tokenizer; the end is a stop token like any other
-        stop_token_ids=[eos],
-        logprobs=0,
-        flat_logprobs=True,
-        detokenize=False,
-        output_kind=RequestOutputKind.FINAL_ONLY,
+        **request_fields(settings, seed, eos), flat_logprobs=True, output_kind=RequestOutputKind.FINAL_ONLY
     )
 
 
@@ -330,6 +327,33 @@ def silent_stderr(quiet: bool) -> Iterator[None]:
         finally:
             os.dup2(before, 2)
             os.close(before)
+
+
+def open_transfer(client: Any, policy: Policy, host: str, port: int, world_size: int, rank: int) -> Any:
+    """vLLM's trainer side of a weight transfer over NCCL: `send_weights()` sends the policy as it is then.
+
+    client : vLLM's `VLLMWeightSyncClient`, through which it talks to the server
+    world_size, rank : the sender and all workers of the server; this process among the trainer's
+
+    Raises UserError when vLLM is missing or of a version fastsmart does not work with, or the policy is not on a GPU.
+    """
+    check_version(installed_version())
+    if policy.device.type != "cuda":
+        raise UserError("sampling.vllm.server takes weights over NCCL, from a GPU; set policy.device to one")
+    with undisturbed():
+        from vllm.distributed.weight_transfer import ModuleSource, WeightTransferTrainerFactory
+        from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
+
+    sizes = [parameter.numel() * parameter.element_size() for parameter in policy.parameters()]
+    info = NCCLTrainerInitInfo(
+        master_address=host,
+        master_port=port,
+        world_size=world_size,
+        rank=rank,
+        packed=True,
+        packed_buffer_size_bytes=transfer_buffer_bytes(sizes),
+    )
+    return WeightTransferTrainerFactory.trainer_init(info, client=client, source=ModuleSource(policy))
 
 
 def installed_version() -> str | None:

@@ -6,8 +6,9 @@ No torch and no vLLM here, so that reading a config and `--dry-run` stay instant
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from packaging.version import Version
 
 from fastsmart.errors import UserError
@@ -102,6 +103,21 @@ def weight_count(size: PolicySize) -> int:
     hidden, heads = size.hidden_size, size.num_heads + 2 * size.num_kv_heads
     layer = hidden * heads * size.head_size + hidden * hidden + 3 * hidden * size.intermediate_size + 2 * hidden
     return size.num_layers * layer + hidden + 2 * size.vocab_size * hidden
+
+
+def request_fields(settings: SamplingSettings, seed: tuple[int, ...], eos: int) -> dict[str, Any]:
+    """vLLM's sampling parameters of one completion, which has a random stream of its own."""
+    return {
+        "temperature": settings.temperature,
+        "top_k": settings.top_k,
+        "top_p": settings.top_p,
+        "max_tokens": settings.max_tokens,
+        "seed": int(np.random.SeedSequence(seed).generate_state(1, np.uint32)[0]),
+        "ignore_eos": True,  # vLLM knows no tokenizer; the end is a stop token like any other
+        "stop_token_ids": [eos],
+        "logprobs": 0,  # of the token drawn, no others
+        "detokenize": False,
+    }
 
 
 def transfer_buffer_bytes(tensor_bytes: list[int]) -> int:
