@@ -172,4 +172,4 @@ def checksum(parameter: torch.Tensor, dtype: torch.dtype, padded: bool) -> str:
     tensor = parameter.detach().to("cpu", dtype)
     if padded:
         tensor = F.pad(tensor, (0, 0, 0, -len(tensor) % VOCABULARY_BLOCK))
-    return hashlib.sha256(tensor.contiguous().flatten().view(torch.uint8).numpy()).hexdigest()
+    return hashlib.sha256(tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes()).hexdigest()

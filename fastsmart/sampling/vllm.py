@@ -9,12 +9,7 @@ from __future__ import annotations
 
 import inspect
 import json
-import logging
-import os
-import random
-import sys
 import tempfile
-import warnings
 import weakref
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -32,6 +27,7 @@ from fastsmart.errors import UserError
 from fastsmart.policy.checkpoint import CONFIG_FILE, to_hf_config
 from fastsmart.policy.transformer import Policy
 from fastsmart.sampling.rollout import Completion, SamplingSettings, check_prompts, not_finite
+from fastsmart.sampling.undisturbed import undisturbed
 from fastsmart.sampling.vllm_plan import (
     VllmPlan,
     check_api,
@@ -41,15 +37,6 @@ from fastsmart.sampling.vllm_plan import (
     transfer_buffer_bytes,
 )
 from fastsmart.tokens.sequences import TokenBatch
-
-# In this process, and talking to nobody
-ENVIRONMENT = {
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-    "VLLM_NO_USAGE_STATS": "1",
-    "VLLM_DO_NOT_TRACK": "1",
-    "HF_HUB_OFFLINE": "1",
-}
-SHOW_LOG = "VLLM_LOGGING_LEVEL"  # where the user sets it, vLLM's own log is shown
 
 
 class VllmEngine:
@@ -188,7 +175,9 @@ def start_engine(folder: str, sizes: VllmPlan, policy: Policy, dtype: torch.dtyp
         **special,
     )
     try:
-        return LLMEngine.from_engine_args(arguments)
+        config = arguments.create_engine_config()
+        config.device_config.device = policy.device  # of several GPUs, this rank's
+        return LLMEngine.from_vllm_config(config, disable_log_stats=True)
     except ValueError as error:
         reason = str(error).strip().splitlines()[-1].strip()
         raise UserError(f"vLLM cannot hold this policy: {reason} Use --engine native.") from error
@@ -277,56 +266,6 @@ class ProcessGroups:
 
 
 groups = ProcessGroups()
-
-
-@contextmanager
-def undisturbed() -> Iterator[None]:
-    """Let vLLM start or stop, and put back what it changes for the whole process: the environment, the number of
-    threads and torch's function that sets it, the random states, the level of logging; and keep it quiet."""
-    environment, threads = dict(os.environ), torch.get_num_threads()
-    set_num_threads = torch.set_num_threads  # vLLM's CPU worker replaces it
-    states = random.getstate(), np.random.get_state()  # noqa: NPY002
-    disabled = logging.root.manager.disable
-    os.environ.update(ENVIRONMENT)
-    quiet = SHOW_LOG not in os.environ
-    if quiet:
-        os.environ["VLLM_CONFIGURE_LOGGING"] = "0"
-        logging.getLogger("vllm").setLevel(logging.ERROR)
-        logging.disable(logging.WARNING)
-    try:
-        with torch.random.fork_rng(), warnings.catch_warnings(), silent_stderr(quiet):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(disabled)
-        random.setstate(states[0])
-        np.random.set_state(states[1])  # noqa: NPY002
-        torch.set_num_threads = set_num_threads
-        torch.set_num_threads(threads)
-        os.environ.clear()
-        os.environ.update(environment)
-
-
-@contextmanager
-def silent_stderr(quiet: bool) -> Iterator[None]:
-    """Hold back what C++ code writes to standard error, and let it out only when the block fails."""
-    if not quiet:
-        yield
-        return
-    sys.stderr.flush()
-    with tempfile.TemporaryFile() as held:
-        before = os.dup(2)
-        os.dup2(held.fileno(), 2)
-        try:
-            yield
-        except BaseException:
-            os.dup2(before, 2)
-            held.seek(0)
-            os.write(2, held.read())
-            raise
-        finally:
-            os.dup2(before, 2)
-            os.close(before)
 
 
 def open_transfer(client: Any, policy: Policy, host: str, port: int, world_size: int, rank: int) -> Any:

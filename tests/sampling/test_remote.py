@@ -18,7 +18,7 @@ from fastsmart.policy.transformer import Policy
 from fastsmart.sampling import Rollout, SamplingSettings, make_engine
 from fastsmart.sampling.native import NativeEngine
 from fastsmart.sampling.remote import checksum
-from fastsmart.sampling.vllm import undisturbed
+from fastsmart.sampling.undisturbed import undisturbed
 from fastsmart.sampling.vllm_plan import VllmSettings
 from fastsmart.tokens.sequences import TokenBatch
 

@@ -21,6 +21,7 @@ from fastsmart.errors import UserError
 from fastsmart.policy.checkpoint import save_policy
 from fastsmart.sampling import Rollout, SamplingSettings, make_engine, sample
 from fastsmart.sampling import vllm as vllm_engine
+from fastsmart.sampling.undisturbed import undisturbed
 from fastsmart.sampling.vllm import VllmEngine, missing_api
 from fastsmart.sampling.vllm_plan import VllmSettings
 from fastsmart.tokens.sequences import TokenBatch
@@ -320,7 +321,7 @@ def test_vllm_loads_the_checkpoint_we_save_by_itself(vocab, tmp_path):
     policy = make_vllm_policy(vocab, tied_head=True, num_kv_heads=1)
     save_policy(policy, tmp_path / "saved")
     engine = make_engine(SETTINGS, policy)
-    with vllm_engine.undisturbed(), vllm_engine.groups.joined():
+    with undisturbed(), vllm_engine.groups.joined():
         from vllm.engine.arg_utils import EngineArgs
         from vllm.v1.engine.llm_engine import LLMEngine
 
