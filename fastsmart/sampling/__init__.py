@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from fastsmart.errors import UserError
 from fastsmart.sampling.rollout import ENGINES, Completion, Engine, Rollout, SamplingSettings
 from fastsmart.tokens.sequences import TokenBatch
 
@@ -17,16 +17,33 @@ if TYPE_CHECKING:
 __all__ = ["ENGINES", "Completion", "Engine", "Rollout", "SamplingSettings", "make_engine", "sample"]
 
 
-def make_engine(name: str, policy: Policy, version: int = 0, dtype: torch.dtype | None = None) -> Engine:
-    """A sampling engine holding the policy's weights, computing in `dtype` (None = the weights' own).
+def make_engine(
+    settings: SamplingSettings,
+    policy: Policy,
+    version: int = 0,
+    dtype: torch.dtype | None = None,
+    completions: int | None = None,
+) -> Engine:
+    """The sampling engine the settings name, holding the policy's weights, computing in `dtype` (None = their own).
+
+    completions : the most that one call will ask for, where that is known; memory is not held for more
 
     Raises UserError for an engine this installation lacks.
     """
-    if name == "native":
+    dtype = dtype or policy.lm_head.weight.dtype
+    if settings.engine == "native":
         from fastsmart.sampling.native import NativeEngine
 
-        return NativeEngine(policy, version, dtype or policy.lm_head.weight.dtype)
-    raise UserError(f"sampling.engine {name!r} is not part of this version yet; use --engine native")
+        return NativeEngine(policy, version, dtype)
+    if settings.vllm.server:
+        from fastsmart.sampling.remote import RemoteEngine
+
+        return RemoteEngine(policy, version, dtype, settings)
+    from fastsmart.sampling.vllm import VllmEngine
+
+    if completions:
+        settings = replace(settings, max_rows=min(settings.max_rows, completions))
+    return VllmEngine(policy, version, dtype, settings)
 
 
 def sample(
@@ -43,7 +60,7 @@ def sample(
     """Draw `group` completions of each prompt; the same arguments give the same rollout."""
     prompts = prompts if isinstance(prompts, TokenBatch) else prompts.tokens
     settings = SamplingSettings(engine, group, max_tokens, temperature, top_k, top_p)
-    sampler = make_engine(engine, policy)
+    sampler = make_engine(settings, policy, completions=len(prompts) * group)
     try:
         return Rollout.gather(sampler.stream(prompts, settings, (seed,)), prompts, group)
     finally:

@@ -14,10 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastsmart.errors import UserError
 from fastsmart.kernels.sample import UNDEFINED, sample_tokens
 from fastsmart.policy.transformer import Policy
-from fastsmart.sampling.rollout import Completion, SamplingSettings
+from fastsmart.sampling.rollout import Completion, SamplingSettings, check_prompts, not_finite
 from fastsmart.tokens.sequences import TokenBatch
 
 _COMPACT_BELOW = 0.75  # share of rows still running at which the finished ones are dropped from the cache
@@ -96,6 +95,23 @@ class NativeEngine:
         self.head = _Matrix((policy.lm_head.weight * policy.model.norm.weight).detach().float())
         self.turn = torch.complex(policy.model.cos.float(), policy.model.sin.float())  # [positions, E / 2]
 
+    def first_difference(self, policy: Policy) -> str | None:
+        fresh = NativeEngine(policy, self.version, self.dtype)
+        for (name, held), (_, wanted) in zip(self._named_weights(), fresh._named_weights(), strict=True):
+            if not torch.equal(held, wanted):
+                return name
+        return None
+
+    def _named_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """What is held, under the policy's name for it and in the policy's order; a norm is in the matrix it feeds."""
+        yield "model.embed_tokens.weight", self.embed
+        for i, layer in enumerate(self.layers):
+            yield f"model.layers.{i}.self_attn.qkv_proj.weight", layer.qkv.weight
+            yield f"model.layers.{i}.self_attn.o_proj.weight", layer.out.weight
+            yield f"model.layers.{i}.mlp.gate_up_proj.weight", layer.gate_up.weight
+            yield f"model.layers.{i}.mlp.down_proj.weight", layer.down.weight
+        yield "lm_head.weight", self.head.weight
+
     def _matrix(self, weight: Tensor) -> _Matrix:
         return _Matrix(weight.detach().to(self.dtype, copy=True))
 
@@ -106,14 +122,7 @@ class NativeEngine:
     def stream(
         self, prompts: TokenBatch, settings: SamplingSettings, seed: tuple[int, ...], first: int = 0
     ) -> Iterator[Completion]:
-        longest = int(np.diff(prompts.offsets).max(initial=0)) + settings.max_tokens
-        if longest > self.size.max_positions:
-            raise UserError(
-                f"prompt and completion make {longest} tokens, the policy holds {self.size.max_positions}; "
-                "lower sampling.max_tokens"
-            )
-        if len(prompts) and np.diff(prompts.offsets).min() < 1:
-            raise UserError("a prompt is empty; a policy needs at least one token, such as BOS, to start from")
+        check_prompts(prompts, settings, self.size.max_positions)
         total = len(prompts) * settings.group
         for start in range(0, total, settings.max_rows):
             index = np.arange(start, min(start + settings.max_rows, total))
@@ -239,7 +248,7 @@ def draw(logits: Tensor, uniform: Tensor, settings: SamplingSettings) -> tuple[T
         logits, temperature = truncate(logits / temperature, settings.top_k, settings.top_p), 1.0
     token, logprob = sample_tokens(logits, uniform, temperature)
     if (token == UNDEFINED).any():
-        raise UserError("the policy's logits are no longer finite; go back to an earlier checkpoint")
+        raise not_finite()
     return token, logprob
 
 

@@ -6,12 +6,13 @@ Shape letters: P prompts, G completions a prompt, N = P x G completions, L token
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
 from fastsmart.errors import UserError
+from fastsmart.sampling.vllm_plan import VllmSettings
 from fastsmart.tokens.sequences import TokenBatch
 
 if TYPE_CHECKING:
@@ -30,7 +31,8 @@ class SamplingSettings:
     temperature : of the softmax; the log-probs that come back are those of the tempered distribution
     top_k, top_p : 0 and 1.0 are off; both truncate the distribution, and training, whose loss is over all of it,
                   refuses them
-    max_rows    : sequences the native engine decodes side by side (memory: one KV cache row each)
+    max_rows    : sequences decoded side by side (memory: one KV cache row each)
+    vllm        : what only the engine "vllm" reads
     """
 
     engine: str = "native"
@@ -40,6 +42,7 @@ class SamplingSettings:
     top_k: int = 0
     top_p: float = 1.0
     max_rows: int = 256
+    vllm: VllmSettings = field(default_factory=VllmSettings)
 
     def __post_init__(self) -> None:
         if self.engine not in ENGINES:
@@ -134,8 +137,27 @@ class Engine(Protocol):
         (up to rounding in the matrix products).
         """
 
+    def first_difference(self, policy: Policy) -> str | None:
+        """Name of the first of the policy's tensors that the engine computes with in another version; None = none."""
+
     def close(self) -> None:
         """Give back what the engine holds."""
+
+
+def check_prompts(prompts: TokenBatch, settings: SamplingSettings, max_positions: int) -> None:
+    """Raises UserError for an empty prompt, and for completions longer than the policy's `max_positions`."""
+    longest = int(prompts.lengths.max(initial=0)) + settings.max_tokens
+    if longest > max_positions:
+        raise UserError(
+            f"prompt and completion make {longest} tokens, the policy holds {max_positions}; lower sampling.max_tokens"
+        )
+    if len(prompts) and prompts.lengths.min() < 1:
+        raise UserError("a prompt is empty; a policy needs at least one token, such as BOS, to start from")
+
+
+def not_finite() -> UserError:
+    """The error of an engine whose policy has diverged."""
+    return UserError("the policy's logits are no longer finite; go back to an earlier checkpoint")
 
 
 def pad(rows: list[np.ndarray], dtype: type) -> tuple[np.ndarray, np.ndarray]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 import torch
 
@@ -20,6 +21,7 @@ from fastsmart.train.trace import Trace
 from fastsmart.train.update import Update, micro_batches, reference_logprobs, update
 
 _SKIPPED_KEY = "skipped_in_a_row"
+APART = ("token_mult_prob_error", "mismatch_k3", "logprob_gap_max")
 
 
 class Learner:
@@ -51,7 +53,8 @@ class Learner:
         return (self.previous, self.step - 1) if self.previous is not None else (self.policy, self.step)
 
     def learn(self, performance: Performance, batch: Batch, advantage: torch.Tensor, trace: Trace) -> Update:
-        """The optimizer steps of one batch; the statistics are those of the last.
+        """The optimizer steps of one batch; the statistics are those of the last, and how far sampler and trainer are
+        apart is that of the first, before which they are to be the same.
 
         performance : of this rank's completions
         batch, advantage : of all ranks' completions; float32 [N]
@@ -60,6 +63,7 @@ class Learner:
         self.previous = copy.deepcopy(self.policy) if knobs.pipeline == "one-step-off" else None
         batches = list(micro_batches(performance.rollout, knobs.micro_batch, self.device))
         anchors = reference_logprobs(self.reference, batches, temperature, self.dtype, self.config.grpo.kernel)
+        apart: dict[str, float] = {}
         for _ in range(knobs.iterations):
             change = update(
                 self.policy,
@@ -76,11 +80,12 @@ class Learner:
                 ranks=self.ranks,
                 trace=trace,
             )
+            apart = apart or {name: change.stats[name] for name in APART}
             if change.skipped:
                 break
         self.step += 1
         self.skipped = self.skipped + 1 if change.skipped else 0
-        return change
+        return replace(change, stats=change.stats | apart)
 
     def snapshot(self, held_out_reward: float | None = None) -> Snapshot:
         """The present state, and the held-out reward it was measured to have."""

