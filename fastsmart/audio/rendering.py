@@ -20,7 +20,7 @@ LONGEST_S = 3600.0  # of a file; also the limit of `audio.max_seconds`
 def render(
     notes: NoteBatch,
     soundfont: str | Path = "",
-    backend: str = "fluidsynth",
+    backend: str = "bank",
     sample_rate: int = 16000,
     max_seconds: float = 10.0,
     workers: int = 1,
@@ -36,7 +36,9 @@ def render(
 
     Raises UserError when a setting, FluidSynth or the soundfont cannot be used.
     """
-    settings = RenderSettings(str(soundfont), backend, sample_rate, max_seconds, workers=workers, **options)
+    settings = RenderSettings(
+        str(soundfont), backend, sample_rate=sample_rate, max_seconds=max_seconds, workers=workers, **options
+    )
     with RenderPool(settings, len(notes)) as pool:
         for i in range(len(notes)):
             pool.submit(i, notes, i)

@@ -10,6 +10,7 @@ from fastsmart.errors import UserError
     ("key", "value"),
     [
         ("backend", "bank2"),
+        ("bank", "half"),
         ("tail", "fade"),
         ("normalize", "loudness"),
         ("empty", "zero"),
