@@ -167,6 +167,11 @@ class NoteBank:
         return wave, float(kinds.gain[velocity] / kinds.gain[named]) if named else 0.0
 
     @property
+    def samples(self) -> int:
+        """Samples of `tables.waves` that hold notes."""
+        return min(self._end, len(self.tables.waves))
+
+    @property
     def info(self) -> BankInfo:
         """What there is on disk."""
         return read_info(self.path)

@@ -13,7 +13,7 @@ from numba import njit
 from fastsmart.audio.events import BLOCK, PEAK_FLOOR
 from fastsmart.audio.tone import HELD_BLOCKS, LAG, LEAD, MIN_NOTE_BLOCKS
 
-INAUDIBLE = 1e-5  # a tail ends when it has fallen by 100 dB
+INAUDIBLE = 100.0 / 20.0 * np.log(10.0)  # nepers: a tail ends when it has fallen by 100 dB
 STRIDE = 32  # samples of a tail that share one table of powers
 SILENT, MISSING, UNFIT = -1, -2, -3  # in `Tables.note_of`: nothing to hear, not stored, to be rendered on demand
 _KEYS = 128
@@ -46,7 +46,7 @@ class Plan(NamedTuple):
 
     start  : int64 [M], sample of the clip where a slice begins; may be negative
     wave   : int64 [M], where it begins in `Tables.waves`
-    length : int64 [M], samples it has
+    length : int64 [M], samples it has until its tail is inaudible
     hold   : float64 [M], samples until it is released, from its beginning
     gain   : float32 [M]
     rate   : float32 [M], nepers a sample at which it falls from there on
@@ -132,8 +132,9 @@ def plan(on: np.ndarray, off: np.ndarray, pitch: np.ndarray, velocity: np.ndarra
         if g < last and held > HELD_BLOCKS[g]:
             share = (held - HELD_BLOCKS[g]) / (HELD_BLOCKS[g + 1] - HELD_BLOCKS[g])
             decay += share * (tables.decay[entry, g + 1] - decay)
-        rate[i] = (decay + tables.faster[pitch[i], velocity[i]]) / block
-        hold[i] += min(LAG / max(rate[i], 1e-9), block)
+        rate[i] = max((decay + tables.faster[pitch[i], velocity[i]]) / block, 1e-9)
+        hold[i] += min(LAG / rate[i], block)
+        length[i] = min(length[i], int(hold[i] + INAUDIBLE / rate[i]))
     return Plan(start, wave, length, hold, gain, rate)
 
 
@@ -153,12 +154,10 @@ def mix(out: np.ndarray, slices: Plan, waves: np.ndarray) -> None:
             continue
         for j in range(STRIDE):
             powers[j] = np.exp(-rate * np.float32(j))
-        level = np.float32(gain * np.exp(-rate * (released - slices.hold[i])))
         leap = np.exp(-rate * np.float32(STRIDE))
-        n, floor = max(released, first), gain * np.float32(INAUDIBLE)
-        if n > released:
-            level *= np.exp(-rate * np.float32(n - released))
-        while n < end and level > floor:
+        n = max(released, first)
+        level = gain * np.float32(np.exp(-rate * (n - slices.hold[i])))
+        while n < end:
             for j in range(min(STRIDE, end - n)):
                 out[start + n + j] += level * powers[j] * wave[n + j]
             level *= leap
@@ -190,3 +189,56 @@ def mix_clip(
         scale = np.float32(1.0) / (top + np.float32(PEAK_FLOOR))
         for n in range(length):
             clip[n] *= scale
+
+
+@njit(cache=True, nogil=True)
+def plan_clips(
+    start: np.ndarray,
+    stop: np.ndarray,
+    pitch: np.ndarray,
+    velocity: np.ndarray,
+    offsets: np.ndarray,
+    pedal_at: np.ndarray,
+    pedal_down: np.ndarray,
+    pedal_offsets: np.ndarray,
+    tables: Tables,
+) -> Plan:
+    """The slices of N clips, one after the other; `offsets` int64 [N + 1] say which notes are whose."""
+    m = len(start)
+    out = Plan(
+        np.empty(m, np.int64), np.empty(m, np.int64), np.empty(m, np.int64),
+        np.empty(m), np.empty(m, np.float32), np.empty(m, np.float32),
+    )  # fmt: skip
+    for clip in range(len(offsets) - 1):
+        a, b = offsets[clip], offsets[clip + 1]
+        c, d = pedal_offsets[clip], pedal_offsets[clip + 1]
+        on, off = pair(start[a:b], stop[a:b], pitch[a:b], pedal_at[c:d], pedal_down[c:d])
+        part = plan(on, off, pitch[a:b], velocity[a:b], tables)
+        out.start[a:b], out.wave[a:b], out.length[a:b] = part.start, part.wave, part.length
+        out.hold[a:b], out.gain[a:b], out.rate[a:b] = part.hold, part.gain, part.rate
+    return out
+
+
+@njit(cache=True, nogil=True)
+def bin_slices(
+    slices: Plan, offsets: np.ndarray, clips: np.ndarray, tile: int, tiles: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Which slices reach into each tile of each clip: int32 [N * tiles + 1] and int32 [K], ascending in a tile."""
+    bins = np.zeros(len(clips) * tiles + 1, np.int32)
+    for fill in range(2):
+        if fill:
+            bins[1:] = np.cumsum(bins[1:])
+            notes = np.empty(bins[-1], np.int32)
+            free = bins[:-1].copy()
+        for clip in range(len(clips)):
+            for i in range(offsets[clip], offsets[clip + 1]):
+                end = min(slices.start[i] + slices.length[i], clips[clip])
+                if slices.length[i] == 0 or end <= 0 or slices.start[i] >= clips[clip]:
+                    continue
+                for row in range(max(slices.start[i], 0) // tile, (end - 1) // tile + 1):
+                    if fill:
+                        notes[free[clip * tiles + row]] = i
+                        free[clip * tiles + row] += 1
+                    else:
+                        bins[clip * tiles + row + 1] += 1
+    return bins, notes
