@@ -17,6 +17,7 @@ INAUDIBLE = 100.0 / 20.0 * np.log(10.0)  # nepers: a tail ends when it has falle
 STRIDE = 32  # samples of a tail that share one table of powers
 SILENT, MISSING, UNFIT = -1, -2, -3  # in `Tables.note_of`: nothing to hear, not stored, to be rendered on demand
 _KEYS = 128
+NEVER = 2**40  # blocks: the release of a note that the pedal still holds at the end
 
 
 class Tables(NamedTuple):
@@ -66,41 +67,37 @@ def pair(
 ) -> tuple[np.ndarray, np.ndarray]:
     """When FluidSynth takes up each note's start and its release, int64 [M] blocks each.
 
-    Its rule: striking a sounding key releases the earlier note, whatever the pedal does; the first note-off of the key
-    from then on ends the new one, or hands it to the pedal while that is down; no note ends within 10 ms.
+    Its rule: striking a sounding key releases the earlier note, and the first note-off of the key from then on ends the
+    new one; while the pedal is down both hand the note to the pedal instead; no note ends within 10 ms.
     """
     m, c = len(start), len(pedal_at)
     at = np.concatenate((stop, pedal_at, start))
     order = np.argsort(at, kind="mergesort")
-    on, off = np.empty(m, np.int64), np.full(m, np.iinfo(np.int64).max // 2)
-    sounding, pedalled = np.full(_KEYS, -1), np.full(_KEYS, -1)
+    on, off = np.empty(m, np.int64), np.full(m, NEVER)
+    sounding = np.full(_KEYS, -1)
+    pedalled, waiting = np.empty(m, np.int64), 0  # notes that the pedal holds, and their number
     down = False
     for e in order:
         block = -(-at[e] // BLOCK)
-        if e < m:
-            key = pitch[e]
-            note = sounding[key]
-            sounding[key] = -1
-            if note >= 0 and down:
-                pedalled[key] = note
-            elif note >= 0:
-                off[note] = block
-        elif e < m + c:
+        if m <= e < m + c:
             down = pedal_down[e - m]
             if not down:
-                for key in range(_KEYS):
-                    if pedalled[key] >= 0:
-                        off[pedalled[key]] = block
-                        pedalled[key] = -1
+                for w in range(waiting):
+                    off[pedalled[w]] = block
+                waiting = 0
+            continue
+        key = pitch[e] if e < m else pitch[e - m - c]
+        before = sounding[key]
+        if before >= 0 and down:
+            pedalled[waiting] = before
+            waiting += 1
+        elif before >= 0:
+            off[before] = block
+        if e < m:
+            sounding[key] = -1
         else:
-            note, key = e - m - c, pitch[e - m - c]
-            if sounding[key] >= 0:
-                off[sounding[key]] = block
-            if pedalled[key] >= 0:
-                off[pedalled[key]] = block
-                pedalled[key] = -1
-            sounding[key] = note
-            on[note] = block
+            sounding[key] = e - m - c
+            on[e - m - c] = block
     for note in range(m):
         off[note] = max(off[note], on[note] + MIN_NOTE_BLOCKS)
     return on, off

@@ -106,9 +106,12 @@ class RenderPool:
         self._queue.append(index)
         self._turn(timeout_s=0.0)
 
-    def poll(self) -> list[int]:
-        """The clips finished (or given up) since the last call, in the order they ended; `gather` hands them out."""
-        self._turn(timeout_s=0.0)
+    def poll(self, timeout_s: float = 0.0) -> list[int]:
+        """The clips finished (or given up) since the last call, in the order they ended; `gather` hands them out.
+
+        Waits for the next report of a worker up to `timeout_s`, where none has been finished since.
+        """
+        self._turn(timeout_s=0.0 if self._unseen else timeout_s)
         unseen, self._unseen = self._unseen, []
         return unseen
 
@@ -136,11 +139,17 @@ class RenderPool:
             if told == len(self._pieces):
                 break
         batch = self.gather(range(max(self._pieces, default=-1) + 1))
+        self.clear()
+        return batch
+
+    def clear(self) -> None:
+        """Forget the finished clips: the pool is empty again. Raises ValueError while a clip is under way."""
+        if len(self._done) < len(self._pieces):
+            raise ValueError(f"{len(self._pieces) - len(self._done)} clips are not finished")
         self._pieces.clear()
         self._strikes.clear()
         self._done.clear()
         self._unseen.clear()
-        return batch
 
     @property
     def pids(self) -> list[int]:

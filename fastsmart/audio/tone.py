@@ -28,6 +28,7 @@ PROBE_HELD, PROBE_BLOCKS = 16, 48  # blocks: 21 ms held and 43 ms of release tel
 # FluidSynth's envelopes take whole centibels, the part of one cut off: a falling one is half a step late in the mean
 LAG = 0.5 * np.log(10.0) / 200.0  # nepers
 FIT_BLOCKS = 375  # of a tail, half a second, are fitted
+TYPICAL = 4  # of the lengths below the one, 0.2 s, whose rebuilt note says how good a tone is
 # how long a note was held when its decay is measured, blocks
 HELD_BLOCKS = np.array([8, 16, 36, 75, 150, 262, 375, 562, 750, 1125, 1500, 2250, 3000, 4500, 6000, 9000, 18000])
 
@@ -54,7 +55,7 @@ class Tone:
     level   : what a sample of 1 stands for
     decay   : float32 [G], rate at which a tail falls against the held note, nepers a block, by the length held
     faster  : float32 [128], what the release of each velocity adds to it; 0 for those of other held notes
-    snr_db  : of single notes rebuilt from this against FluidSynth's, the median over the lengths held
+    snr_db  : of a note held for 0.2 s rebuilt from this, against FluidSynth's
     """
 
     samples: np.ndarray
@@ -117,7 +118,7 @@ def measure(
         faster[velocity] = fits[int(kinds.release[velocity])][0] - fits[slowest][0]
     samples, level = _stored(whole, sample_rate)
     decay = np.interp(HELD_BLOCKS, grid, [rate for rate, _ in curve]).astype(np.float32)
-    return Tone(samples, level, decay, faster, float(np.median([snr for _, snr in curve])))
+    return Tone(samples, level, decay, faster, curve[min(TYPICAL, len(curve) - 1)][1])
 
 
 def _fit(
