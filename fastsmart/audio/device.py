@@ -19,12 +19,15 @@ class DeviceMixer:
 
     Equal to the bank's renderer on a CPU to rounding. Owns a bank: a context manager, or call `close`.
 
-    Raises UserError when the settings ask for what only the CPU does (a release tail, exact notes).
+    Raises UserError when the settings ask for what only the CPU does (a release tail, exact notes, loudness).
     """
 
     def __init__(self, settings: RenderSettings, device: str | torch.device = "cuda", kernel: str = "auto") -> None:
-        if settings.tail != "cut" or settings.bank != "stored":
-            raise UserError("a mixdown on the GPU needs audio.tail = 'cut' and audio.bank = 'stored'")
+        if settings.tail != "cut" or settings.bank != "stored" or settings.normalize == "loudness":
+            raise UserError(
+                "a mixdown on the GPU needs audio.tail = 'cut', audio.bank = 'stored' and audio.normalize = 'peak' or "
+                "'none'"
+            )
         self.settings = settings
         self.device = torch.device(device)
         self.kernel = kernel

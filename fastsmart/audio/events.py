@@ -106,6 +106,10 @@ def finish(clip: np.ndarray, score: int, settings: RenderSettings) -> int:
         length = score + (int(loud[-1]) + 1 if len(loud) else 0)
     if settings.normalize == "peak":
         clip /= max(float(clip.max()), -float(clip.min())) + PEAK_FLOOR
+    elif settings.normalize == "loudness":
+        from fastsmart.audio.loudness import to_target  # not above: workers start faster without it
+
+        to_target(clip[:length], settings.sample_rate)
     return length
 
 

@@ -89,7 +89,7 @@ class BankRenderer:
             return settings.empty_samples
         pitch, velocity = pitch[heard], velocity[heard]
         on_demand = np.ones(len(start), bool) if settings.bank == "exact" else self.bank.ensure(pitch, velocity)
-        if settings.tail == "cut" and not on_demand.any():
+        if settings.tail == "cut" and settings.normalize != "loudness" and not on_demand.any():
             self._mix(out, length, (start, stop, pitch, velocity), piece)
             return length
         self._mix_some(out[:length], (start, stop, pitch, velocity), piece, on_demand)

@@ -28,7 +28,7 @@ class RenderSettings:
     tail           : "cut" ends a clip with its score, as the paper does; "release" lets the last notes fade
     release_s      : seconds that tail = "release" adds at most; the silence after the fade is trimmed
     normalize      : "peak" divides each clip by max|x| + 1e-6 (the paper does so too, but before it averages the two
-                     channels to mono); "none" keeps FluidSynth's level
+                     channels to mono); "loudness" brings it to -23 LUFS; "none" keeps the synth's level
     empty          : a score without notes becomes 1 s of zeros ("silence", the paper) or unscorable NaN ("nan")
     reverb, chorus : effects of backend "fluidsynth"; off, because with them a note is no longer the same wherever it
                      stands
@@ -115,7 +115,7 @@ _CHOICES = {
     "backend": ("bank", "fluidsynth", "tinysoundfont"),
     "bank": ("stored", "exact"),
     "tail": ("cut", "release"),
-    "normalize": ("peak", "none"),
+    "normalize": ("peak", "loudness", "none"),
     "empty": ("silence", "nan"),
 }
 _WHOLE = ("sample_rate", "program", "workers")

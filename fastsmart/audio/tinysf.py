@@ -46,7 +46,7 @@ class TinySoundFontRenderer:
         try:
             font = self._synth.sfload(str(soundfont), max_voices=VOICES)
             self._synth.program_select(0, font, 0, settings.program)
-        except Exception as error:  # its own class and pybind's, all of them for a damaged file or a missing program
+        except RuntimeError as error:
             raise UserError(
                 f"tinysoundfont cannot use program {settings.program} of the soundfont {soundfont}: {error}"
             ) from error
