@@ -44,9 +44,10 @@ def parser() -> argparse.ArgumentParser:
     _pretrain(commands.add_parser("pretrain", help="train a base policy on a folder of MIDI files"))
     _train(commands.add_parser("train", help="tune a policy on a reward"))
     _sample(commands.add_parser("sample", help="let a policy play: MIDI and WAV files"))
-    _render(commands.add_parser("render", help="MIDI files to WAV, 48 kHz stereo"))
+    _render(commands.add_parser("render", help="MIDI files to WAV or FLAC, 48 kHz stereo"))
     _score(commands.add_parser("score", help="reward of MIDI and audio files, as JSON lines"))
     _top(commands.add_parser("top", help="how a run is doing, live, from its files"))
+    _bank(commands.add_parser("bank", help="the stored notes that training renders from"))
     commands.add_parser("doctor", help="what this machine has, what is missing, and the command that mends it")
     return top
 
@@ -104,10 +105,35 @@ def _sample(p: argparse.ArgumentParser) -> None:
 
 
 def _render(p: argparse.ArgumentParser) -> None:
-    p.description = "Render MIDI files, or all below a folder, to 48 kHz stereo WAV with FluidSynth."
+    p.description = (
+        "Render MIDI files, or all below a folder, to 48 kHz stereo with FluidSynth, sustain pedal included."
+    )
     p.add_argument("files", nargs="+", help="MIDI files or folders")
-    p.add_argument("--out", default="", help="folder for the WAV files; default: beside each MIDI file")
+    p.add_argument("--out", default="", help="folder for the audio; default: beside each MIDI file")
+    p.add_argument("--flac", action="store_true", help="FLAC files; default: WAV")
+    p.add_argument("--reverb", action="store_true", help="in a room; rewards never hear one")
     p.add_argument("--soundfont", default="", help="default: one that is installed")
+    p.add_argument("--workers", type=int, default=0, help="files at once; default: one a core")
+
+
+def _bank(p: argparse.ArgumentParser) -> None:
+    p.description = (
+        "The note bank training renders from. It fills itself as notes are asked for; build fills it beforehand, "
+        "verify compares it with FluidSynth on your own MIDI files."
+    )
+    actions = p.add_subparsers(dest="action", required=True, metavar="ACTION")
+    actions.add_parser("info", help="the banks on this machine")
+    build = actions.add_parser("build", help="store every note of a piano")
+    verify = actions.add_parser("verify", help="signal-to-noise ratio against FluidSynth, in dB")
+    verify.add_argument("files", nargs="+", help="MIDI files or folders")
+    verify.add_argument("--clips", type=int, default=20, help="windows of the files to compare")
+    verify.add_argument("--exact", action="store_true", help="with every note rendered on demand")
+    for action in (build, verify):
+        action.add_argument("--soundfont", default="", help="default: one that is installed")
+        action.add_argument("--sample-rate", type=int, default=16000, help="Hz; default: the rewards' 16000")
+        action.add_argument("--max-seconds", type=float, default=10.0, help="of a clip")
+        action.add_argument("--program", type=int, default=0, help="General MIDI program; default: the piano")
+        action.add_argument("--workers", type=int, default=0, help="processes; default: one a core")
 
 
 def _score(p: argparse.ArgumentParser) -> None:

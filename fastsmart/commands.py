@@ -14,6 +14,7 @@ from fastsmart.errors import UserError
 from fastsmart.notes import MIDI_SUFFIXES
 
 if TYPE_CHECKING:
+    from fastsmart.audio import RenderSettings
     from fastsmart.config import Config
 
 AUDIO_SUFFIXES = (".wav", ".flac")
@@ -130,23 +131,100 @@ def sample(options: argparse.Namespace) -> int:
 
 
 def render(options: argparse.Namespace) -> int:
+    from fastsmart.audio import RenderSettings, render_files
     from fastsmart.files import make_folder
     from fastsmart.notes import read_midi
+    from fastsmart.progress import bar
 
+    jobs = [
+        (path, (Path(options.out) / below if options.out else path).with_suffix(".flac" if options.flac else ".wav"))
+        for path, below in _files(options.files, MIDI_SUFFIXES)
+    ]
+    for folder in {target.parent for _, target in jobs}:
+        make_folder(folder)
+    settings = RenderSettings(options.soundfont, "fluidsynth", reverb=options.reverb, workers=options.workers)
     failed = 0
-    for path, below in _files(options.files, MIDI_SUFFIXES):
-        target = (Path(options.out) / below if options.out else path).with_suffix(".wav")
-        make_folder(target.parent)
-        try:
-            _render_one(read_midi(path), 0, target, options.soundfont)
-            print(target)
-        except UserError as error:
-            if path.is_file() and str(path) in str(error):  # this file's fault: the others go on
+    with bar("rendering") as show:
+        for done, ((_, target), (_, error)) in enumerate(
+            zip(jobs, render_files(jobs, settings, read_midi), strict=True), start=1
+        ):
+            if error is None:
+                print(target, flush=True)
+            else:  # this file's fault: the others go on
                 print(f"fastsmart: {error}", file=sys.stderr)
                 failed += 1
-            else:
-                raise
+            show(done, len(jobs))
     return 2 if failed else 0
+
+
+def bank(options: argparse.Namespace) -> int:
+    from fastsmart.audio.bank import list_banks
+
+    if options.action == "info":
+        banks = list_banks()
+        for b in banks:
+            print(
+                f"{b.path}: {b.soundfont}, program {b.program}, {b.sample_rate} Hz, notes up to {b.seconds:g} s: "
+                f"{b.notes} notes of {b.keys} keys, {b.bytes / 2**20:.0f} MiB"
+            )
+        if not banks:
+            print("no bank yet; one is made when a run first renders, or by fastsmart bank build")
+        return 0
+
+    from fastsmart.audio import RenderSettings
+
+    settings = RenderSettings(
+        options.soundfont,
+        sample_rate=options.sample_rate,
+        max_seconds=options.max_seconds,
+        program=options.program,
+        workers=options.workers,
+        normalize="none",
+    )
+    return _build_bank(settings) if options.action == "build" else _verify_bank(settings, options)
+
+
+def _build_bank(settings: RenderSettings) -> int:
+    import time
+
+    from fastsmart.audio.bank import NoteBank
+    from fastsmart.audio.building import build_bank
+    from fastsmart.progress import bar
+
+    start = time.perf_counter()
+    with bar("keys") as show:
+        build_bank(settings, show)
+    with NoteBank(settings) as made:
+        info = made.info
+    print(
+        f"{info.path}: {info.notes} notes of {info.keys} keys, {info.bytes / 2**20:.0f} MiB, "
+        f"{time.perf_counter() - start:.1f} s"
+    )
+    return 0
+
+
+def _verify_bank(settings: RenderSettings, options: argparse.Namespace) -> int:
+    import statistics
+
+    from fastsmart.audio.building import fidelity
+    from fastsmart.notes import NoteBatch, read_midi
+    from fastsmart.reward.windows import cut_windows
+
+    paths = [path for path, _ in _files(options.files, MIDI_SUFFIXES)]
+    clips: list[tuple[Path, NoteBatch]] = []
+    for path in paths[:: max(1, len(paths) // options.clips)]:
+        windows = cut_windows(read_midi(path), settings.max_seconds)
+        if len(windows):
+            clips.append((path, windows.select([len(windows) // 2])))
+    if not clips:
+        raise UserError(f"no notes in {', '.join(options.files)}")
+    if options.exact:
+        settings = replace(settings, bank="exact")
+    found = fidelity(settings, NoteBatch.concat([clip for _, clip in clips[: options.clips]]))
+    for (path, clip), decibels in zip(clips, found, strict=False):
+        print(f"{path}: {int(clip.counts[0])} notes, {decibels:.1f} dB")
+    print(f"{len(found)} clips: minimum {min(found):.1f} dB, median {statistics.median(found):.1f} dB")
+    return 0
 
 
 def score(options: argparse.Namespace) -> int:

@@ -28,7 +28,7 @@ class Finding:
 
 def examine() -> int:
     """Print a table of findings; 0 when everything the demo needs is there, else 2."""
-    findings = [_torch(), _gpu(), _fluidsynth(), _soundfont(), _policy(), _vllm(), _audiobox()]
+    findings = [_torch(), _gpu(), _fluidsynth(), _soundfont(), _banks(), _policy(), _vllm(), _audiobox()]
     table = Table(box=None, pad_edge=False)
     for heading in ("", "what", "found", "to mend it"):
         table.add_column(heading, overflow="fold")
@@ -69,6 +69,21 @@ def _soundfont() -> Finding:
         return Finding("soundfont", str(error), False, True, "apt-get install fluidr3mono-gm-soundfont")
     others = [str(p) for p in list_soundfonts() if p != used]
     return Finding("soundfont", str(used) + (f" (also {', '.join(others)})" if others else ""), True, True)
+
+
+def _banks() -> Finding:
+    from fastsmart.audio.bank import banks_folder, limit_bytes, list_banks
+
+    try:
+        limit_gib = limit_bytes() / 2**30
+    except UserError as error:
+        return Finding("note banks", str(error), False, True, "unset FASTSMART_BANK_GIB")
+    banks = list_banks()
+    size_mib = sum(bank.bytes for bank in banks) / 2**20
+    found = f"{len(banks)} in {banks_folder()}, {size_mib:.0f} MiB of at most {limit_gib:g} GiB"
+    return Finding(
+        "note banks", found, bool(banks), mend="" if banks else "fastsmart bank build, or let a run fill one"
+    )
 
 
 def _policy() -> Finding:

@@ -161,3 +161,11 @@ def make_folder(path: str | Path) -> Path:
 def cpu_cores() -> int:
     """Processor cores this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def cache_folder(name: str) -> Path:
+    """Where what can be made again is kept: FASTSMART_CACHE, else XDG_CACHE_HOME/fastsmart, else ~/.cache/fastsmart."""
+    home = os.environ.get("FASTSMART_CACHE")
+    if not home:
+        home = os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "fastsmart")
+    return Path(home) / name

@@ -17,8 +17,39 @@ from fastsmart.errors import UserError
 DEFAULT_BPM = 120.0
 MIDI_TICKS_PER_BEAT = 480  # of the files we write; a multiple of every resolution the tokenizer uses
 DRUM_CHANNEL = 9
+SUSTAIN_CONTROL = 64
+PEDAL_DOWN = 64  # values of the controller from here on
 MIDI_SUFFIXES = (".mid", ".midi", ".kar")
 MAX_DENOMINATOR = 1024  # a time signature beyond it is a damaged byte (the file holds its logarithm), and inaudible
+
+
+@dataclass(frozen=True)
+class Pedals:
+    """Sustain pedals of N pieces, as compressed sparse rows like the notes; C changes of all pieces together.
+
+    tick, second : int32 and float64 [C], when the pedal goes down or up, sorted within a piece
+    down         : bool [C]
+    offsets      : int64 [N + 1]
+    """
+
+    tick: np.ndarray
+    second: np.ndarray
+    down: np.ndarray
+    offsets: np.ndarray
+
+    @staticmethod
+    def none(pieces: int) -> Pedals:
+        """Pieces without pedal."""
+        return Pedals(np.zeros(0, np.int32), np.zeros(0), np.zeros(0, bool), np.zeros(pieces + 1, np.int64))
+
+    def rows(self, i: int) -> slice:
+        """The slice of the arrays that belongs to piece i."""
+        return slice(int(self.offsets[i]), int(self.offsets[i + 1]))
+
+    def select(self, pieces: np.ndarray) -> Pedals:
+        """The pedals of the named pieces, int64, in that order."""
+        rows, offsets = _gather_rows(self.offsets, pieces)
+        return Pedals(self.tick[rows], self.second[rows], self.down[rows], offsets)
 
 
 @dataclass(frozen=True)
@@ -36,6 +67,7 @@ class NoteBatch:
     tempo_tick, tempo_bpm, tempo_offsets : int32 [E], float64 [E], int64 [N + 1]: tempo map, quarter notes a minute,
                           each piece sorted by tick; 120 before the first event, the last of one tick holds
     meter_tick, meter, meter_offsets     : int32 [S], int32 [S, 2] (numerator, denominator), int64 [N + 1], sorted
+    pedals : sustain pedals, which MIDI files have and policies do not play; None where no piece has any
     """
 
     onset_s: np.ndarray
@@ -53,6 +85,7 @@ class NoteBatch:
     meter_tick: np.ndarray
     meter: np.ndarray
     meter_offsets: np.ndarray
+    pedals: Pedals | None = None
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -99,6 +132,7 @@ class NoteBatch:
             self.meter_tick[meter_rows],
             self.meter[meter_rows],
             meter_offsets,
+            self.pedals.select(pieces) if self.pedals else None,
         )
 
     @staticmethod
@@ -130,10 +164,11 @@ class NoteBatch:
             join("meter_tick"),
             join("meter"),
             join_offsets("meter_offsets"),
+            _joined_pedals(batches),
         )
 
     def to_midi(self, i: int, path: str | Path) -> None:
-        """Write piece i as a one-track MIDI file with its tempo map and time signatures.
+        """Write piece i as a one-track MIDI file with its tempo map, time signatures and sustain pedal.
 
         MIDI cannot say which of two notes of one pitch ends when both sound; readers end the one that began first.
 
@@ -158,6 +193,11 @@ class NoteBatch:
             on = mido.Message("note_on", note=pitch, velocity=int(self.velocity[m]))
             events.append((start, 2, on))
             events.append((end, 1, mido.Message("note_off", note=pitch, velocity=0)))
+        if self.pedals:
+            rows = self.pedals.rows(i)
+            for at, down in zip(self.pedals.tick[rows], self.pedals.down[rows], strict=True):
+                pedal = mido.Message("control_change", control=SUSTAIN_CONTROL, value=127 if down else 0)
+                events.append((int(at), 1, pedal))
         events.sort(key=lambda event: event[:2])
         track = mido.MidiTrack()
         file.tracks.append(track)
@@ -174,8 +214,9 @@ class NoteBatch:
 def read_midi(path: str | Path, max_seconds: float | None = None) -> NoteBatch:
     """The notes of one MIDI file, all channels but drums, as a batch of one piece.
 
-    A note-off ends the earliest sounding note of its channel and pitch; what is never ended is dropped. With
-    `max_seconds`, notes that start later are left out and notes that ring longer are cut.
+    A note-off ends the earliest sounding note of its channel and pitch; what is never ended is dropped. The sustain
+    pedal is down while that of any channel is. With `max_seconds`, notes that start later are left out and notes that
+    ring longer are cut.
 
     Raises UserError naming the file when it is missing, truncated or not MIDI.
     """
@@ -197,6 +238,8 @@ def read_midi(path: str | Path, max_seconds: float | None = None) -> NoteBatch:
     notes: list[tuple[int, int, int, int]] = []  # onset tick, duration ticks, pitch, velocity
     tempi: list[tuple[int, float]] = []
     meters: list[tuple[int, int, int]] = []
+    pedals: list[tuple[int, bool]] = []
+    channels_down: set[int] = set()
     sounding: dict[tuple[int, int], list[tuple[int, int]]] = {}
     tick = 0
     for message in mido.merge_tracks(file.tracks):
@@ -212,6 +255,11 @@ def read_midi(path: str | Path, max_seconds: float | None = None) -> NoteBatch:
             elif sounding.get(key):
                 onset, velocity = sounding[key].pop(0)
                 notes.append((onset, tick - onset, message.note, velocity))
+        elif message.is_cc(SUSTAIN_CONTROL) and message.channel != DRUM_CHANNEL:
+            was_down = bool(channels_down)
+            (channels_down.add if message.value >= PEDAL_DOWN else channels_down.discard)(message.channel)
+            if bool(channels_down) != was_down:
+                pedals.append((tick, not was_down))
     if tick > np.iinfo(np.int32).max:
         raise UserError(f"{path} is not a sound MIDI file: it lasts {tick} ticks")
     notes.sort()
@@ -220,6 +268,9 @@ def read_midi(path: str | Path, max_seconds: float | None = None) -> NoteBatch:
     tempo_bpm = np.array([b for _, b in tempi], np.float64)
     onset_s = ticks_to_seconds(table[:, 0], file.ticks_per_beat, tempo_tick, tempo_bpm)
     end_s = ticks_to_seconds(table[:, 0] + table[:, 1], file.ticks_per_beat, tempo_tick, tempo_bpm)
+    pedal_tick = np.array([t for t, _ in pedals], np.int32)
+    pedal_s = ticks_to_seconds(pedal_tick, file.ticks_per_beat, tempo_tick, tempo_bpm)
+    pedal_down = np.array([down for _, down in pedals], bool)
     if max_seconds is not None:
         keep = onset_s < max_seconds
         table, onset_s, end_s = table[keep], onset_s[keep], np.minimum(end_s[keep], max_seconds)
@@ -239,6 +290,7 @@ def read_midi(path: str | Path, max_seconds: float | None = None) -> NoteBatch:
         np.array([m[0] for m in meters], np.int32),
         np.array([m[1:] for m in meters], np.int32).reshape(-1, 2),
         np.array([0, len(meters)], np.int64),
+        Pedals(pedal_tick, pedal_s, pedal_down, np.array([0, len(pedals)], np.int64)) if pedals else None,
     )
 
 
@@ -251,6 +303,19 @@ def ticks_to_seconds(
     at_s = np.concatenate([[0.0], np.cumsum(np.diff(at) * seconds_per_tick[:-1])])
     segment = np.searchsorted(at, ticks, side="right") - 1
     return at_s[segment] + (ticks - at[segment]) * seconds_per_tick[segment]
+
+
+def _joined_pedals(batches: Sequence[NoteBatch]) -> Pedals | None:
+    if not any(b.pedals for b in batches):
+        return None
+    parts = [b.pedals or Pedals.none(len(b)) for b in batches]
+    counts = np.concatenate([np.diff(p.offsets) for p in parts])
+    return Pedals(
+        np.concatenate([p.tick for p in parts]),
+        np.concatenate([p.second for p in parts]),
+        np.concatenate([p.down for p in parts]),
+        np.concatenate([[0], np.cumsum(counts)]).astype(np.int64),
+    )
 
 
 def _gather_rows(offsets: np.ndarray, pieces: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

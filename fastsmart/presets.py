@@ -39,7 +39,8 @@ def smart_paper() -> Config:
 
     Needs the authors' policy (hub), Audiobox weights, and the Yamaha-C5-Salamander soundfont as audio.soundfont. Two
     things differ: the authors' trainer sampled with top_k 50 while taking log-probs over all tokens, which fastsmart
-    refuses; and clips are rendered at the scorer's 16 kHz in mono, not at 48 kHz and resampled.
+    refuses; and clips come from the note bank as FluidSynth plays them, not from TinySoundFont
+    (audio.backend = "tinysoundfont").
     """
     return Config(
         policy=PolicySettings(source=AUTHORS_POLICY, vocabulary="smart"),

@@ -7,7 +7,7 @@ if TYPE_CHECKING:
     from fastsmart.audio.batch import AudioBatch, write_wav
     from fastsmart.audio.fluidsynth import FluidSynthRenderer, load_library
     from fastsmart.audio.pool import RenderPool
-    from fastsmart.audio.rendering import listening_seconds, listening_settings, render, render_file
+    from fastsmart.audio.rendering import listening_seconds, listening_settings, render, render_file, render_files
     from fastsmart.audio.settings import RenderSettings
     from fastsmart.audio.soundfont import find_soundfont, list_soundfonts, soundfont_hash
 
@@ -23,6 +23,7 @@ _HOMES = {
     "listening_settings": "rendering",
     "render": "rendering",
     "render_file": "rendering",
+    "render_files": "rendering",
     "soundfont_hash": "soundfont",
     "write_wav": "batch",
 }
@@ -38,6 +39,7 @@ __all__ = [
     "load_library",
     "render",
     "render_file",
+    "render_files",
     "soundfont_hash",
     "write_wav",
 ]

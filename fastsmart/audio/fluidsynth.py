@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import ctypes
 import weakref
+from collections.abc import Sequence
 from contextlib import redirect_stdout
 from ctypes import c_char_p, c_double, c_int, c_void_p
 from functools import cache
@@ -27,6 +28,18 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from fastsmart.audio.events import (
+    BLOCK,
+    NO_PEDAL,
+    PEDAL_DOWN,
+    Piece,
+    empty_value,
+    finish,
+    merge_events,
+    piece_arrays,
+    timing,
+)
+from fastsmart.audio.resample import resample
 from fastsmart.audio.settings import RenderSettings
 from fastsmart.audio.soundfont import find_soundfont
 from fastsmart.errors import UserError
@@ -34,12 +47,11 @@ from fastsmart.errors import UserError
 if TYPE_CHECKING:  # the pool's workers start faster without it
     from fastsmart.notes import NoteBatch
 
-BLOCK = 64  # samples; the synth takes up events at its multiples only
 GAIN = 0.2  # FluidSynth's own default; far from clipping, and float output does not clip
-PEAK_FLOOR = 1e-6  # of the paper's normalisation
-SILENCE = 2.0**-16  # half a step of a 16-bit file: a tail below it is trimmed
+SUSTAIN = 64  # the controller
 MIN_VOICES, MAX_VOICES = 64, 1024
 PROBE_VOICES = 256
+STRIKE_CHUNK = 64 * BLOCK  # samples between looks whether a single note has died away
 # A struck voice costs up to 53 events (measured), a repeated key one more for each of its voices still sounding. With
 # room for twice the clip's voices and at most 32 strikes a block, that stays below the queue's 64 events a voice.
 STRIKES_PER_BLOCK = 32
@@ -63,6 +75,7 @@ _PROTOTYPES: dict[str, tuple[Any, list[Any]]] = {
     "fluid_synth_program_select": (c_int, [c_void_p, c_int, c_int, c_int, c_int]),
     "fluid_synth_noteon": (c_int, [c_void_p, c_int, c_int, c_int]),
     "fluid_synth_noteoff": (c_int, [c_void_p, c_int, c_int]),
+    "fluid_synth_cc": (c_int, [c_void_p, c_int, c_int, c_int]),
     "fluid_synth_all_sounds_off": (c_int, [c_void_p, c_int]),
     "fluid_synth_get_active_voice_count": (c_int, [c_void_p]),
     "fluid_synth_write_float": (c_int, [c_void_p, c_int, c_void_p, c_int, c_int, c_void_p, c_int, c_int]),
@@ -118,7 +131,7 @@ class FluidSynthRenderer:
             ("synth.dynamic-sample-loading", can_pin),
         ):
             library.fluid_settings_setint(self._options, key.encode(), int(value))
-        library.fluid_settings_setnum(self._options, b"synth.sample-rate", float(settings.sample_rate))
+        library.fluid_settings_setnum(self._options, b"synth.sample-rate", float(settings.synth_rate))
         library.fluid_settings_setnum(self._options, b"synth.gain", GAIN)
         # This synth plays nothing after its set-up. It is kept because the soundfont reads its file through it.
         self._loader = library.new_fluid_synth(self._options)
@@ -132,8 +145,8 @@ class FluidSynthRenderer:
             )
         if can_pin:
             library.fluid_synth_pin_preset(self._loader, font_id, 0, settings.program)
-        samples = -(-settings.max_samples // BLOCK) * BLOCK
-        self._buffer = np.zeros((2, samples), np.float32)
+        self._buffer = np.zeros((2, self._synth_samples(settings.max_samples)), np.float32)
+        self._played = 0  # samples of the buffer the last piece filled
         self._left, self._right = self._buffer[0].ctypes.data, self._buffer[1].ctypes.data
         self._voices_per_note, self._warm_keys = self._probe()
         if not self._warm_keys:
@@ -152,12 +165,11 @@ class FluidSynthRenderer:
 
     def render_stereo(self, notes: NoteBatch, i: int) -> np.ndarray:
         """Piece i as float32 [T, 2]."""
-        length = self._play(*piece_arrays(notes, i))
+        score, length = self._play(piece_arrays(notes, i))
         if length == 0:
-            return np.full((self.settings.empty_samples, 2), self._empty_value, np.float32)
-        stereo = np.ascontiguousarray(self._buffer[:, :length].T)
-        self._normalize(stereo)
-        return stereo
+            return np.full((self.settings.empty_samples, 2), empty_value(self.settings), np.float32)
+        stereo = np.stack([self._resampled(channel, length) for channel in self._buffer], axis=1)
+        return stereo[: finish(stereo, score, self.settings)]
 
     def render_into(
         self,
@@ -167,21 +179,47 @@ class FluidSynthRenderer:
         pitch: np.ndarray,
         velocity: np.ndarray,
         end_s: float,
+        pedal_s: np.ndarray = NO_PEDAL[0],
+        pedal_down: np.ndarray = NO_PEDAL[1],
     ) -> int:
         """Fill `out`, float32 [max_samples], with one piece, mono, zeros after its end; returns its length T.
 
-        The note arrays are [M] each, as in NoteBatch. A score without notes fills all of `out` with zeros or NaN.
+        The arrays are those of a `Piece`. A score without notes fills all of `out` with zeros or NaN.
         """
-        length = self._play(onset_s, duration_s, pitch, velocity, end_s)
+        piece = Piece(onset_s, duration_s, pitch, velocity, end_s, pedal_s, pedal_down)
+        score, length = self._play(piece)
         if length == 0:
-            out[:] = self._empty_value
+            out[:] = empty_value(self.settings)
             return self.settings.empty_samples
-        clip = out[:length]
-        np.add(self._buffer[0, :length], self._buffer[1, :length], out=clip)
-        clip *= 0.5
-        self._normalize(clip)
+        mono = self._buffer[0] + self._buffer[1]
+        mono *= 0.5
+        out[:length] = self._resampled(mono, length)
+        length = finish(out[:length], score, self.settings)
         out[length:] = 0.0
         return length
+
+    def strike(self, key: int, velocities: Sequence[int], off_block: int, blocks: int) -> np.ndarray:
+        """One note alone at each velocity, released at the start of block `off_block`: float32 [V, blocks * 64], mono.
+
+        At the synth's own rate and level. `blocks` must fit the window of the settings.
+        """
+        out = np.zeros((len(velocities), blocks * BLOCK), np.float32)
+        synth = self._new_synth(self._voices_per_note)
+        try:
+            self._warm(synth, self._voices_per_note)
+            for row, velocity in zip(out, velocities, strict=True):
+                done = min(off_block + 1, blocks) * BLOCK
+                self._perform(synth, ([0, off_block * BLOCK], [velocity, 0], [key, key]), done)
+                while done < row.size and self._library.fluid_synth_get_active_voice_count(synth):
+                    chunk = min(STRIKE_CHUNK, row.size - done)
+                    self._write(synth, done, chunk)
+                    done += chunk
+                np.add(self._buffer[0, :done], self._buffer[1, :done], out=row[:done])
+                row *= 0.5
+                self._silence(synth)
+        finally:
+            self._delete_synth(synth)
+        return out
 
     def close(self) -> None:
         """Free the synth and the soundfont; rendering is over."""
@@ -193,40 +231,34 @@ class FluidSynthRenderer:
     def __exit__(self, *exception: object) -> None:
         self.close()
 
-    @property
-    def _empty_value(self) -> float:
-        return float("nan") if self.settings.empty == "nan" else 0.0
+    def _resampled(self, channel: np.ndarray, length: int) -> np.ndarray:
+        """A played channel at the clip's rate, float32 [length], exact up to its end: `_play` goes on a little."""
+        return resample(channel[: self._played], self.settings.synth_rate, self.settings.sample_rate)[:length]
 
-    def _normalize(self, clip: np.ndarray) -> None:
-        if self.settings.normalize == "peak":
-            clip /= max(float(clip.max()), -float(clip.min())) + PEAK_FLOOR
+    def _play(self, piece: Piece) -> tuple[int, int]:
+        """Play one piece into `_buffer`, both channels; its samples until the score ends, and with the release.
 
-    def _play(
-        self, onset_s: np.ndarray, duration_s: np.ndarray, pitch: np.ndarray, velocity: np.ndarray, end_s: float
-    ) -> int:
-        """Play one piece into `_buffer`, both channels; returns its samples, 0 when no note starts in the window."""
+        Both 0 when no note starts in the window.
+        """
         settings = self.settings
-        score = round(min(end_s, settings.max_seconds) * settings.sample_rate)
-        start = np.maximum(np.rint(onset_s * settings.sample_rate).astype(np.int64), 0)
-        stop = np.rint((onset_s + duration_s) * settings.sample_rate).astype(np.int64)
-        # a note is on for one sample at least: an end at its own start would come before it and be lost
-        stop = np.maximum(np.minimum(stop, score), start + 1)
-        heard = start < score
-        events = merge_events(start[heard], stop[heard], pitch[heard], velocity[heard])
-        count = int(heard.sum())
-        if count == 0:
-            return 0
-        length = score
-        if settings.tail == "release":
-            length = min(score + round(settings.release_s * settings.sample_rate), settings.max_samples)
-        voices = count * self._voices_per_note
+        score, length, heard, start, stop = timing(piece, settings)
+        if score == 0:
+            return 0, 0
+        pedal = np.rint(piece.pedal_s * settings.synth_rate).astype(np.int64), piece.pedal_down
+        events = merge_events(start, stop, piece.pitch[heard], piece.velocity[heard], pedal)
+        self._played = self._synth_samples(length)
+        voices = len(start) * self._voices_per_note
         synth = self._new_synth(voices)
         try:
             self._warm(synth, min(voices, MAX_VOICES))
-            self._perform(synth, events, -(-length // BLOCK) * BLOCK)
+            self._perform(synth, events, self._played)
         finally:
             self._delete_synth(synth)
-        return self._trimmed(score, length) if settings.tail == "release" else length
+        return score, length
+
+    def _synth_samples(self, length: int) -> int:
+        """Samples the synth plays for a clip: whole blocks, and one more for the resampling filter to look ahead."""
+        return (-(-length * self.settings.synth_rate // (self.settings.sample_rate * BLOCK)) + 1) * BLOCK
 
     def _perform(self, synth: int, events: tuple[list[int], ...], length: int) -> None:
         note_on, note_off = self._library.fluid_synth_noteon, self._library.fluid_synth_noteoff
@@ -239,6 +271,9 @@ class FluidSynthRenderer:
                 position, strikes = at, 0
             if velocity == 0:
                 note_off(synth, 0, key)
+                continue
+            if velocity < 0:
+                self._library.fluid_synth_cc(synth, 0, SUSTAIN, 127 if velocity == PEDAL_DOWN else 0)
                 continue
             if strikes == STRIKES_PER_BLOCK:
                 if position + BLOCK >= length:
@@ -281,7 +316,10 @@ class FluidSynthRenderer:
             if n % STRIKES_PER_BLOCK == STRIKES_PER_BLOCK - 1:
                 self._write(synth, 0, BLOCK)
         self._write(synth, 0, BLOCK)
-        library.fluid_synth_all_sounds_off(synth, 0)
+        self._silence(synth)
+
+    def _silence(self, synth: int) -> None:
+        self._library.fluid_synth_all_sounds_off(synth, 0)
         self._write(synth, 0, BLOCK)  # voices that were switched off leave with the next block
 
     def _probe(self) -> tuple[int, list[int]]:
@@ -295,35 +333,9 @@ class FluidSynthRenderer:
                 used = library.fluid_synth_get_active_voice_count(synth) - before
                 voices[key] = max(voices[key], used)
                 if key % 8 == 7:
-                    library.fluid_synth_all_sounds_off(synth, 0)
-                    self._write(synth, 0, BLOCK)
+                    self._silence(synth)
         keys = [key for key in range(128) if voices[key] > 0]
         return int(voices.max()), sorted(keys, key=lambda key: abs(key - 60))[:64]
-
-    def _trimmed(self, score: int, length: int) -> int:
-        loud = np.flatnonzero(np.abs(self._buffer[:, score:length]).max(axis=0) > SILENCE)
-        return score + (int(loud[-1]) + 1 if len(loud) else 0)
-
-
-def piece_arrays(notes: NoteBatch, i: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, float]:
-    """Onset s, duration s, pitch, velocity, each [M], and the end in seconds of piece i."""
-    rows = notes.rows(i)
-    return notes.onset_s[rows], notes.duration_s[rows], notes.pitch[rows], notes.velocity[rows], float(notes.end_s[i])
-
-
-def merge_events(
-    start: np.ndarray, stop: np.ndarray, pitch: np.ndarray, velocity: np.ndarray
-) -> tuple[list[int], list[int], list[int]]:
-    """Note starts and ends, in samples, as one sequence: block start in samples, velocity (0 = the note ends), key.
-
-    At one sample ends come before starts; otherwise the order is the notes' own. Times are rounded up to the
-    block in which FluidSynth takes an event up anyway, so events of one block need one write between them.
-    """
-    at = np.concatenate([stop, start])
-    order = np.argsort(at, kind="stable")
-    blocks = -(-at[order] // BLOCK) * BLOCK
-    velocities = np.concatenate([np.zeros(len(stop), np.int64), velocity])[order]
-    return blocks.tolist(), velocities.tolist(), np.concatenate([pitch, pitch])[order].tolist()
 
 
 def _free(library: ctypes.CDLL, options: int, loader: int, font: int | None = None) -> None:

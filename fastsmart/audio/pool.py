@@ -30,6 +30,7 @@ from fastsmart.audio.batch import AudioBatch
 from fastsmart.audio.fluidsynth import load_library
 from fastsmart.audio.settings import RenderSettings
 from fastsmart.audio.soundfont import find_soundfont
+from fastsmart.audio.tinysf import tinysoundfont_module
 from fastsmart.audio.worker import READY, REFUSED, REPORT, pack_task
 from fastsmart.errors import UserError
 from fastsmart.notes import NoteBatch
@@ -70,7 +71,10 @@ class RenderPool:
     """
 
     def __init__(self, settings: RenderSettings, capacity: int, quarantine: Path | None = None) -> None:
-        load_library()  # say what is missing here, not in a worker
+        if settings.backend == "tinysoundfont":  # say what is missing here, not in a worker
+            tinysoundfont_module()
+        else:
+            load_library()
         self.soundfont = find_soundfont(settings.soundfont)
         self.settings = settings
         self.capacity = capacity

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,6 +14,7 @@ from fastsmart.audio.batch import AudioBatch, write_wav
 from fastsmart.audio.fluidsynth import FluidSynthRenderer
 from fastsmart.audio.pool import RenderPool
 from fastsmart.audio.settings import RenderSettings
+from fastsmart.errors import UserError
 from fastsmart.notes import NoteBatch
 
 LISTENING_RATE_HZ = 48000
@@ -20,7 +24,7 @@ LONGEST_S = 3600.0  # of a file; also the limit of `audio.max_seconds`
 def render(
     notes: NoteBatch,
     soundfont: str | Path = "",
-    backend: str = "fluidsynth",
+    backend: str = "bank",
     sample_rate: int = 16000,
     max_seconds: float = 10.0,
     workers: int = 1,
@@ -36,7 +40,9 @@ def render(
 
     Raises UserError when a setting, FluidSynth or the soundfont cannot be used.
     """
-    settings = RenderSettings(str(soundfont), backend, sample_rate, max_seconds, workers=workers, **options)
+    settings = RenderSettings(
+        str(soundfont), backend, sample_rate=sample_rate, max_seconds=max_seconds, workers=workers, **options
+    )
     with RenderPool(settings, len(notes)) as pool:
         for i in range(len(notes)):
             pool.submit(i, notes, i)
@@ -75,3 +81,33 @@ def render_file(
         return
     with FluidSynthRenderer(listening_settings(settings or RenderSettings())) as own:
         write_wav(path, own.render_stereo(notes, i), own.settings.sample_rate)
+
+
+def render_files(
+    jobs: Sequence[tuple[Path, Path]], settings: RenderSettings, read: Callable[[Path], NoteBatch]
+) -> Iterator[tuple[Path, UserError | None]]:
+    """Render many (MIDI file, target) for listening, `worker_count` at once; yields them in order, done.
+
+    read : gives the one piece of a file; the UserError it or the writing raises is yielded beside the file
+
+    Raises UserError when FluidSynth or the soundfont cannot be used.
+    """
+    whole = listening_settings(replace(settings, backend="fluidsynth", max_seconds=LONGEST_S))
+    own = threading.local()  # FluidSynth runs without Python's lock, so threads will do, each with a synth
+
+    with ExitStack() as renderers, ThreadPoolExecutor(min(settings.worker_count, max(len(jobs), 1))) as threads:
+        FluidSynthRenderer(whole).close()  # what is wrong with the soundfont is no file's fault
+
+        def one(job: tuple[Path, Path]) -> UserError | None:
+            source, target = job
+            try:
+                notes = read(source)
+                if not hasattr(own, "renderer"):
+                    own.renderer = renderers.enter_context(FluidSynthRenderer(whole))
+                render_file(notes, 0, target, renderer=own.renderer)
+            except UserError as error:
+                return error
+            return None
+
+        for (source, _), error in zip(jobs, threads.map(one, jobs), strict=True):
+            yield source, error

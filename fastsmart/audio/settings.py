@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from math import gcd
 
 from fastsmart.errors import UserError
 
+SYNTH_HZ = 48000
+MOST_PHASES = 5
+LONGEST_BANK_S = 60
 EMPTY_S = 1.0  # the paper's length of a score without notes
 
 
@@ -15,15 +19,19 @@ class RenderSettings:
     """How scores are rendered; all but `workers` and `clip_timeout_s` change the audio, hence the reward.
 
     soundfont      : path of an SF2 or SF3 file; "" = `FASTSMART_SOUNDFONT`, else the first one installed
-    backend        : "fluidsynth", the reference renderer
+    backend        : "bank" mixes stored notes (see `fastsmart.audio.bank`), "fluidsynth" is the reference renderer,
+                     "tinysoundfont" the paper's (an optional package)
+    bank           : "stored" keeps each note once and lets it fall by a formula, "exact" has FluidSynth render every
+                     length of every note, and keeps those for the next time
     sample_rate    : Hz, 8000-96000; rewards listen at 16000
     max_seconds    : the score is cut here; notes still sounding end here
     tail           : "cut" ends a clip with its score, as the paper does; "release" lets the last notes fade
     release_s      : seconds that tail = "release" adds at most; the silence after the fade is trimmed
     normalize      : "peak" divides each clip by max|x| + 1e-6 (the paper does so too, but before it averages the two
-                     channels to mono); "none" keeps FluidSynth's level
+                     channels to mono); "loudness" brings it to -23 LUFS; "none" keeps the synth's level
     empty          : a score without notes becomes 1 s of zeros ("silence", the paper) or unscorable NaN ("nan")
-    reverb, chorus : FluidSynth's effects; off, because with them a note is no longer the same wherever it stands
+    reverb, chorus : effects of backend "fluidsynth"; off, because with them a note is no longer the same wherever it
+                     stands
     program        : General MIDI program of bank 0, 0-127; 0 is the piano
     workers        : processes of the pool; 0 = one a core
     clip_timeout_s : a clip that takes longer is taken to hang: its worker is replaced and the clip tried once more
@@ -32,7 +40,8 @@ class RenderSettings:
     """
 
     soundfont: str = ""
-    backend: str = "fluidsynth"
+    backend: str = "bank"
+    bank: str = "stored"
     sample_rate: int = 16000
     max_seconds: float = 10.0
     tail: str = "cut"
@@ -60,6 +69,28 @@ class RenderSettings:
         for key in ("reverb", "chorus"):
             if not isinstance(getattr(self, key), bool):
                 raise UserError(f"audio.{key} = {getattr(self, key)!r} must be true or false")
+            if getattr(self, key) and self.backend != "fluidsynth":
+                raise UserError(f"audio.{key} needs audio.backend = 'fluidsynth': {self.backend} renders dry")
+        if self.backend == "bank":
+            self._check_bank()
+
+    def _check_bank(self) -> None:
+        # with more phases a note would have to be stored too often; all usual rates have one, three or five
+        if self.sample_rate > SYNTH_HZ or SYNTH_HZ // gcd(64 * self.sample_rate, SYNTH_HZ) > MOST_PHASES:
+            raise UserError(
+                f"audio.sample_rate = {self.sample_rate} is no rate of the note bank: choose 8000, 11025, 12000, "
+                "16000, 22050, 24000, 32000, 44100 or 48000, or audio.backend = 'fluidsynth'"
+            )
+        if self.max_samples > LONGEST_BANK_S * self.sample_rate:
+            raise UserError(
+                f"audio.max_seconds = {self.max_seconds:g} is longer than the notes of a bank, {LONGEST_BANK_S} s with "
+                "the release: choose audio.backend = 'fluidsynth'"
+            )
+
+    @property
+    def synth_rate(self) -> int:
+        """Hz at which a synth plays: 48000, the rate of the paper's pipeline, resampled to `sample_rate` afterwards."""
+        return max(SYNTH_HZ, self.sample_rate)
 
     @property
     def max_samples(self) -> int:
@@ -81,9 +112,10 @@ class RenderSettings:
 
 
 _CHOICES = {
-    "backend": ("fluidsynth",),
+    "backend": ("bank", "fluidsynth", "tinysoundfont"),
+    "bank": ("stored", "exact"),
     "tail": ("cut", "release"),
-    "normalize": ("peak", "none"),
+    "normalize": ("peak", "loudness", "none"),
     "empty": ("silence", "nan"),
 }
 _WHOLE = ("sample_rate", "program", "workers")

@@ -18,34 +18,37 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from fastsmart.audio.fluidsynth import FluidSynthRenderer, piece_arrays
+from fastsmart.audio.events import Piece, piece_arrays
+from fastsmart.audio.renderers import make_renderer
 from fastsmart.audio.settings import RenderSettings
 from fastsmart.errors import UserError
 
 if TYPE_CHECKING:
     from fastsmart.notes import NoteBatch
 
-TASK = struct.Struct(
-    "<qqd"
-)  # clip, notes M, end s; then onset s and duration s, float64 [M], pitch, velocity, uint8 [M]
+# clip, notes M, pedal changes C, end s; then onset s and duration s, float64 [M], pedal s, float64 [C], pitch and
+# velocity, uint8 [M], pedal down, bool [C]
+TASK = struct.Struct("<qqqd")
 REPORT = struct.Struct("<qq")  # clip or one of the two below, samples of the clip; REFUSED is followed by the reason
 READY, REFUSED = -1, -2
 
 
-def pack_task(index: int, notes: NoteBatch, piece: int) -> bytes:
-    """One piece as the bytes of a task: 24 + 18 M of them."""
-    onset_s, duration_s, pitch, velocity, end_s = piece_arrays(notes, piece)
-    columns = ((onset_s, np.float64), (duration_s, np.float64), (pitch, np.uint8), (velocity, np.uint8))
-    raw = [np.ascontiguousarray(column, dtype).tobytes() for column, dtype in columns]
-    return TASK.pack(index, len(onset_s), end_s) + b"".join(raw)
+def pack_task(index: int, notes: NoteBatch, i: int) -> bytes:
+    """Piece i as the bytes of a task for clip `index`: 32 + 18 M + 9 C of them."""
+    piece = piece_arrays(notes, i)
+    wide = [np.ascontiguousarray(x, np.float64) for x in (piece.onset_s, piece.duration_s, piece.pedal_s)]
+    narrow = [np.ascontiguousarray(x, np.uint8) for x in (piece.pitch, piece.velocity, piece.pedal_down)]
+    head = TASK.pack(index, len(piece.onset_s), len(piece.pedal_s), piece.end_s)
+    return head + b"".join(column.tobytes() for column in wide + narrow)
 
 
-def unpack_task(task: bytes) -> tuple[int, tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, float]]:
-    """The clip's index and its `piece_arrays`."""
-    index, count, end_s = TASK.unpack_from(task)
-    seconds = np.frombuffer(task, np.float64, 2 * count, TASK.size).reshape(2, count)
-    midi = np.frombuffer(task, np.uint8, 2 * count, TASK.size + seconds.nbytes).reshape(2, count)
-    return index, (seconds[0], seconds[1], midi[0], midi[1], end_s)
+def unpack_task(task: bytes) -> tuple[int, Piece]:
+    """The clip's index and its piece."""
+    index, m, c, end_s = TASK.unpack_from(task)
+    wide = np.frombuffer(task, np.float64, 2 * m + c, TASK.size)
+    narrow = np.frombuffer(task, np.uint8, 2 * m + c, TASK.size + wide.nbytes)
+    columns = wide[:m], wide[m : 2 * m], narrow[:m], narrow[m : 2 * m]
+    return index, Piece(*columns, end_s, wide[2 * m :], narrow[2 * m :].view(bool))
 
 
 def leave_with_pool(pipe: int) -> None:
@@ -61,16 +64,14 @@ def serve(connection: Connection, memory: mmap.mmap) -> None:
     try:
         settings = RenderSettings(**json.loads(connection.recv_bytes()))
         try:
-            renderer = FluidSynthRenderer(settings)
-        except UserError as error:
-            connection.send_bytes(REPORT.pack(REFUSED, 0) + str(error).encode())
-            return
-        block = np.frombuffer(memory, np.float32).reshape(-1, settings.max_samples)
-        with renderer:
+            renderer = make_renderer(settings)
+            block = np.frombuffer(memory, np.float32).reshape(-1, settings.max_samples)
             connection.send_bytes(REPORT.pack(READY, 0))
             while True:
                 index, piece = unpack_task(connection.recv_bytes())
                 connection.send_bytes(REPORT.pack(index, renderer.render_into(block[index], *piece)))
+        except UserError as error:
+            connection.send_bytes(REPORT.pack(REFUSED, 0) + str(error).encode())
     except (EOFError, ConnectionError):
         return
 

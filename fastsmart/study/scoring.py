@@ -50,7 +50,7 @@ class FileScorer:
         if path.suffix.lower() in MIDI_SUFFIXES:
             notes = read_midi(path, self.max_seconds or None)
             seconds = max(float(notes.end_s[0]), 1.0)
-            audio = render(notes, self.soundfont, max_seconds=seconds) if self.mix.needs_audio else None
+            audio = render(notes, self.soundfont, "fluidsynth", max_seconds=seconds) if self.mix.needs_audio else None
             clips = Clips(notes, audio)
         else:
             deaf = [name for name, reward in self.mix.rewards.items() if not reward.needs_audio]

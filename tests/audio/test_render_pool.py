@@ -18,8 +18,8 @@ from fastsmart.errors import UserError
 from fastsmart.notes import NoteBatch, read_midi
 
 Pieces = Callable[..., NoteBatch]
-SETTINGS = RenderSettings(max_seconds=4.0, workers=2)
-LONG = RenderSettings(max_seconds=200.0, workers=1, clip_timeout_s=1.0)
+SETTINGS = RenderSettings(backend="fluidsynth", max_seconds=4.0, workers=2)
+LONG = RenderSettings(backend="fluidsynth", max_seconds=200.0, workers=1, clip_timeout_s=1.0)
 DEADLINE_S = 60.0
 
 
@@ -30,7 +30,7 @@ def pieces(random_pieces: Pieces) -> NoteBatch:
 
 @pytest.fixture(scope="module")
 def undisturbed(pieces: NoteBatch) -> AudioBatch:
-    return render(pieces, max_seconds=4.0, workers=1)
+    return render(pieces, backend="fluidsynth", max_seconds=4.0, workers=1)
 
 
 @pytest.fixture(scope="module")
@@ -265,7 +265,7 @@ if __name__ == "__main__":
 
 def start_owner(opening: str, then: str) -> tuple[subprocess.Popen[str], list[int]]:
     """A process group with a pool of two workers that are at work on clips without end."""
-    settings = "RenderSettings(max_seconds=200.0, workers=2)"
+    settings = "RenderSettings(backend='fluidsynth', max_seconds=200.0, workers=2)"
     script = OWNER.format(opening=opening.format(settings=settings), then=then)
     owner = subprocess.Popen(
         [sys.executable, "-c", script],

@@ -10,8 +10,9 @@ from fastsmart.errors import UserError
     ("key", "value"),
     [
         ("backend", "bank2"),
+        ("bank", "half"),
         ("tail", "fade"),
-        ("normalize", "loudness"),
+        ("normalize", "rms"),
         ("empty", "zero"),
         ("sample_rate", 100),
         ("sample_rate", 16000.5),
