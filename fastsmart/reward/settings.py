@@ -11,7 +11,7 @@ from fastsmart.errors import UserError
 from fastsmart.reward.registry import require_known
 
 AUDIOBOX_AXES = ("CE", "CU", "PC", "PQ")
-AUDIOBOX_DTYPES = ("float32", "bfloat16", "float16")
+AUDIOBOX_DTYPES = ("float32", "bfloat16", "float16", "int8")
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class RewardSettings:
     audiobox_checkpoint : `checkpoint.pt`, a safetensors file or its folder; "" = the published one from the hub
     audiobox_axes       : weight of every Audiobox axis: CE enjoyment, CU usefulness, PC complexity, PQ quality
     audiobox_batch      : ten-second windows scored at once
-    audiobox_dtype      : arithmetic of its forward pass
+    audiobox_dtype      : arithmetic of its forward pass; "int8" on a CPU only
 
     Raises UserError naming the key that is wrong.
     """
@@ -38,7 +38,7 @@ class RewardSettings:
     audiobox_checkpoint: str = ""
     audiobox_axes: Mapping[str, float] = field(default_factory=lambda: {"CE": 1.0})
     audiobox_batch: int = 8
-    audiobox_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    audiobox_dtype: Literal["float32", "bfloat16", "float16", "int8"] = "float32"
 
     def __post_init__(self) -> None:
         for name, weight in self.terms.items():

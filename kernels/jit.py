@@ -1,0 +1,66 @@
+"""What every kernel file needs of Triton; importable on a machine that has none.
+
+The kernels keep to what Triton 3.6 (that of torch 2.11) to 3.9 have in common. A file declares the configurations it
+runs with in a module-level list `SHIPPED`, which `python -m fastsmart.kernels.aot` compiles.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from fastsmart.errors import UserError
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # it comes with the CUDA build of torch only
+    triton = tl = None
+
+KERNELS = ("auto", "torch", "triton")
+# Triton decides this when it sees `@jit`: the variable must be set before the first import of a kernel file.
+INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+@dataclass(frozen=True)
+class Shipped:
+    """A configuration a kernel runs with, as the ahead-of-time compiler needs it.
+
+    name      : what the table calls it
+    kernel    : the function under `@jit`
+    types     : Triton type of each argument by name, "*fp32" or "i32"; names the kernel does not have are left out
+    constants : value of each tl.constexpr argument by name; names the kernel does not have are left out
+    num_warps : as at the launch
+    """
+
+    name: str
+    kernel: Any
+    types: Mapping[str, str]
+    constants: Mapping[str, Any] = field(default_factory=dict)
+    num_warps: int = 4
+
+
+def jit(kernel: Callable[..., None]) -> Any:
+    """`triton.jit` where there is Triton; elsewhere the function as it is, which nobody calls."""
+    return kernel if triton is None else triton.jit(kernel)
+
+
+def choose_kernel(kernel: str, device: torch.device) -> str:
+    """ "torch" or "triton" for one of `KERNELS`: "auto" is Triton on a GPU that has it, else torch.
+
+    Raises UserError when "triton" is asked for where it cannot run.
+    """
+    able = triton is not None and (device.type == "cuda" or INTERPRETED)
+    if kernel == "auto":
+        return "triton" if able and device.type == "cuda" else "torch"
+    if kernel == "triton" and not able:
+        raise UserError(
+            f'kernel "triton" needs the triton package and an NVIDIA GPU, not {device.type}; set it to "auto"'
+        )
+    if kernel not in KERNELS:
+        raise UserError(f'kernel must be one of {", ".join(KERNELS)}; got "{kernel}"')
+    return kernel
