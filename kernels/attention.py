@@ -12,7 +12,7 @@ from torch import Tensor
 from fastsmart.kernels.jit import Shipped, choose_kernel, jit, tl
 
 HEAD_SIZES = (16, 32, 64, 128)  # that the kernel takes
-BLOCK = 64  # queries of a program, and keys of a step of its loop
+QUERIES, KEYS = 64, 32  # of a program, and of a step of its loop; 64 keys spill registers on sm_80
 NUM_WARPS = 4
 LOG2_E = 1.4426950408889634
 
@@ -67,24 +67,26 @@ def _attention_kernel(
     frames,
     scale,
     E: tl.constexpr,
-    BLOCK: tl.constexpr,
+    QUERIES: tl.constexpr,
+    KEYS: tl.constexpr,
 ):
     """One program is one block of queries of one head of one window; scores are in units of log 2."""
     window, head = tl.program_id(1) // heads, tl.program_id(1) % heads
-    query = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    query = tl.program_id(0) * QUERIES + tl.arange(0, QUERIES)
     inside = query < frames
     coordinate = tl.arange(0, E)
     base = window.to(tl.int64) * stride_b + head * stride_h
     q = tl.load(q_ptr + base + query[:, None] * stride_t + coordinate[None, :], mask=inside[:, None], other=0.0)
-    gate = tl.load(gate_ptr + tl.program_id(1).to(tl.int64) * frames + query, mask=inside, other=0.0) * 1.4426950408889634
+    gate = tl.load(gate_ptr + tl.program_id(1).to(tl.int64) * frames + query, mask=inside, other=0.0)
+    gate *= 1.4426950408889634  # log2 e, as is in scale: exp2 is the faster one
     length = tl.load(lengths_ptr + window)
     table_ptr += head * (2 * frames - 1) + frames - 1
 
-    highest = tl.full([BLOCK], float("-inf"), tl.float32)
-    total = tl.zeros([BLOCK], tl.float32)
-    y = tl.zeros([BLOCK, E], tl.float32)
-    for first in range(0, length, BLOCK):
-        key = first + tl.arange(0, BLOCK)
+    highest = tl.full([QUERIES], float("-inf"), tl.float32)
+    total = tl.zeros([QUERIES], tl.float32)
+    y = tl.zeros([QUERIES, E], tl.float32)
+    for first in range(0, length, KEYS):
+        key = first + tl.arange(0, KEYS)
         heard = key < length
         at = key[:, None] * stride_t + coordinate[None, :]
         k = tl.load(k_ptr + base + at, mask=heard[:, None], other=0.0)
@@ -108,7 +110,7 @@ def _triton(q: Tensor, k: Tensor, v: Tensor, gate: Tensor, table: Tensor, length
     if k.stride() != q.stride() or v.stride() != q.stride() or q.stride(3) != 1:
         q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
     out = torch.empty(batch, frames, heads, size, dtype=v.dtype, device=v.device).transpose(1, 2)
-    _attention_kernel[(-(-frames // BLOCK), batch * heads)](
+    _attention_kernel[(-(-frames // QUERIES), batch * heads)](
         q,
         k,
         v,
@@ -122,7 +124,8 @@ def _triton(q: Tensor, k: Tensor, v: Tensor, gate: Tensor, table: Tensor, length
         frames,
         LOG2_E * size**-0.5,
         E=size,
-        BLOCK=BLOCK,
+        QUERIES=QUERIES,
+        KEYS=KEYS,
         num_warps=NUM_WARPS,
     )
     return out
@@ -137,7 +140,7 @@ SHIPPED = [
         | dict.fromkeys(("gate_ptr", "table_ptr"), "*fp32")
         | {"lengths_ptr": "*i32", "scale": "fp32"}
         | dict.fromkeys(_INTEGERS, "i32"),
-        {"E": 64, "BLOCK": BLOCK},
+        {"E": 64, "QUERIES": QUERIES, "KEYS": KEYS},
         NUM_WARPS,
     )
     for dtype in ("fp16", "bf16")

@@ -64,3 +64,8 @@ def choose_kernel(kernel: str, device: torch.device) -> str:
     if kernel not in KERNELS:
         raise UserError(f'kernel must be one of {", ".join(KERNELS)}; got "{kernel}"')
     return kernel
+
+
+def next_power_of_2(n: int) -> int:
+    """The smallest power of two that is at least n: what a block must be to hold n numbers."""
+    return 1 << (n - 1).bit_length()

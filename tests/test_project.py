@@ -67,7 +67,7 @@ def test_pins_satisfy_pyproject():
     for line in project["dependencies"]:
         requirement = Requirement(line)
         assert requirement.specifier.contains(cpu[canonicalize_name(requirement.name)]), line
-    for line in extras["dev"] + extras["audiobox"]:
+    for line in extras["dev"] + extras["clap"]:
         requirement = Requirement(line)
         assert requirement.specifier.contains((cpu | dev)[canonicalize_name(requirement.name)]), line
 

@@ -27,6 +27,11 @@ class RewardSettings:
     audiobox_axes       : weight of every Audiobox axis: CE enjoyment, CU usefulness, PC complexity, PQ quality
     audiobox_batch      : ten-second windows scored at once
     audiobox_dtype      : arithmetic of its forward pass; "int8" on a CPU only
+    clap_model          : folder or hub id of the ClapModel of `clap_similarity`, `clap_class` and `pam`
+    clap_prompt         : text that `clap_similarity` compares with
+    clap_classes        : texts that `clap_class` chooses among
+    clap_class          : the one of them that is wanted
+    pam_pairs           : (better, worse) texts of `pam`; none = the paper's pair
 
     Raises UserError naming the key that is wrong.
     """
@@ -39,6 +44,11 @@ class RewardSettings:
     audiobox_axes: Mapping[str, float] = field(default_factory=lambda: {"CE": 1.0})
     audiobox_batch: int = 8
     audiobox_dtype: Literal["float32", "bfloat16", "float16", "int8"] = "float32"
+    clap_model: str = ""
+    clap_prompt: str = ""
+    clap_classes: tuple[str, ...] = ()
+    clap_class: str = ""
+    pam_pairs: tuple[tuple[str, str], ...] = ()
 
     def __post_init__(self) -> None:
         for name, weight in self.terms.items():

@@ -49,7 +49,8 @@ class Size:
 
 def encoder_shapes(size: Size) -> dict[str, tuple[int, ...]]:
     """Shape of every tensor of the encoder by its name in a checkpoint."""
-    c, d, shapes = size.channels, size.width, {}
+    c, d = size.channels, size.width
+    shapes: dict[str, tuple[int, ...]] = {}
     for i, kernel in enumerate(KERNELS):
         shapes[f"feature_extractor.conv_layers.{i}.0.weight"] = (c, c if i else 1, kernel)
     shapes |= _pair("feature_extractor.conv_layers.0.2", c) | _pair("layer_norm", c)
@@ -77,7 +78,8 @@ def head_shapes(size: Size, layer_norm: bool, dropout: bool) -> dict[str, tuple[
 
     The modules are numbered as in upstream's Sequential: linear, then layer norm, GELU and dropout where it has them.
     """
-    stride, shapes = 2 + layer_norm + dropout, {}
+    stride = 2 + layer_norm + dropout
+    shapes: dict[str, tuple[int, ...]] = {}
     for axis in AUDIOBOX_AXES:
         for i in range(size.head_layers):
             last = i == size.head_layers - 1

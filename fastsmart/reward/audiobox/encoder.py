@@ -5,7 +5,7 @@ Shape letters: B windows, S samples, F frames, C channels, D width, H heads, E s
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -92,14 +92,19 @@ def encoder_weights(state: Mapping[str, Tensor]) -> EncoderWeights:
     )
 
 
-def _layer(size: Size, name: str, get, pair) -> LayerWeights:
+def _layer(
+    size: Size, name: str, get: Callable[[str], Tensor], pair: Callable[[str], tuple[Tensor, Tensor]]
+) -> LayerWeights:
     projections = [pair(f"{name}.self_attn.{p}_proj") for p in "qkv"]
     weight, bias = pair(f"{name}.self_attn.grep_linear")
     # the gates of head h see only its own slice of the input: a block-diagonal matrix of summed rows
     weight, bias = weight.view(2, 4, -1).sum(1), bias.view(2, 4).sum(1)
     gates = torch.block_diag(*[weight] * size.heads)
     return LayerWeights(
-        qkvg=(torch.cat([w for w, _ in projections] + [gates]), torch.cat([b for _, b in projections] + [bias] * size.heads)),
+        qkvg=(
+            torch.cat([w for w, _ in projections] + [gates]),
+            torch.cat([b for _, b in projections] + [bias] * size.heads),
+        ),
         gate=get(f"{name}.self_attn.grep_a").flatten(),
         out=pair(f"{name}.self_attn.out_proj"),
         attention_norm=pair(f"{name}.self_attn_layer_norm"),
@@ -113,8 +118,8 @@ def normalised_first(samples: Tensor, first: Tensor, norm: Norm) -> tuple[Tensor
     """The first convolution and the group norm after it as one: weight [B, 10, C] and bias [B, C] for these windows.
 
     With one group a channel the norm needs mean and variance over time of w^T x for each filter w, where x are the
-    windows of 10 samples: w^T m and w^T K w with the mean m and covariance K [10, 10] of x. So they cost a pass over the
-    samples, not over C channels of them. In float64, since the variance is a difference.
+    windows of 10 samples: w^T m and w^T K w with the mean m and covariance K [10, 10] of x. So they cost one pass over
+    the samples instead of C. In float64, since the variance is a difference.
 
     samples : float32 [B, S], S <= 160,000; the silence up to a whole window counts and costs nothing
     first   : [10, C]

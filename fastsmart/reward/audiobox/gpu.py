@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastsmart.kernels.attention import gated_attention
-from fastsmart.reward.audiobox.architecture import FRAMES, KERNELS, NORM_EPS, STRIDES, WINDOW, frames_of
+from fastsmart.kernels.convolution import convolution_gelu
+from fastsmart.reward.audiobox.architecture import FRAMES, NORM_EPS, STRIDES, WINDOW, frames_of
 from fastsmart.reward.audiobox.encoder import EncoderWeights, Norm, gates, normalised_first
 
 _GRAPHS = 4  # batch sizes whose graphs are kept
@@ -101,8 +102,7 @@ class BatchEncoder:
     def _features(self, samples: Tensor) -> Tensor:
         """Output of the last convolution, [B, F, C]."""
         weight, bias = normalised_first(samples, self.first, self.first_norm)
-        windows = samples.unfold(1, KERNELS[0], STRIDES[0])
-        x = F.gelu(torch.baddbmm(bias[:, None], windows, weight)).to(self.dtype)
+        x = convolution_gelu(samples, weight, bias, STRIDES[0], self.dtype)
         x = x[:, None].permute(0, 3, 1, 2)  # [B, C, 1, F], channels last in memory
         for kernel in self.convolutions:
             x = F.gelu(F.conv2d(x, kernel, stride=(1, 2)))

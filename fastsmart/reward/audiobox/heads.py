@@ -24,10 +24,15 @@ class Heads:
     """
 
     def __init__(
-        self, state: Mapping[str, Tensor], target: Mapping[str, Mapping[str, float]], normalize: bool, device: torch.device
+        self,
+        state: Mapping[str, Tensor],
+        target: Mapping[str, Mapping[str, float]],
+        normalize: bool,
+        device: torch.device,
     ) -> None:
         self.normalize = normalize
-        self.layer_weights = torch.stack([state[f"layer_weights.{a}"].float().softmax(0) for a in AUDIOBOX_AXES]).to(device)
+        layer_weights = [state[f"layer_weights.{axis}"].float().softmax(0) for axis in AUDIOBOX_AXES]
+        self.layer_weights = torch.stack(layer_weights).to(device)
         self.perceptrons = [_perceptron(state, f"proj_layer.{axis}.", device) for axis in AUDIOBOX_AXES]
         self.mean, self.std = (
             torch.tensor([target[axis][moment] for axis in AUDIOBOX_AXES], device=device) for moment in ("mean", "std")
@@ -60,6 +65,5 @@ class Heads:
 def _perceptron(state: Mapping[str, Tensor], prefix: str, device: torch.device) -> list[tuple[Tensor, Tensor]]:
     """Weight and bias of the modules of one axis in their order."""
     numbers = sorted(int(key.split(".")[2]) for key in state if key.startswith(prefix) and key.endswith("weight"))
-    return [
-        (state[f"{prefix}{n}.weight"].float().to(device), state[f"{prefix}{n}.bias"].float().to(device)) for n in numbers
-    ]
+    names, single = [f"{prefix}{number}" for number in numbers], torch.float32
+    return [(state[f"{n}.weight"].to(device, single), state[f"{n}.bias"].to(device, single)) for n in names]

@@ -82,7 +82,10 @@ class AudioboxReward:
                 self.encoder = BatchEncoder(weights, self.device, getattr(torch, dtype), batch_size)
 
     def __call__(self, clips: Clips) -> np.ndarray:
-        ratings = self.rate(clips)
+        return self.weighted(self.rate(clips))
+
+    def weighted(self, ratings: Mapping[str, np.ndarray]) -> np.ndarray:
+        """The reward of clips with these ratings, float32 [N]."""
         weighted = np.stack([weight * ratings[axis] for axis, weight in self.axes.items()])
         return (self.scale * weighted.sum(axis=0)).astype(np.float32)
 

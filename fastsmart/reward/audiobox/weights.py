@@ -1,4 +1,4 @@
-"""Audiobox weights in their two published forms, from a file, a folder or the hub; and random ones in the same forms."""
+"""Audiobox weights in their two published forms, from a file, a folder or the hub; and random ones in the same."""
 
 from __future__ import annotations
 
@@ -117,16 +117,14 @@ def _drawn(name: str, shape: tuple[int, ...], generator: torch.Generator) -> Ten
     noise = torch.randn(shape, generator=generator)
     if name.startswith("layer_weights"):
         return noise
-    if name.endswith(("norm.weight", ".2.weight", "grep_a", "weight_g")) or (name.endswith("weight") and len(shape) == 1):
+    if name.endswith(("grep_a", "weight_g")) or (name.endswith("weight") and len(shape) == 1):  # norms
         return 1.0 + 0.1 * noise
     if name.endswith("bias"):
         return 0.05 * noise
-    fan_in = noise[0].numel()
-    if "conv_layers" in name:
-        return noise * (2.0 / fan_in) ** 0.5
     if name.endswith("relative_attention_bias.weight"):
         return noise
-    return noise * (0.5 / fan_in**0.5 if "proj_layer" not in name else 3.0 / fan_in**0.5)
+    gain = 2.0**0.5 if "conv_layers" in name else 3.0 if "proj_layer" in name else 0.5
+    return noise * gain / noise[0].numel() ** 0.5
 
 
 def _read_torch(path: Path) -> Weights:
