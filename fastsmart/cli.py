@@ -102,7 +102,9 @@ def _score(p: argparse.ArgumentParser) -> None:
     p.add_argument("--reward", action="append", required=True, help="name of a reward; repeatable")
     p.add_argument("--out", default="", help="file for the lines; default: standard output")
     p.add_argument("--resume", action="store_true", help="leave out what --out holds already; errors are tried again")
-    p.add_argument("--checkpoint", default="", help="Audiobox weights, a file or folder; default: the hub's")
+    p.add_argument(
+        "--checkpoint", default="", help="Audiobox weights: a file, a folder, or 'random'; default: the hub's"
+    )
     p.add_argument("--dtype", default="float32", help="of Audiobox: float32, bfloat16, float16, or int8 (CPU)")
     p.add_argument("--device", default="cpu", help="torch device of Audiobox and CLAP")
     p.add_argument("--clap-model", default="", help="folder or hub id of a ClapModel")

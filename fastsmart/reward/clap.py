@@ -130,7 +130,7 @@ class Clap:
             raise UserError(f"cannot load a ClapModel with its tokenizer from {model}: {reason}") from error
         self.device = torch.device(device)
         self.model.to(self.device).eval()
-        self.scale = float(self.model.logit_scale_a.exp())
+        self.scale = float(self.model.logit_scale_a.detach().exp())
 
     @torch.inference_mode()
     def text(self, prompts: Sequence[str]) -> Tensor:

@@ -23,7 +23,8 @@ class RewardSettings:
                           each term first centred and divided by its standard deviation within its group
     typicality          : statistics of real pieces for `typicality` and `presence`; "" = those beside the base model
     typicality_ceiling  : whether a clip as typical as the median real one is as typical as pays
-    audiobox_checkpoint : `checkpoint.pt`, a safetensors file or its folder; "" = the published one from the hub
+    audiobox_checkpoint : `checkpoint.pt`, a safetensors file or its folder; "" = the published one from the hub;
+                          "random" = weights that mean nothing, to try things out
     audiobox_axes       : weight of every Audiobox axis: CE enjoyment, CU usefulness, PC complexity, PQ quality
     audiobox_batch      : ten-second windows scored at once
     audiobox_dtype      : arithmetic of its forward pass; "int8" on a CPU only

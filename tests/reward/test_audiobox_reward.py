@@ -213,10 +213,10 @@ def test_missing_and_broken_files_are_refused(checkpoint: Path, tmp_path: Path) 
 def test_without_a_network_the_published_weights_are_asked_for_by_name(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    import huggingface_hub
+    from huggingface_hub import constants
 
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     for checkpoint in ("", "facebook/audiobox-aesthetics"):
         with pytest.raises(UserError, match=r"config\.json and model\.safetensors .*reward\.audiobox_checkpoint"):
             load_reward("audiobox", checkpoint=checkpoint)
@@ -227,7 +227,7 @@ def test_a_damaged_file_in_the_hubs_cache_is_found_by_its_checksum(
 ) -> None:
     import hashlib
 
-    import huggingface_hub
+    from huggingface_hub import constants
 
     snapshot = tmp_path / "models--facebook--audiobox-aesthetics" / "snapshots" / "abc"
     made = make_random_weights(tmp_path / "made" / "model.safetensors", size=SMALL)
@@ -239,8 +239,8 @@ def test_a_damaged_file_in_the_hubs_cache_is_found_by_its_checksum(
     (snapshot / "model.safetensors").symlink_to(blob)
     (snapshot / "config.json").write_bytes(made.with_name("config.json").read_bytes())
     (snapshot.parents[1] / "refs" / "main").write_text("abc")
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     assert read_weights("").random
     content = bytearray(blob.read_bytes())
     content[-5] ^= 1
@@ -258,3 +258,12 @@ def test_wrong_axes_dtypes_and_sample_rates_are_refused(checkpoint: Path) -> Non
         load_reward("audiobox", checkpoint=checkpoint, dtype="int8", device="cuda")
     with pytest.raises(UserError, match="these clips are at 48000 Hz"):
         load_reward("audiobox", checkpoint=checkpoint)(clips(0.1, rate=48_000))
+
+
+def test_random_is_a_name_for_random_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    from fastsmart.reward.audiobox import weights
+
+    monkeypatch.setattr(weights, "Size", lambda: SMALL)
+    reward = load_reward("audiobox", checkpoint="random")
+    assert reward.random
+    assert np.isfinite(reward(clips(0.3))).all()

@@ -37,7 +37,8 @@ class AudioboxReward:
     loudness, so normalise what it hears; compare scores only under one soundfont.
 
     checkpoint : `checkpoint.pt`, a safetensors file with `config.json` beside it, the folder of either, or
-                 "" or "facebook/audiobox-aesthetics" for the published weights from the hub or its cache
+                 "" or "facebook/audiobox-aesthetics" for the published weights from the hub or its cache, or
+                 "random" for weights that mean nothing but cost as much
     axes       : weight of every axis that counts
     scale      : what a point on the raters' scale is worth
     batch_size : windows in one forward pass on a GPU; on a CPU in float32 or int8 they go one by one

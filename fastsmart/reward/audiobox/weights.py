@@ -56,12 +56,14 @@ class Weights:
 
 
 def read_weights(checkpoint: str | Path) -> Weights:
-    """Read a checkpoint in either of its published forms; see `AudioboxReward`.
+    """Read a checkpoint in either of its published forms; see `AudioboxReward`. "random" draws weights of seed 0.
 
     Raises UserError when it is missing, truncated, of another model, or holds anything but tensors and plain values.
     """
     if not checkpoint or str(checkpoint) == HUB_ID:
         return _read_safetensors(_from_hub())
+    if str(checkpoint) == "random":
+        return _random_weights(Size(), 0)
     path = Path(checkpoint)
     if path.is_dir():
         inside = [path / "model.safetensors", path / "checkpoint.pt"]
@@ -93,23 +95,27 @@ def make_random_weights(path: str | Path, seed: int = 0, size: Size | None = Non
     """
     from safetensors.torch import save_file
 
-    path, size = Path(path), size or Size()
+    path, weights = Path(path), _random_weights(size or Size(), seed)
+    head, target = asdict(weights.head), weights.target
+    with os_errors_as_user_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.suffix == ".safetensors":
+            save_file(weights.state, path, metadata={_RANDOM: str(seed)})
+            config = json.dumps(head | {"target_transform": target}, indent=2)
+            path.with_name("config.json").write_text(config + "\n", encoding="utf-8")
+        else:
+            state = {f"model.{name}": tensor for name, tensor in weights.state.items()}
+            torch.save({"state_dict": state, "model_cfg": head, "target_transform": target, _RANDOM: seed}, path)
+    return path
+
+
+def _random_weights(size: Size, seed: int) -> Weights:
     generator = torch.Generator().manual_seed(seed)
     head = HeadConfig(size.head_layers, True, 0.0, size.layers + 1)
     shapes = encoder_shapes(size) | head_shapes(size, layer_norm=True, dropout=False)
     state = {name: _drawn(name, shape, generator) for name, shape in shapes.items()}
     target = {axis: {"mean": 5.0 + 0.5 * i, "std": 1.5} for i, axis in enumerate(AUDIOBOX_AXES)}
-    with os_errors_as_user_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if path.suffix == ".safetensors":
-            save_file(state, path, metadata={_RANDOM: str(seed)})
-            config = asdict(head) | {"target_transform": target}
-            path.with_name("config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        else:
-            state = {f"model.{name}": tensor for name, tensor in state.items()}
-            content = {"state_dict": state, "model_cfg": asdict(head), "target_transform": target, _RANDOM: seed}
-            torch.save(content, path)
-    return path
+    return Weights(head, state, target, random=True)
 
 
 def _drawn(name: str, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
@@ -212,5 +218,5 @@ def _from_hub() -> Path:
 def _how_to_get_them() -> str:
     return (
         f"download {' and '.join(HUB_FILES)} (or checkpoint.pt) of the hub model {HUB_ID} into one folder and name it "
-        f"in reward.audiobox_checkpoint (or --checkpoint)"
+        f"in reward.audiobox_checkpoint (or --checkpoint); to try things out, name 'random', whose scores mean nothing"
     )
