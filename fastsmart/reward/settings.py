@@ -26,7 +26,7 @@ class RewardSettings:
     audiobox_checkpoint : `checkpoint.pt`, a safetensors file or its folder; "" = the published one from the hub;
                           "random" = weights that mean nothing, to try things out
     audiobox_axes       : weight of every Audiobox axis: CE enjoyment, CU usefulness, PC complexity, PQ quality
-    audiobox_batch      : ten-second windows scored at once
+    audiobox_batch      : ten-second windows scored at once on a GPU
     audiobox_dtype      : arithmetic of its forward pass; "int8" on a CPU only
     clap_model          : folder or hub id of the ClapModel of `clap_similarity`, `clap_class` and `pam`
     clap_prompt         : text that `clap_similarity` compares with

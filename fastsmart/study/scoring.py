@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
+from math import gcd
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from fastsmart.train.provenance import STATISTICS_FILE
 REWARD_RATE_HZ = 16000
 TOGETHER = 16  # MIDI files that are rendered and scored at once
 RATES_HZ = (1_000, 768_000)  # of audio files
+LARGEST_FILTER = 2**25  # taps of a resampling filter; rates with hardly a common divisor need more
 Row = dict[str, Any]
 
 
@@ -123,7 +125,8 @@ def read_audio(path: str | Path, sample_rate: int = REWARD_RATE_HZ) -> AudioBatc
         raise UserError(f"{path} holds no audio")
     if not np.isfinite(samples).all():
         raise UserError(f"{path} holds samples that are not finite numbers")
-    if not RATES_HZ[0] <= rate <= RATES_HZ[1]:
+    taps = rate * sample_rate // gcd(rate, sample_rate) ** 2
+    if not RATES_HZ[0] <= rate <= RATES_HZ[1] or taps > LARGEST_FILTER:
         raise UserError(f"{path} has a sample rate of {rate} Hz; convert it to {sample_rate} Hz")
     mono = resample(samples.mean(axis=1, dtype=np.float32), rate, sample_rate)
     return AudioBatch(mono[None], np.array([len(mono)]), sample_rate)

@@ -155,6 +155,17 @@ def test_the_forward_for_gpus_agrees_too(small: Path, upstream: Callable, render
     np.testing.assert_allclose(ours(reward, audio), expected, atol=2e-5 if dtype == "float32" else 0.02)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_it_agrees_on_a_gpu(full_size: Path, upstream: Callable, rendered: np.ndarray, dtype: str) -> None:
+    """Batches of several sizes, so that graphs are recorded, padded and replayed."""
+    audio = audio_of(some_clips(13, 37.0, rendered))
+    reward = load_reward("audiobox", checkpoint=full_size, dtype=dtype, device="cuda", batch_size=8)
+    expected = upstream(full_size, audio)
+    np.testing.assert_allclose(ours(reward, audio), expected, atol=0.02)
+    np.testing.assert_allclose(ours(reward, audio_of([audio.clip(5)])), expected[5:6], atol=0.02)
+
+
 def test_it_agrees_at_full_size(full_size: Path, upstream: Callable, rendered: np.ndarray) -> None:
     audio = audio_of([rendered[:40_000], rendered[:164_000]])
     expected = upstream(full_size, audio)

@@ -77,8 +77,15 @@ def test_what_is_no_sound_is_refused(tmp_path: Path) -> None:
     soundfile.write(tmp_path / "empty.wav", np.zeros(0), RATE)
     soundfile.write(tmp_path / "nan.wav", np.array([0.0, np.nan, 0.0]), RATE, subtype="FLOAT")
     soundfile.write(tmp_path / "slow.wav", tone(1.0)[:50], 100)
+    soundfile.write(tmp_path / "prime.wav", tone(0.1), 44_101)
     (tmp_path / "text.wav").write_text("no sound")
-    for name, says in (("empty", "no audio"), ("nan", "not finite"), ("slow", "100 Hz"), ("text", "not a readable")):
+    for name, says in (
+        ("empty", "no audio"),
+        ("nan", "not finite"),
+        ("slow", "100 Hz"),
+        ("prime", "44101 Hz"),
+        ("text", "not a readable"),
+    ):
         with pytest.raises(UserError, match=f"{name}.wav .*{says}"):
             read_audio(tmp_path / f"{name}.wav")
 

@@ -15,9 +15,7 @@ from torch import Tensor
 from fastsmart.kernels.attention import gated_attention
 from fastsmart.kernels.convolution import convolution_gelu
 from fastsmart.reward.audiobox.architecture import FRAMES, NORM_EPS, STRIDES, WINDOW, frames_of
-from fastsmart.reward.audiobox.encoder import EncoderWeights, Norm, gates, normalised_first
-
-_GRAPHS = 4  # batch sizes whose graphs are kept
+from fastsmart.reward.audiobox.encoder import EncoderWeights, LayerWeights, Norm, gates, normalised_first
 
 
 class BatchEncoder:
@@ -44,14 +42,14 @@ class BatchEncoder:
         self.pos, self.norm = here(weights.pos), here(weights.norm, single)
         self.table = relative_table(weights.bias).to(device)
         self.layers = [
-            (
-                here(w.qkvg),
-                w.gate.to(device),
-                here(w.out),
-                here(w.attention_norm, single),
-                here(w.fc1),
-                here(w.fc2),
-                here(w.final_norm, single),
+            LayerWeights(
+                qkvg=here(w.qkvg),
+                gate=w.gate.to(device),
+                out=here(w.out),
+                attention_norm=here(w.attention_norm, single),
+                fc1=here(w.fc1),
+                fc2=here(w.fc2),
+                final_norm=here(w.final_norm, single),
             )
             for w in weights.layers
         ]
@@ -65,19 +63,16 @@ class BatchEncoder:
         means = []
         for first in range(0, len(windows), self.batch_size):
             batch = windows[first : first + self.batch_size]
-            means.append(self._batch(*_padded(batch, pin=self.device.type == "cuda")))
+            means.append(self._recorded(batch) if self.device.type == "cuda" else self.forward(*_padded(batch)))
         return torch.cat(means)
 
-    def _batch(self, samples: Tensor, frames: Tensor) -> Tensor:
-        samples, frames = (t.to(self.device, non_blocking=True) for t in (samples, frames))
-        if self.device.type != "cuda":
-            return self.forward(samples, frames)
-        graph = self.graphs.get(len(samples))
-        if graph is None:
-            if len(self.graphs) == _GRAPHS:
-                self.graphs.pop(next(iter(self.graphs)))
-            graph = self.graphs[len(samples)] = _Graph(self, samples, frames)
-        return graph(samples, frames)
+    def _recorded(self, windows: Sequence[np.ndarray]) -> Tensor:
+        """A batch through the graph of the next power of two; copies overlap what the GPU still computes."""
+        rows = min(1 << (len(windows) - 1).bit_length(), self.batch_size)
+        samples, frames = (t.to(self.device, non_blocking=True) for t in _padded(windows, rows, pin=True))
+        if rows not in self.graphs:
+            self.graphs[rows] = _Graph(self, samples, frames)
+        return self.graphs[rows](samples, frames)[: len(windows)]
 
     def forward(self, samples: Tensor, frames: Tensor) -> Tensor:
         """The same of samples [B, 160000] float32, zero after their real part, with `frames` [B] int32 that count."""
@@ -89,13 +84,14 @@ class BatchEncoder:
         x = _normalised(x.float() + self._position(x).float(), self.norm)
         share = real / frames[:, None, None]
         means = [(x * share).sum(1)]
-        for qkvg, gate, out, attention_norm, fc1, fc2, final_norm in self.layers:
-            projected = F.linear(x.to(self.dtype), *qkvg)
-            q, k, v = projected[..., : 3 * width].view(batch, FRAMES, 3, heads, -1).permute(2, 0, 3, 1, 4)
-            gate = gates(projected[..., 3 * width :].float(), gate).transpose(1, 2)
+        for layer in self.layers:
+            qkvg = F.linear(x.to(self.dtype), *layer.qkvg)
+            q, k, v = qkvg[..., : 3 * width].view(batch, FRAMES, 3, heads, -1).permute(2, 0, 3, 1, 4)
+            gate = gates(qkvg[..., 3 * width :].float(), layer.gate).transpose(1, 2)
             y = gated_attention(q, k, v, gate, self.table, frames).transpose(1, 2).reshape(batch, FRAMES, width)
-            x = _normalised(x + F.linear(y, *out), attention_norm)
-            x = _normalised(x + F.linear(F.gelu(F.linear(x.to(self.dtype), *fc1)), *fc2), final_norm)
+            x = _normalised(x + F.linear(y, *layer.out), layer.attention_norm)
+            y = F.linear(F.gelu(F.linear(x.to(self.dtype), *layer.fc1)), *layer.fc2)
+            x = _normalised(x + y, layer.final_norm)
             means.append((x * share).sum(1))
         return torch.stack(means, dim=1)
 
@@ -135,10 +131,11 @@ class _Graph:
         return self.means.clone()
 
 
-def _padded(windows: Sequence[np.ndarray], pin: bool) -> tuple[Tensor, Tensor]:
-    """Samples [B, 160000], zero-padded, and frames that count [B]; in page-locked memory if asked."""
-    samples = torch.zeros(len(windows), WINDOW, pin_memory=pin)
-    frames = torch.zeros(len(windows), dtype=torch.int32, pin_memory=pin)
+def _padded(windows: Sequence[np.ndarray], rows: int = 0, pin: bool = False) -> tuple[Tensor, Tensor]:
+    """Samples [B, 160000], zero-padded, and frames that count [B]; at least `rows` of them, page-locked if asked."""
+    rows = max(rows, len(windows))
+    samples = torch.zeros(rows, WINDOW, pin_memory=pin)
+    frames = torch.ones(rows, dtype=torch.int32, pin_memory=pin)
     for i, window in enumerate(windows):
         samples[i, : len(window)] = torch.tensor(window)
         frames[i] = frames_of(len(window))
