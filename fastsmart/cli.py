@@ -142,7 +142,16 @@ def _score(p: argparse.ArgumentParser) -> None:
     )
     p.add_argument("files", nargs="+", help="MIDI, WAV or FLAC files, or folders")
     p.add_argument("--reward", action="append", required=True, help="name of a reward; repeatable")
-    p.add_argument("--checkpoint", default="", help="Audiobox weights")
+    p.add_argument("--out", default="", help="file for the lines; default: standard output")
+    p.add_argument("--resume", action="store_true", help="leave out what --out holds already; errors are tried again")
+    p.add_argument(
+        "--checkpoint", default="", help="Audiobox weights: a file, a folder, or 'random'; default: the hub's"
+    )
+    p.add_argument("--dtype", default="float32", help="of Audiobox: float32, bfloat16, float16, or int8 (CPU)")
+    p.add_argument("--device", default="cpu", help="torch device of Audiobox and CLAP")
+    p.add_argument("--clap-model", default="", help="folder or hub id of a ClapModel")
+    p.add_argument("--clap-prompt", default="", help="text for clap_similarity")
+    p.add_argument("--clap-class", action="append", default=[], help="texts for clap_class, the wanted one first")
     p.add_argument("--statistics", default="", help="typicality.json of real pieces; default: the shipped policy's")
     p.add_argument("--max-seconds", type=float, default=10.0, help="of each MIDI file; 0 = all of it")
     p.add_argument("--soundfont", default="", help="default: one that is installed")

@@ -228,18 +228,41 @@ def _verify_bank(settings: RenderSettings, options: argparse.Namespace) -> int:
 
 
 def score(options: argparse.Namespace) -> int:
-    from fastsmart.study.scoring import FileScorer
+    from fastsmart.files import os_errors_as_user_errors, write_atomic
+    from fastsmart.progress import bar
+    from fastsmart.reward import RewardSettings
+    from fastsmart.study.scoring import FileScorer, scored_before
 
-    scorer = FileScorer(options.reward, options.checkpoint, options.statistics, options.soundfont, options.max_seconds)
-    failed = 0
-    for path, _ in _files(options.files, MIDI_SUFFIXES + AUDIO_SUFFIXES):
-        line: dict[str, Any] = {"path": str(path)}
-        try:
-            line |= scorer(path)
-        except UserError as error:
-            line["error"] = str(error)
-            failed += 1
-        print(json.dumps(line), flush=True)
+    settings = RewardSettings(
+        terms=dict.fromkeys(options.reward, 1.0),
+        audiobox_checkpoint=options.checkpoint,
+        audiobox_dtype=options.dtype,
+        clap_model=options.clap_model,
+        clap_prompt=options.clap_prompt,
+        clap_classes=tuple(options.clap_class),
+        clap_class=options.clap_class[0] if options.clap_class else "",
+    )
+    files = [str(path) for path, _ in _files(options.files, MIDI_SUFFIXES + AUDIO_SUFFIXES)]
+    out, before = Path(options.out) if options.out else None, {}
+    if out and out.exists():
+        if not options.resume:
+            raise UserError(f"{out} exists; go on with it with --resume, or choose another --out")
+        before = scored_before(out, options.reward)
+    scorer = FileScorer(settings, options.statistics, options.soundfont, options.max_seconds, options.device)
+    if scorer.random:
+        print("fastsmart: the weights of audiobox are random, its scores mean nothing", file=sys.stderr)
+    if out:
+        write_atomic(out, "".join(json.dumps(before[path]) + "\n" for path in files if path in before))
+    left, failed = [path for path in files if path not in before], 0
+    with bar("scoring") as show:
+        for done, line in enumerate(scorer(left), len(files) - len(left) + 1):
+            failed += "error" in line
+            if out:
+                with os_errors_as_user_errors(out), open(out, "a", encoding="utf-8") as sink:
+                    sink.write(json.dumps(line) + "\n")
+            else:
+                print(json.dumps(line), flush=True)
+            show(done, len(files))
     return 2 if failed else 0
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from dataclasses import dataclass
 
 from rich.console import Console
@@ -109,9 +108,7 @@ def _vllm() -> Finding:
 def _audiobox() -> Finding:
     from fastsmart.reward.audiobox import HUB_ID, cached_checkpoint
 
-    mend = "download checkpoint.pt of the hub's " + HUB_ID + " and set reward.audiobox_checkpoint to it"
-    if importlib.util.find_spec("audiobox_aesthetics") is None:
-        return Finding("Audiobox Aesthetics", "package not installed", False, mend="pip install 'fastsmart[audiobox]'")
+    mend = f"download checkpoint.pt of the hub's {HUB_ID} and set reward.audiobox_checkpoint to it"
     cached = cached_checkpoint()
     if cached:
         return Finding("Audiobox weights", str(cached), True)

@@ -95,6 +95,18 @@ def _arguments(name: str, settings: RewardSettings, statistics: str | Path, devi
             "dtype": settings.audiobox_dtype,
             "device": device,
         }
+    if name == "clap_similarity":
+        return {"model": settings.clap_model, "prompt": settings.clap_prompt, "device": device}
+    if name == "clap_class":
+        return {
+            "model": settings.clap_model,
+            "classes": settings.clap_classes,
+            "wanted": settings.clap_class,
+            "device": device,
+        }
+    if name == "pam":
+        pairs = {"pairs": settings.pam_pairs} if settings.pam_pairs else {}
+        return {"model": settings.clap_model, "device": device, **pairs}
     if name in FROM_STATISTICS:
         path = settings.typicality or statistics
         if not path:

@@ -13,9 +13,12 @@ from fastsmart.reward.base import Reward
 REWARDS = {
     "audiobox": ("audiobox", "AudioboxReward"),
     "brightness": ("descriptors", "Brightness"),
+    "clap_class": ("clap", "ClapClass"),
+    "clap_similarity": ("clap", "ClapSimilarity"),
     "consonance": ("descriptors", "Consonance"),
     "filled_beats": ("symbolic", "FilledBeats"),
     "loudness_range": ("descriptors", "LoudnessRange"),
+    "pam": ("clap", "Pam"),
     "pitch_range": ("symbolic", "PitchRange"),
     "polyphony_rate": ("symbolic", "PolyphonyRate"),
     "presence": ("symbolic", "Presence"),
@@ -30,8 +33,9 @@ FROM_STATISTICS = ("presence", "typicality")  # measured against real pieces: th
 def load_reward(name: str, **settings: Any) -> Reward:
     """The reward of that name, ready to score.
 
-    `audiobox` takes `checkpoint` and what else `AudioboxReward` has; `presence` and `typicality` take `statistics`, the
-    path of the JSON beside the base model; the others take nothing.
+    `audiobox` takes `checkpoint` and what else `AudioboxReward` has; `clap_similarity`, `clap_class` and `pam` take
+    `model` and their texts; `presence` and `typicality` take `statistics`, the path of the JSON beside the base model;
+    the others take nothing.
 
     Raises UserError for an unknown name, and for a checkpoint or statistics file that cannot be read.
     """

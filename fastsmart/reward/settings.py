@@ -11,7 +11,7 @@ from fastsmart.errors import UserError
 from fastsmart.reward.registry import require_known
 
 AUDIOBOX_AXES = ("CE", "CU", "PC", "PQ")
-AUDIOBOX_DTYPES = ("float32", "bfloat16", "float16")
+AUDIOBOX_DTYPES = ("float32", "bfloat16", "float16", "int8")
 
 
 @dataclass(frozen=True)
@@ -23,10 +23,16 @@ class RewardSettings:
                           each term first centred and divided by its standard deviation within its group
     typicality          : statistics of real pieces for `typicality` and `presence`; "" = those beside the base model
     typicality_ceiling  : whether a clip as typical as the median real one is as typical as pays
-    audiobox_checkpoint : `checkpoint.pt`, a safetensors file or its folder; "" = the published one from the hub
+    audiobox_checkpoint : `checkpoint.pt`, a safetensors file or its folder; "" = the published one from the hub;
+                          "random" = weights that mean nothing, to try things out
     audiobox_axes       : weight of every Audiobox axis: CE enjoyment, CU usefulness, PC complexity, PQ quality
-    audiobox_batch      : ten-second windows scored at once
-    audiobox_dtype      : arithmetic of its forward pass
+    audiobox_batch      : ten-second windows scored at once on a GPU
+    audiobox_dtype      : arithmetic of its forward pass; "int8" on a CPU only
+    clap_model          : folder or hub id of the ClapModel of `clap_similarity`, `clap_class` and `pam`
+    clap_prompt         : text that `clap_similarity` compares with
+    clap_classes        : texts that `clap_class` chooses among
+    clap_class          : the one of them that is wanted
+    pam_pairs           : (better, worse) texts of `pam`; none = the paper's pair
 
     Raises UserError naming the key that is wrong.
     """
@@ -38,7 +44,12 @@ class RewardSettings:
     audiobox_checkpoint: str = ""
     audiobox_axes: Mapping[str, float] = field(default_factory=lambda: {"CE": 1.0})
     audiobox_batch: int = 8
-    audiobox_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    audiobox_dtype: Literal["float32", "bfloat16", "float16", "int8"] = "float32"
+    clap_model: str = ""
+    clap_prompt: str = ""
+    clap_classes: tuple[str, ...] = ()
+    clap_class: str = ""
+    pam_pairs: tuple[tuple[str, str], ...] = ()
 
     def __post_init__(self) -> None:
         for name, weight in self.terms.items():

@@ -125,7 +125,7 @@ def test_combine_gives_nothing_to_a_group_with_nothing_to_compare() -> None:
         ({"audiobox_axes": {"CE": -1.0}}, r"reward\.audiobox_axes\.CE is -1\.0"),
         ({"audiobox_axes": {"CE": 0.0}}, r"reward\.audiobox_axes weighs no axis"),
         ({"audiobox_batch": 0}, r"reward\.audiobox_batch is 0"),
-        ({"audiobox_dtype": "int8"}, r"reward\.audiobox_dtype is 'int8'"),
+        ({"audiobox_dtype": "int4"}, r"reward\.audiobox_dtype is 'int4'"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused_by_key(settings: dict, says: str) -> None:

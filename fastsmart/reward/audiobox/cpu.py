@@ -1,0 +1,256 @@
+"""The encoder on a CPU: window by window, nothing computed that is masked, every product a matrix product.
+
+A window is 499 rows, enough for the full rate of a matrix product, and its activations stay in the cache. So windows
+are not batched, and what a clip gets does not depend on its neighbours, to the last bit. Frames of padding are not
+computed: upstream masks them as keys, zeroes them before the positional convolution and leaves them out of the mean, so
+the result is the same and a clip of 3 s costs 3 s.
+
+Shape letters: S samples, F frames, R rows, C channels, D width, H heads, E size of a head, L layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from math import ceil
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastsmart.errors import UserError
+from fastsmart.reward.audiobox.architecture import FIELD, FRAMES, HOP, KERNELS, NORM_EPS, STRIDES, frames_of
+from fastsmart.reward.audiobox.encoder import EncoderWeights, Norm, gates, normalised_first
+
+Linear = Callable[[Tensor], Tensor]  # [R, in] -> [R, out]
+
+# Frames whose way through the convolutions is made at once, measured on two Xeon cores with 2 MiB of cache each: few
+# enough to stay near the cores, many enough for a good matrix product; bytes want fewer, since they pass over it more.
+_CHUNK_FLOAT, _CHUNK_INT8 = 128, 32
+# The second to the fourth convolution: nine tenths of their work. The last three, which cost little, were the source of
+# most of the error of the scores (random weights).
+_INT8_CONVOLUTIONS = 3
+_GROUP = 16  # windows that go through a layer before the next is touched
+_LEAST_GELU = -0.17  # no value of GELU lies below
+
+
+class CpuEncoder:
+    """The encoder, in float32 or with 8-bit matrix products.
+
+    int8 : products of the convolutions (but the first) and layers on 8-bit integers: weights with a scale for each
+           output, activations with one for each product, taken from their range. Needs AVX-512 VNNI or better.
+
+    Raises UserError when the machine has no fast 8-bit products.
+    """
+
+    def __init__(self, weights: EncoderWeights, int8: bool = False) -> None:
+        if int8 and not int8_is_fast():
+            raise UserError("audiobox in int8 needs a CPU with AVX-512 VNNI and PyTorch with oneDNN; use float32")
+        linear: Callable[..., Linear] = _Int8Linear if int8 else _FloatLinear
+        inexact = _INT8_CONVOLUTIONS if int8 else 0
+        self.size, self.chunk = weights.size, _CHUNK_INT8 if int8 else _CHUNK_FLOAT
+        self.first, self.first_norm = weights.first, weights.first_norm
+        self.convolutions: list[Linear] = [
+            _Int8Convolution(w) if i < inexact else _FloatConvolution(w) for i, w in enumerate(weights.convolutions)
+        ]
+        self.feature_norm, self.project = weights.feature_norm, linear(*weights.project)
+        self.pos, self.norm = _PositionalConvolution(*weights.pos), weights.norm
+        self.bias = weights.bias.contiguous()
+        self.layers = [
+            _Layer(
+                qkvg=linear(*w.qkvg),
+                gate=w.gate,
+                out=linear(*w.out),
+                attention_norm=w.attention_norm,
+                fc1=linear(*w.fc1, gelu=True),
+                fc2=linear(*w.fc2, from_gelu=True),
+                final_norm=w.final_norm,
+            )
+            for w in weights.layers
+        ]
+
+    def __call__(self, windows: Sequence[np.ndarray]) -> Tensor:
+        """Mean over the frames of the input of every layer and the output of the last, float32 [B, L + 1, D].
+
+        windows : the real samples of each window, float32 [S], 0 < S <= 160,000
+        """
+        means = [self._group(windows[first : first + _GROUP]) for first in range(0, len(windows), _GROUP)]
+        return torch.cat(means)
+
+    def _group(self, windows: Sequence[np.ndarray]) -> Tensor:
+        x = [self._embedded(torch.tensor(samples)) for samples in windows]
+        means = [torch.stack([rows.mean(0) for rows in x])]
+        for layer in self.layers:  # one layer for all windows: its 28 MB of weights are then still in a cache
+            x = [self._transformed(rows, layer) for rows in x]
+            means.append(torch.stack([rows.mean(0) for rows in x]))
+        return torch.stack(means, dim=1)
+
+    def _embedded(self, samples: Tensor) -> Tensor:
+        """Input of the first layer, [F, D]."""
+        features = _normalised(self._features(samples), self.feature_norm)
+        x = self.project(features)
+        return _normalised(x + self.pos(x), self.norm)
+
+    def _transformed(self, x: Tensor, layer: _Layer) -> Tensor:
+        """Output of a layer, [F, D]."""
+        frames, width = x.shape
+        qkvg = layer.qkvg(x)
+        q, k, v = qkvg[:, : 3 * width].view(1, frames, 3, self.size.heads, -1).permute(2, 0, 3, 1, 4)
+        gate = gates(qkvg[:, 3 * width :], layer.gate).t()[:, :, None]
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=(gate * self.bias[:, :frames, :frames])[None])
+        x = _normalised(x + layer.out(y.transpose(1, 2).reshape(frames, width)), layer.attention_norm)
+        return _normalised(x + layer.fc2(layer.fc1(x)), layer.final_norm)
+
+    def _features(self, samples: Tensor) -> Tensor:
+        """Output of the last convolution, [F, C], made in chunks small enough to stay in the cache."""
+        frames = frames_of(len(samples))
+        weight, bias = (folded[0] for folded in normalised_first(samples[None], self.first, self.first_norm))
+        samples = F.pad(samples, (0, max(0, (frames - 1) * HOP + FIELD - len(samples))))
+        features = torch.empty(frames, self.size.channels)
+        for first in range(0, frames, self.chunk):
+            last = min(first + self.chunk, frames)
+            heard = samples[first * HOP : (last - 1) * HOP + FIELD]
+            x = torch.ops.aten.gelu_(torch.addmm(bias, heard.unfold(0, KERNELS[0], STRIDES[0]), weight))
+            for convolution in self.convolutions:
+                x = convolution(x)
+            features[first:last] = x
+        return features
+
+
+@dataclass(frozen=True)
+class _Layer:
+    qkvg: Linear
+    gate: Tensor
+    out: Linear
+    attention_norm: Norm
+    fc1: Linear
+    fc2: Linear
+    final_norm: Norm
+
+
+def int8_is_fast() -> bool:
+    """Whether this machine multiplies 8-bit integers faster than floats."""
+    return torch.backends.mkldnn.is_available() and bool(torch.cpu._is_vnni_supported())
+
+
+class _FloatLinear:
+    """x -> x W^T + b, then GELU where asked; the weight packed once by oneDNN where there is one."""
+
+    def __init__(self, weight: Tensor, bias: Tensor, gelu: bool = False, from_gelu: bool = False) -> None:
+        self.packed = torch.backends.mkldnn.is_available()
+        self.weight = torch.ops.mkldnn._reorder_linear_weight(weight, FRAMES) if self.packed else weight
+        self.bias, self.gelu = bias, gelu
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if self.packed:
+            after: tuple[str, list, str] = ("gelu", [], "none") if self.gelu else ("none", [], "")
+            return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, *after)
+        y = F.linear(x, self.weight, self.bias)
+        return F.gelu(y) if self.gelu else y
+
+
+class _FloatConvolution:
+    """A convolution of stride 2 and GELU, [R, C] -> [(R - kernel) // 2 + 1, C], without copying its input.
+
+    Two neighbouring rows lie one after the other and are a row of a matrix of width 2 C; the third tap is the first
+    half of the next such row.
+    """
+
+    def __init__(self, weight: Tensor) -> None:
+        channels = len(weight)
+        self.kernel = weight.shape[1] // channels
+        self.pair = weight[:, : 2 * channels].t().contiguous()
+        self.third = weight[:, 2 * channels :].t().contiguous()
+
+    def __call__(self, x: Tensor) -> Tensor:
+        rows, channels = (len(x) - self.kernel) // 2 + 1, x.shape[1]
+        y = x.as_strided((rows, 2 * channels), (2 * channels, 1)) @ self.pair
+        if self.kernel == 3:
+            y.addmm_(x.as_strided((rows, channels), (2 * channels, 1), 2 * channels), self.third)
+        return torch.ops.aten.gelu_(y)
+
+
+class _Int8Linear:
+    """x -> x W^T + b on 8-bit integers, then GELU where asked.
+
+    The weight has a scale for each row. The input has one scale and offset, from its range.
+
+    from_gelu : the input comes out of a GELU, so that its range is known on one side
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, gelu: bool = False, from_gelu: bool = False) -> None:
+        scale = weight.abs().amax(1).clamp_min(1e-12) / 127
+        integers = (weight / scale[:, None]).round().to(torch.int8)
+        self.weight = torch.ops.onednn.qlinear_prepack(integers, None)
+        self.scale, self.zero = scale, torch.zeros(len(scale), dtype=torch.int32)
+        self.bias, self.from_gelu = bias, from_gelu
+        self.after: tuple[str, list, str] = ("gelu", [], "none") if gelu else ("none", [], "")
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.product(*quantised(x, self.from_gelu))
+
+    def product(self, x: Tensor, scale: float, offset: int) -> Tensor:
+        """The same of an input that is 8-bit already."""
+        weight = (self.weight, self.scale, self.zero, self.bias)
+        return torch.ops.onednn.qlinear_pointwise(x, scale, offset, *weight, 1.0, 0, torch.float32, *self.after)
+
+
+class _Int8Convolution:
+    """A convolution of stride 2 and GELU on 8-bit integers; its overlapping windows are copied as bytes."""
+
+    def __init__(self, weight: Tensor) -> None:
+        self.linear = _Int8Linear(weight, None, gelu=True)
+        self.kernel = weight.shape[1] // len(weight)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        rows, channels = (len(x) - self.kernel) // 2 + 1, x.shape[1]
+        integers, scale, offset = quantised(x, from_gelu=True)
+        windows = integers.as_strided((rows, self.kernel * channels), (2 * channels, 1)).contiguous()
+        return self.linear.product(windows, scale, offset)
+
+
+def quantised(x: Tensor, from_gelu: bool) -> tuple[Tensor, float, int]:
+    """x as bytes q, scale and offset with x ~ scale (q - offset), over the range of x and zero.
+
+    from_gelu : x comes out of a GELU: nothing lies below -0.17, which saves looking
+    """
+    if from_gelu:
+        low, high = _LEAST_GELU, float(x.amax())
+    else:
+        low, high = (float(end) for end in x.aminmax())
+    low, high = min(low, 0.0), max(high, 0.0)
+    scale = max(high - low, 1e-12) / 254  # and not 255: the offset is rounded
+    offset = round(-low / scale)
+    return torch.add(torch.tensor(offset + 0.5), x, alpha=1 / scale).to(torch.uint8), scale, offset
+
+
+class _PositionalConvolution:
+    """x + ... of the encoder: GELU of a grouped convolution of many taps, [F, D] -> [F, D], by the Fourier transform.
+
+    Blocks of `taps` outputs from twice as many inputs (overlap-save): a product of [D / groups, D / groups] for each
+    frequency and group instead of one for each tap.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor) -> None:
+        width, inner, self.taps = weight.shape
+        self.groups = width // inner
+        spectrum = torch.fft.rfft(weight, n=2 * self.taps).conj()  # conjugate: it correlates
+        spectrum = spectrum.view(self.groups, inner, inner, -1).permute(3, 0, 2, 1)  # [frequency, group, in, out]
+        self.spectrum = spectrum.flatten(0, 1).resolve_conj().contiguous()
+        self.bias = bias
+
+    def __call__(self, x: Tensor) -> Tensor:
+        frames, width = x.shape
+        taps, groups, blocks = self.taps, self.groups, ceil(frames / self.taps)
+        before = taps // 2
+        padded = F.pad(x.t(), (before, (blocks + 1) * taps - before - frames))
+        spectrum = torch.fft.rfft(padded.unfold(1, 2 * taps, taps))  # [D, blocks, frequencies]
+        spectrum = spectrum.view(groups, -1, blocks, taps + 1).permute(3, 0, 2, 1).reshape(-1, blocks, width // groups)
+        spectrum = torch.bmm(spectrum, self.spectrum).view(taps + 1, groups, blocks, -1).permute(1, 3, 2, 0)
+        y = torch.fft.irfft(spectrum, n=2 * taps)[..., :taps].reshape(width, -1)[:, :frames]
+        return torch.ops.aten.gelu_(y.t() + self.bias)
+
+
+def _normalised(x: Tensor, norm: Norm) -> Tensor:
+    return F.layer_norm(x, norm[0].shape, *norm, NORM_EPS)

@@ -1,0 +1,151 @@
+"""The encoder on a GPU (and, as its twin, in 16 bit on a CPU): whole batches, padding masked, one CUDA graph a size.
+
+Shape letters: B windows, S samples, F frames, C channels, D width, H heads, E size of a head, L layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastsmart.kernels.attention import gated_attention
+from fastsmart.kernels.convolution import convolution_gelu
+from fastsmart.reward.audiobox.architecture import FRAMES, NORM_EPS, STRIDES, WINDOW, frames_of
+from fastsmart.reward.audiobox.encoder import EncoderWeights, LayerWeights, Norm, gates, normalised_first
+
+
+class BatchEncoder:
+    """The encoder in 16-bit or float32 products, its residual stream and norms in float32.
+
+    dtype      : of the products
+    batch_size : windows of one forward pass
+    """
+
+    def __init__(self, weights: EncoderWeights, device: torch.device, dtype: torch.dtype, batch_size: int) -> None:
+        self.device, self.dtype, self.batch_size = device, dtype, batch_size
+        self.size = weights.size
+
+        def here(pair: tuple[Tensor, Tensor], to: torch.dtype = dtype) -> tuple[Tensor, Tensor]:
+            return pair[0].to(device, to), pair[1].to(device, to)
+
+        single = torch.float32
+        self.first, self.first_norm = weights.first.to(device), here(weights.first_norm, single)
+        channels = weights.size.channels
+        self.convolutions = [  # as pictures of height 1, channels last: no copy between them
+            w.view(channels, 1, -1, channels).permute(0, 3, 1, 2).to(device, dtype) for w in weights.convolutions
+        ]
+        self.feature_norm, self.project = here(weights.feature_norm, single), here(weights.project)
+        self.pos, self.norm = here(weights.pos), here(weights.norm, single)
+        self.table = relative_table(weights.bias).to(device)
+        self.layers = [
+            LayerWeights(
+                qkvg=here(w.qkvg),
+                gate=w.gate.to(device),
+                out=here(w.out),
+                attention_norm=here(w.attention_norm, single),
+                fc1=here(w.fc1),
+                fc2=here(w.fc2),
+                final_norm=here(w.final_norm, single),
+            )
+            for w in weights.layers
+        ]
+        self.graphs: dict[int, _Graph] = {}
+
+    def __call__(self, windows: Sequence[np.ndarray]) -> Tensor:
+        """Mean over the frames of the input of every layer and the output of the last, float32 [B, L + 1, D].
+
+        windows : the real samples of each window, float32 [S], 0 < S <= 160,000
+        """
+        means = []
+        for first in range(0, len(windows), self.batch_size):
+            batch = windows[first : first + self.batch_size]
+            means.append(self._recorded(batch) if self.device.type == "cuda" else self.forward(*_padded(batch)))
+        return torch.cat(means)
+
+    def _recorded(self, windows: Sequence[np.ndarray]) -> Tensor:
+        """A batch through the graph of the next power of two; copies overlap what the GPU still computes."""
+        rows = min(1 << (len(windows) - 1).bit_length(), self.batch_size)
+        samples, frames = (t.to(self.device, non_blocking=True) for t in _padded(windows, rows, pin=True))
+        if rows not in self.graphs:
+            self.graphs[rows] = _Graph(self, samples, frames)
+        return self.graphs[rows](samples, frames)[: len(windows)]
+
+    def forward(self, samples: Tensor, frames: Tensor) -> Tensor:
+        """The same of samples [B, 160000] float32, zero after their real part, with `frames` [B] int32 that count."""
+        batch, width, heads = len(samples), self.size.width, self.size.heads
+        real = torch.arange(FRAMES, device=samples.device) < frames[:, None]
+        real = real[:, :, None]  # [B, F, 1]
+        x = _normalised(self._features(samples).float(), self.feature_norm)
+        x = F.linear(x.to(self.dtype), *self.project).masked_fill(~real, 0.0)
+        x = _normalised(x.float() + self._position(x).float(), self.norm)
+        share = real / frames[:, None, None]
+        means = [(x * share).sum(1)]
+        for layer in self.layers:
+            qkvg = F.linear(x.to(self.dtype), *layer.qkvg)
+            q, k, v = qkvg[..., : 3 * width].view(batch, FRAMES, 3, heads, -1).permute(2, 0, 3, 1, 4)
+            gate = gates(qkvg[..., 3 * width :].float(), layer.gate).transpose(1, 2)
+            y = gated_attention(q, k, v, gate, self.table, frames).transpose(1, 2).reshape(batch, FRAMES, width)
+            x = _normalised(x + F.linear(y, *layer.out), layer.attention_norm)
+            y = F.linear(F.gelu(F.linear(x.to(self.dtype), *layer.fc1)), *layer.fc2)
+            x = _normalised(x + y, layer.final_norm)
+            means.append((x * share).sum(1))
+        return torch.stack(means, dim=1)
+
+    def _features(self, samples: Tensor) -> Tensor:
+        """Output of the last convolution, [B, F, C]."""
+        weight, bias = normalised_first(samples, self.first, self.first_norm)
+        x = convolution_gelu(samples, weight, bias, STRIDES[0], self.dtype)
+        x = x[:, None].permute(0, 3, 1, 2)  # [B, C, 1, F], channels last in memory
+        for kernel in self.convolutions:
+            x = F.gelu(F.conv2d(x, kernel, stride=(1, 2)))
+        return x[:, :, 0].transpose(1, 2)
+
+    def _position(self, x: Tensor) -> Tensor:
+        weight, bias = self.pos
+        y = F.conv1d(x.transpose(1, 2), weight, bias, padding=weight.shape[2] // 2, groups=self.size.pos_groups)
+        return F.gelu(y[:, :, :FRAMES].transpose(1, 2))
+
+
+class _Graph:
+    """One forward pass of a fixed batch size, recorded once and replayed."""
+
+    def __init__(self, encoder: BatchEncoder, samples: Tensor, frames: Tensor) -> None:
+        self.samples, self.frames = samples.clone(), frames.clone()
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):  # libraries choose their algorithms and Triton compiles before the recording
+            encoder.forward(self.samples, self.frames)
+        torch.cuda.current_stream().wait_stream(side)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            self.means = encoder.forward(self.samples, self.frames)
+
+    def __call__(self, samples: Tensor, frames: Tensor) -> Tensor:
+        self.samples.copy_(samples)
+        self.frames.copy_(frames)
+        self.graph.replay()
+        return self.means.clone()
+
+
+def _padded(windows: Sequence[np.ndarray], rows: int = 0, pin: bool = False) -> tuple[Tensor, Tensor]:
+    """Samples [B, 160000], zero-padded, and frames that count [B]; at least `rows` of them, page-locked if asked."""
+    rows = max(rows, len(windows))
+    samples = torch.zeros(rows, WINDOW, pin_memory=pin)
+    frames = torch.ones(rows, dtype=torch.int32, pin_memory=pin)
+    for i, window in enumerate(windows):
+        samples[i, : len(window)] = torch.tensor(window)
+        frames[i] = frames_of(len(window))
+    return samples, frames
+
+
+def relative_table(bias: Tensor) -> Tensor:
+    """The bias [H, F, F] by distance key - query, [H, 2 F - 1]: its last row, then the rest of its first."""
+    return torch.cat([bias[:, -1], bias[:, 0, 1:]], dim=1).contiguous()
+
+
+def _normalised(x: Tensor, norm: Norm) -> Tensor:
+    return F.layer_norm(x, norm[0].shape, *norm, NORM_EPS)

@@ -1,0 +1,115 @@
+"""Audiobox Aesthetics as a reward: how much a listener would enjoy what was rendered.
+
+Shape letters: N clips, W windows of ten seconds, S samples.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from fastsmart.errors import UserError
+from fastsmart.reward.audiobox.architecture import SAMPLE_RATE, WINDOW
+from fastsmart.reward.audiobox.cpu import CpuEncoder
+from fastsmart.reward.audiobox.encoder import encoder_weights
+from fastsmart.reward.audiobox.gpu import BatchEncoder
+from fastsmart.reward.audiobox.heads import Heads
+from fastsmart.reward.audiobox.weights import read_weights
+from fastsmart.reward.base import Clips, heard
+from fastsmart.reward.settings import AUDIOBOX_AXES, AUDIOBOX_DTYPES
+
+LOWEST = 1.0  # of the scale from 1 to 10 on which people rated every axis
+
+
+class AudioboxReward:
+    """Predicted ratings of enjoyment (CE), usefulness (CU), complexity (PC) and quality (PQ), each 1..10.
+
+    A clip is scored as the package `audiobox_aesthetics` scores it: windows of 10 s, zero-padded and masked,
+    predictions brought back to the scale of the raters, and averaged by the real length of the windows. The reward is
+    the weighted sum of the axes times `scale`: with CE alone, 0.1..1.0 as in SMART. A clip of no length has the lowest
+    rating; silence that was rendered is rated like any sound; a clip with a sample that is not finite is NaN.
+
+    Hacked by whatever its raters' data did not hold: scores of tuned policies exceed those of recordings people like
+    better, the notes get denser and ever more alike, and the soundfont alone moves CE by more than one point. It hears
+    loudness, so normalise what it hears; compare scores only under one soundfont.
+
+    checkpoint : `checkpoint.pt`, a safetensors file with `config.json` beside it, the folder of either, or
+                 "" or "facebook/audiobox-aesthetics" for the published weights from the hub or its cache, or
+                 "random" for weights that mean nothing but cost as much
+    axes       : weight of every axis that counts
+    scale      : what a point on the raters' scale is worth
+    batch_size : windows in one forward pass on a GPU; on a CPU in float32 or int8 they go one by one
+    device, dtype : where and in what arithmetic; "float32", "bfloat16", "float16", or, on a CPU, "int8"
+
+    random : whether the weights were drawn by `make_random_weights`, so that no score means anything
+
+    Raises UserError when the weights are missing, broken or of another model, or the device cannot do int8.
+    """
+
+    name = "audiobox"
+    needs_audio = True
+
+    def __init__(
+        self,
+        checkpoint: str | Path = "",
+        axes: Mapping[str, float] | None = None,
+        *,
+        scale: float = 0.1,
+        batch_size: int = 8,
+        device: str = "cpu",
+        dtype: str = "float32",
+    ) -> None:
+        self.axes = dict(axes or {"CE": 1.0})
+        unknown = sorted(set(self.axes) - set(AUDIOBOX_AXES))
+        if unknown:
+            raise UserError(f"Audiobox has no axis {unknown[0]!r}; it has {', '.join(AUDIOBOX_AXES)}")
+        if dtype not in AUDIOBOX_DTYPES:
+            raise UserError(f"Audiobox computes in {', '.join(AUDIOBOX_DTYPES)}, not in {dtype!r}")
+        self.scale, self.batch_size, self.device = scale, batch_size, torch.device(device)
+        if dtype == "int8" and self.device.type != "cpu":
+            raise UserError(f"Audiobox in int8 runs on a CPU, not on {device}; choose float16")
+        with torch.inference_mode():
+            read = read_weights(checkpoint)
+            self.random = read.random
+            self.heads = Heads(read.state, read.target, read.head.normalize_embed, self.device)
+            weights = encoder_weights(read.state)
+            self.encoder: CpuEncoder | BatchEncoder
+            if self.device.type == "cpu" and dtype in ("float32", "int8"):
+                self.encoder = CpuEncoder(weights, int8=dtype == "int8")
+            else:
+                self.encoder = BatchEncoder(weights, self.device, getattr(torch, dtype), batch_size)
+
+    def __call__(self, clips: Clips) -> np.ndarray:
+        return self.weighted(self.rate(clips))
+
+    def weighted(self, ratings: Mapping[str, np.ndarray]) -> np.ndarray:
+        """The reward of clips with these ratings, float32 [N]."""
+        weighted = np.stack([weight * ratings[axis] for axis, weight in self.axes.items()])
+        return (self.scale * weighted.sum(axis=0)).astype(np.float32)
+
+    @torch.inference_mode()
+    def rate(self, clips: Clips) -> dict[str, np.ndarray]:
+        """All four axes of every clip on the raters' scale, float32 [N] each; NaN where there is no audio.
+
+        Raises UserError when the audio is not at 16 kHz.
+        """
+        audio = heard(clips, self.name)
+        if audio.sample_rate != SAMPLE_RATE:
+            raise UserError(f"Audiobox listens at 16000 Hz, these clips are at {audio.sample_rate} Hz; render at 16000")
+        lost = np.array([not np.isfinite(audio.clip(i)).all() for i in range(len(audio))], bool)
+        windows = [(i, at) for i in np.flatnonzero(~lost) for at in range(0, int(audio.lengths[i]), WINDOW)]
+        heard_samples = [audio.samples[i, at : min(at + WINDOW, int(audio.lengths[i]))] for i, at in windows]
+        rated = np.zeros((0, len(AUDIOBOX_AXES)))
+        if windows:
+            rated = self.heads(self.encoder(heard_samples)).cpu().numpy().astype(np.float64)
+        clip = np.array([i for i, _ in windows], np.int64)
+        length = np.array([len(samples) for samples in heard_samples], np.int64)
+        total = np.bincount(clip, length, len(audio))
+        ratings = {}
+        for axis, values in zip(AUDIOBOX_AXES, rated.T, strict=True):
+            mean = np.bincount(clip, length * values, len(audio)) / np.maximum(total, 1)
+            ratings[axis] = np.select([lost, total > 0], [np.nan, mean], LOWEST).astype(np.float32)
+        return ratings

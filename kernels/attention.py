@@ -1,0 +1,147 @@
+"""Attention whose relative position bias is gated by the query (WavLM, arXiv 2110.13900), for inference.
+
+Shape letters: B windows, H heads, T frames, E size of a head.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastsmart.kernels.jit import Shipped, choose_kernel, jit, tl
+
+HEAD_SIZES = (16, 32, 64, 128)  # that the kernel takes
+QUERIES, KEYS = 64, 32  # of a program, and of a step of its loop; 64 keys spill registers on sm_80
+NUM_WARPS = 4
+LOG2_E = 1.4426950408889634
+
+
+def gated_attention(
+    q: Tensor, k: Tensor, v: Tensor, gate: Tensor, table: Tensor, lengths: Tensor, kernel: str = "auto"
+) -> Tensor:
+    """softmax(q k^T / sqrt(E) + gate x bias) v over the first `lengths` keys, [B, H, T, E] in the dtype of v.
+
+    The bias of key j for query i is table[h, j - i + T - 1]. The kernel makes it where it is needed, so nothing of the
+    size [B, H, T, T] is ever in memory; scores and softmax are float32.
+
+    q, k, v : [B, H, T, E], any strides as long as E is contiguous
+    gate    : [B, H, T] float32
+    table   : [H, 2 T - 1] float32
+    lengths : [B] int32, each 1..T; of the queries all are computed
+    kernel  : "auto", "torch" or "triton"
+
+    Raises UserError when "triton" is asked for where it cannot run.
+    """
+    if q.shape[-1] not in HEAD_SIZES and kernel == "auto":
+        kernel = "torch"
+    if choose_kernel(kernel, q.device) == "torch":
+        return _torch(q, k, v, gate, table, lengths)
+    return _triton(q, k, v, gate, table, lengths)
+
+
+def _torch(q: Tensor, k: Tensor, v: Tensor, gate: Tensor, table: Tensor, lengths: Tensor) -> Tensor:
+    frames = q.shape[2]
+    bias = table.unfold(1, frames, 1).flip(1)  # [H, T, T]
+    unheard = torch.arange(frames, device=q.device) >= lengths[:, None]
+    scores = (gate[..., None] * bias).masked_fill_(unheard[:, None, None], -torch.inf)
+    return F.scaled_dot_product_attention(q.float(), k.float(), v.float(), attn_mask=scores).to(v.dtype)
+
+
+@jit
+def _attention_kernel(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    gate_ptr,
+    table_ptr,
+    lengths_ptr,
+    out_ptr,
+    stride_b,
+    stride_h,
+    stride_t,
+    out_stride_b,
+    out_stride_h,
+    out_stride_t,
+    heads,
+    frames,
+    scale,
+    E: tl.constexpr,
+    QUERIES: tl.constexpr,
+    KEYS: tl.constexpr,
+):
+    """One program is one block of queries of one head of one window; scores are in units of log 2."""
+    window, head = tl.program_id(1) // heads, tl.program_id(1) % heads
+    query = tl.program_id(0) * QUERIES + tl.arange(0, QUERIES)
+    inside = query < frames
+    coordinate = tl.arange(0, E)
+    base = window.to(tl.int64) * stride_b + head * stride_h
+    q = tl.load(q_ptr + base + query[:, None] * stride_t + coordinate[None, :], mask=inside[:, None], other=0.0)
+    gate = tl.load(gate_ptr + tl.program_id(1).to(tl.int64) * frames + query, mask=inside, other=0.0)
+    gate *= 1.4426950408889634  # log2 e, as is in scale: exp2 is the faster one
+    length = tl.load(lengths_ptr + window)
+    table_ptr += head * (2 * frames - 1) + frames - 1
+
+    highest = tl.full([QUERIES], float("-inf"), tl.float32)
+    total = tl.zeros([QUERIES], tl.float32)
+    y = tl.zeros([QUERIES, E], tl.float32)
+    for first in range(0, length, KEYS):
+        key = first + tl.arange(0, KEYS)
+        heard = key < length
+        at = key[:, None] * stride_t + coordinate[None, :]
+        k = tl.load(k_ptr + base + at, mask=heard[:, None], other=0.0)
+        v = tl.load(v_ptr + base + at, mask=heard[:, None], other=0.0)
+        bias = tl.load(table_ptr + key[None, :] - query[:, None], mask=heard[None, :] & inside[:, None], other=0.0)
+        score = tl.dot(q, tl.trans(k), input_precision="ieee") * scale + gate[:, None] * bias
+        score = tl.where(heard[None, :], score, float("-inf"))
+        new_highest = tl.maximum(highest, tl.max(score, 1))
+        shrink = tl.exp2(highest - new_highest)
+        p = tl.exp2(score - new_highest[:, None])
+        total = total * shrink + tl.sum(p, 1)
+        y = y * shrink[:, None] + tl.dot(p.to(v.dtype), v, input_precision="ieee")
+        highest = new_highest
+    out = out_ptr + window.to(tl.int64) * out_stride_b + head * out_stride_h
+    out += query[:, None] * out_stride_t + coordinate[None, :]
+    tl.store(out, (y / total[:, None]).to(out_ptr.dtype.element_ty), mask=inside[:, None])
+
+
+def _triton(q: Tensor, k: Tensor, v: Tensor, gate: Tensor, table: Tensor, lengths: Tensor) -> Tensor:
+    batch, heads, frames, size = q.shape
+    if k.stride() != q.stride() or v.stride() != q.stride() or q.stride(3) != 1:
+        q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
+    out = torch.empty(batch, frames, heads, size, dtype=v.dtype, device=v.device).transpose(1, 2)
+    _attention_kernel[(-(-frames // QUERIES), batch * heads)](
+        q,
+        k,
+        v,
+        gate.contiguous(),
+        table.contiguous(),
+        lengths,
+        out,
+        *q.stride()[:3],
+        *out.stride()[:3],
+        heads,
+        frames,
+        LOG2_E * size**-0.5,
+        E=size,
+        QUERIES=QUERIES,
+        KEYS=KEYS,
+        num_warps=NUM_WARPS,
+    )
+    return out
+
+
+_INTEGERS = ("stride_b", "stride_h", "stride_t", "out_stride_b", "out_stride_h", "out_stride_t", "heads", "frames")
+SHIPPED = [
+    Shipped(
+        f"gated attention, {dtype}",
+        _attention_kernel,
+        dict.fromkeys(("q_ptr", "k_ptr", "v_ptr", "out_ptr"), f"*{dtype}")
+        | dict.fromkeys(("gate_ptr", "table_ptr"), "*fp32")
+        | {"lengths_ptr": "*i32", "scale": "fp32"}
+        | dict.fromkeys(_INTEGERS, "i32"),
+        {"E": 64, "QUERIES": QUERIES, "KEYS": KEYS},
+        NUM_WARPS,
+    )
+    for dtype in ("fp16", "bf16")
+]

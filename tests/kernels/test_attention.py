@@ -1,0 +1,88 @@
+"""The kernels of the audio scorer against their torch twins, interpreted where there is no GPU."""
+
+import numpy as np
+import pytest
+import torch
+from scipy.special import erf
+
+from fastsmart.kernels import jit
+from fastsmart.kernels.attention import gated_attention
+from fastsmart.kernels.convolution import convolution_gelu
+
+needs_triton = pytest.mark.skipif(
+    jit.triton is None or not (jit.INTERPRETED or torch.cuda.is_available()), reason="no Triton to run"
+)
+DEVICE = "cuda" if torch.cuda.is_available() and not jit.INTERPRETED else "cpu"
+
+
+def attention_case(frames: int, lengths: list[int], size: int, dtype: torch.dtype) -> tuple:
+    """Arguments as the encoder has them: q, k and v are slices of one product."""
+    generator = torch.Generator().manual_seed(0)
+    batch, heads = len(lengths), 3
+    packed = torch.randn(batch, frames, 3 * heads * size + 2 * heads, generator=generator).to(DEVICE, dtype)
+    q, k, v = packed[..., : 3 * heads * size].view(batch, frames, 3, heads, size).permute(2, 0, 3, 1, 4)
+    gate = (2 * torch.rand(batch, heads, frames, generator=generator)).to(DEVICE)
+    table = torch.randn(heads, 2 * frames - 1, generator=generator).to(DEVICE)
+    return q, k, v, gate, table, torch.tensor(lengths, dtype=torch.int32, device=DEVICE)
+
+
+def by_definition(q, k, v, gate, table, lengths) -> np.ndarray:
+    q, k, v, gate, table = (x.double().cpu().numpy() for x in (q, k, v, gate, table))
+    frames = q.shape[2]
+    i, j = np.mgrid[:frames, :frames]
+    scores = q @ k.swapaxes(2, 3) / np.sqrt(q.shape[3]) + gate[..., None] * table[:, j - i + frames - 1]
+    scores = np.where(np.arange(frames) < lengths.cpu().numpy()[:, None, None, None], scores, -np.inf)
+    weights = np.exp(scores - scores.max(-1, keepdims=True))
+    return weights / weights.sum(-1, keepdims=True) @ v
+
+
+CASES = [
+    (130, [130, 64, 1], 64),  # more than two blocks, a whole block of padding, a single key
+    (64, [63], 16),  # one block that is not full
+    (5, [5, 3], 32),  # fewer frames than a block
+]
+
+
+@pytest.mark.parametrize(("frames", "lengths", "size"), CASES)
+def test_the_twin_is_attention_by_its_definition(frames, lengths, size):
+    case = attention_case(frames, lengths, size, torch.float32)
+    np.testing.assert_allclose(gated_attention(*case, kernel="torch").cpu(), by_definition(*case), atol=2e-6)
+
+
+@needs_triton
+@pytest.mark.parametrize(("frames", "lengths", "size"), CASES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_the_kernel_agrees_with_the_twin(frames, lengths, size, dtype):
+    case = attention_case(frames, lengths, size, dtype)
+    expected = gated_attention(*(x.float() if x.is_floating_point() else x for x in case), kernel="torch")
+    actual = gated_attention(*case, kernel="triton")
+    assert actual.dtype == dtype
+    assert actual.transpose(1, 2).is_contiguous()  # heads side by side, as the next product reads them
+    # float16 keeps 11 bits of values up to 4 and of the probabilities they are weighted with
+    torch.testing.assert_close(actual.float(), expected, atol=2e-6 if dtype == torch.float32 else 4e-3, rtol=0)
+
+
+def test_a_head_size_the_kernel_does_not_take_goes_the_other_way():
+    case = attention_case(7, [7], 8, torch.float32)
+    np.testing.assert_allclose(gated_attention(*case).cpu(), by_definition(*case), atol=2e-6)
+
+
+def convolution_case() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((2, 1003), (2, 10, 130), (2, 130))
+    return tuple(torch.randn(shape, generator=generator).to(DEVICE) for shape in shapes)  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize("kernel", ["torch", pytest.param("triton", marks=needs_triton)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_convolution_gelu_is_a_convolution_and_gelu(kernel, dtype):
+    samples, weight, bias = convolution_case()
+    actual = convolution_gelu(samples, weight, bias, 5, dtype, kernel=kernel)
+    x, w, b = (t.double().cpu().numpy() for t in (samples, weight, bias))
+    windows = np.lib.stride_tricks.sliding_window_view(x, 10, axis=1)[:, ::5]
+    y = windows @ w + b[:, None]
+    expected = 0.5 * y * (1 + erf(y / np.sqrt(2)))
+    assert actual.dtype == dtype
+    np.testing.assert_allclose(
+        actual.cpu().double(), expected, atol=1e-5, rtol=0 if dtype == torch.float32 else 2.0**-11
+    )

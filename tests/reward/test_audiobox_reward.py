@@ -1,0 +1,269 @@
+"""The Audiobox reward by itself: its files, its refusals, and what it does with odd clips. Parity is in tests/peers."""
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from fastsmart.audio.batch import AudioBatch
+from fastsmart.errors import UserError
+from fastsmart.reward import Clips, RewardMix, RewardSettings, load_reward
+from fastsmart.reward.audiobox import make_random_weights, read_weights
+from fastsmart.reward.audiobox.architecture import Size, encoder_shapes
+from fastsmart.reward.audiobox.cpu import int8_is_fast, quantised
+
+RATE = 16_000
+AXES = ("CE", "CU", "PC", "PQ")
+SMALL = Size(channels=16, width=32, ffn=64, heads=4, layers=2, pos_taps=16, pos_groups=4, head_layers=3)
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    return make_random_weights(tmp_path / "checkpoint.pt", size=SMALL)
+
+
+def clips(*seconds: float, rate: int = RATE) -> Clips:
+    rng = np.random.default_rng(0)
+    lengths = np.array([round(s * rate) for s in seconds], np.int64)
+    samples = np.zeros((len(seconds), int(lengths.max())), np.float32)
+    for k, length in enumerate(lengths):
+        t = np.arange(length) / rate
+        samples[k, :length] = 0.2 * np.sin(2 * np.pi * (220 + 110 * k) * t) + 0.02 * rng.normal(size=length)
+    # this reward never looks at the notes, so any object of that length stands for them
+    return Clips(notes=range(len(seconds)), audio=AudioBatch(samples, lengths, rate))  # type: ignore[arg-type]
+
+
+def test_the_reward_is_the_weighted_sum_of_the_axes_over_ten(checkpoint: Path) -> None:
+    batch = clips(2.0, 1.0)
+    reward = load_reward("audiobox", checkpoint=checkpoint, axes={"CE": 1.0, "PC": 0.5})
+    ratings = reward.rate(batch)
+    values = reward(batch)
+    assert values.dtype == np.float32
+    np.testing.assert_allclose(values, 0.1 * (ratings["CE"] + 0.5 * ratings["PC"]), rtol=1e-6)
+    settings = RewardSettings(terms={"audiobox": 2.0}, audiobox_checkpoint=str(checkpoint), audiobox_batch=1)
+    scores = RewardMix(settings)(batch)
+    np.testing.assert_allclose(scores.total, 0.2 * ratings["CE"], rtol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "int8", "bfloat16"])
+def test_odd_clips_do_not_spoil_the_batch(checkpoint: Path, dtype: str) -> None:
+    if dtype == "int8" and not int8_is_fast():
+        pytest.skip("no 8-bit products here")
+    batch = clips(1.0, 0.0, 1.0, 1.0, 1.0, 1 / RATE)
+    batch.audio.samples[2] = np.nan  # was not rendered
+    batch.audio.samples[3, 800] = np.nan
+    batch.audio.samples[4, 800] = np.inf
+    reward = load_reward("audiobox", checkpoint=checkpoint, dtype=dtype)
+    values = reward(batch)
+    np.testing.assert_array_equal(np.isnan(values), [False, False, True, True, True, False])
+    np.testing.assert_allclose(values[0], reward(clips(1.0))[0], rtol=1e-6)
+    assert values[1] == np.float32(0.1)  # of no length: the lowest rating
+    nothing = Clips(notes=range(1), audio=AudioBatch(np.zeros((1, 0), np.float32), np.zeros(1, np.int64), RATE))
+    np.testing.assert_array_equal(reward(nothing), np.float32([0.1]))
+
+
+def test_what_the_encoder_hears_does_not_depend_on_the_neighbours_to_the_last_bit(checkpoint: Path) -> None:
+    encoder = load_reward("audiobox", checkpoint=checkpoint).encoder
+    audio = clips(3.0, 9.5, 0.7).audio
+    together = encoder([audio.clip(i) for i in range(3)])
+    for i in range(3):
+        assert torch.equal(encoder([audio.clip(i)])[0], together[i])
+        assert torch.equal(encoder([audio.clip(i)])[0], together[i])
+
+
+@pytest.mark.skipif(not int8_is_fast(), reason="no 8-bit products here")
+def test_int8_is_near_float32_and_not_the_same(checkpoint: Path) -> None:
+    batch = clips(3.0, 2.0, 11.0)
+    full, eight = (load_reward("audiobox", checkpoint=checkpoint, dtype=d).rate(batch) for d in ("float32", "int8"))
+    for axis in AXES:
+        np.testing.assert_allclose(eight[axis], full[axis], atol=0.25)
+        assert not np.array_equal(eight[axis], full[axis])
+
+
+@pytest.mark.parametrize("from_gelu", [False, True])
+def test_bytes_stand_for_numbers_to_half_a_step(from_gelu: bool) -> None:
+    rng = np.random.default_rng(0)
+    for scale in (1e-6, 1.0, 300.0):
+        x = torch.tensor(scale * rng.normal(size=(50, 30)), dtype=torch.float32)
+        if from_gelu:
+            x = torch.nn.functional.gelu(x)
+        integers, step, offset = quantised(x, from_gelu)
+        assert torch.allclose(step * (integers.float() - offset), x, atol=0.501 * step, rtol=0)
+
+
+def test_random_weights_are_the_same_for_a_seed_and_say_what_they_are(tmp_path: Path) -> None:
+    paths = [tmp_path / name for name in ("a.pt", "b.safetensors", "c.pt")]
+    for path, seed in zip(paths, (1, 1, 2), strict=True):
+        make_random_weights(path, seed, SMALL)
+    a, b, c = (read_weights(path) for path in paths)
+    assert all(torch.equal(a.state[name], b.state[name]) for name in a.state)
+    assert not torch.equal(a.state["layer_weights.CE"], c.state["layer_weights.CE"])
+    assert a.random
+    assert b.random
+    content = torch.load(paths[0], weights_only=True)
+    del content["random_seed"]
+    torch.save(content, paths[0])
+    assert not read_weights(paths[0]).random
+
+
+def test_the_default_size_is_wavlm_base() -> None:
+    """94.4 M weights, as WavLM's paper (arXiv 2110.13900, section 5.1) has it: 94.70 M with its pre-training head."""
+    assert sum(int(np.prod(shape)) for shape in encoder_shapes(Size()).values()) == 94_381_936
+
+
+def test_safetensors_give_the_same_as_the_checkpoint(checkpoint: Path) -> None:
+    folder = checkpoint.parent / "hub"
+    make_random_weights(folder / "model.safetensors", size=SMALL)
+    batch = clips(1.5)
+    expected = load_reward("audiobox", checkpoint=checkpoint)(batch)
+    for path in (folder, folder / "model.safetensors", checkpoint.parent):
+        np.testing.assert_array_equal(load_reward("audiobox", checkpoint=path)(batch), expected)
+    (folder / "config.json").write_text("{")
+    with pytest.raises(UserError, match=r"model\.safetensors and config\.json"):
+        load_reward("audiobox", checkpoint=folder)
+    (folder / "config.json").write_text(json.dumps({"target_transform": {}}))
+    with pytest.raises(UserError, match="mean and std of every axis"):
+        load_reward("audiobox", checkpoint=folder)
+
+
+def test_loading_and_scoring_leave_the_random_states_alone(checkpoint: Path) -> None:
+    torch.manual_seed(1)
+    before, numpys = torch.get_rng_state(), np.random.get_state()[1].copy()  # noqa: NPY002
+    load_reward("audiobox", checkpoint=checkpoint)(clips(0.5))
+    assert torch.equal(torch.get_rng_state(), before)
+    np.testing.assert_array_equal(np.random.get_state()[1], numpys)  # noqa: NPY002
+
+
+class _Malice:
+    """Unpickled without care, this writes a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple:
+        return os.system, (f"touch {self.path}",)
+
+
+def test_a_checkpoint_that_carries_code_is_refused_and_not_run(checkpoint: Path) -> None:
+    content = torch.load(checkpoint, weights_only=True)
+    mark = checkpoint.parent / "it_ran"
+    torch.save(content | {"model_cfg": _Malice(mark)}, checkpoint)
+    with pytest.raises(UserError, match="nothing in it was run"):
+        load_reward("audiobox", checkpoint=checkpoint)
+    assert not mark.exists()
+
+
+def _not_finite(content: dict) -> None:
+    content["state_dict"]["model.wavlm_model.layer_norm.bias"][3] = torch.nan
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda c: c.pop("state_dict"), "lacks 'state_dict'"),
+        (lambda c: c["model_cfg"].pop("nth_layer"), "lacks 'nth_layer'"),
+        (lambda c: c["target_transform"].pop("PQ"), "mean and std of every axis"),
+        (lambda c: c["state_dict"].pop("model.layer_weights.CE"), r"layer_weights\.CE is missing"),
+        (lambda c: c["state_dict"].pop("model.wavlm_model.encoder.pos_conv.0.weight_v"), "lacks .*weight_v"),
+        (lambda c: c["state_dict"].update({"model.extra": torch.zeros(1)}), "extra is unknown"),
+        (lambda c: c["state_dict"].update({"model.layer_weights.CE": torch.zeros(9)}), r"shape \(9,\) and not \(3,\)"),
+        (lambda c: c["state_dict"].update({"model.layer_weights.CE": torch.zeros(3).long()}), "no tensor of floats"),
+        (lambda c: c["model_cfg"].update(proj_num_layer=2), "another model"),
+        (lambda c: c["model_cfg"].update(proj_act_fn="relu"), "proj_act_fn is 'relu'"),
+        (lambda c: c["model_cfg"].update(nth_layer=2), "nth_layer is 2"),
+        (_not_finite, "not finite"),
+    ],
+)
+def test_a_checkpoint_of_another_model_is_refused(
+    checkpoint: Path, change: Callable[[dict], object], says: str
+) -> None:
+    content = torch.load(checkpoint, weights_only=True)
+    change(content)
+    torch.save(content, checkpoint)
+    with pytest.raises(UserError, match=says) as error:
+        load_reward("audiobox", checkpoint=checkpoint)
+    assert str(checkpoint) in str(error.value)
+
+
+def test_missing_and_broken_files_are_refused(checkpoint: Path, tmp_path: Path) -> None:
+    whole = checkpoint.read_bytes()
+    broken = {"start.pt": whole[:5000], "most.pt": whole[:-700], "empty.pt": b"", "text.pt": b"no weights here\n" * 50}
+    for name, content in broken.items():
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(UserError, match=f"{name} is not a complete checkpoint"):
+            load_reward("audiobox", checkpoint=tmp_path / name)
+    torch.save([1, 2], tmp_path / "list.pt")
+    with pytest.raises(UserError, match="not an Audiobox checkpoint"):
+        load_reward("audiobox", checkpoint=tmp_path / "list.pt")
+    with pytest.raises(UserError, match=r"no Audiobox weights at .*nowhere\.pt; download"):
+        load_reward("audiobox", checkpoint=tmp_path / "nowhere.pt")
+    (tmp_path / "bare").mkdir()
+    with pytest.raises(UserError, match="holds neither"):
+        load_reward("audiobox", checkpoint=tmp_path / "bare")
+    safe = make_random_weights(tmp_path / "safe" / "model.safetensors", size=SMALL)
+    safe.write_bytes(safe.read_bytes()[:-700])
+    with pytest.raises(UserError, match="cannot read Audiobox weights"):
+        load_reward("audiobox", checkpoint=safe)
+
+
+def test_without_a_network_the_published_weights_are_asked_for_by_name(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    for checkpoint in ("", "facebook/audiobox-aesthetics"):
+        with pytest.raises(UserError, match=r"config\.json and model\.safetensors .*reward\.audiobox_checkpoint"):
+            load_reward("audiobox", checkpoint=checkpoint)
+
+
+def test_a_damaged_file_in_the_hubs_cache_is_found_by_its_checksum(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    import hashlib
+
+    from huggingface_hub import constants
+
+    snapshot = tmp_path / "models--facebook--audiobox-aesthetics" / "snapshots" / "abc"
+    made = make_random_weights(tmp_path / "made" / "model.safetensors", size=SMALL)
+    digest = hashlib.sha256(made.read_bytes()).hexdigest()
+    blob = snapshot.parents[1] / "blobs" / digest
+    for folder in (snapshot, blob.parent, snapshot.parents[1] / "refs"):
+        folder.mkdir(parents=True)
+    blob.write_bytes(made.read_bytes())
+    (snapshot / "model.safetensors").symlink_to(blob)
+    (snapshot / "config.json").write_bytes(made.with_name("config.json").read_bytes())
+    (snapshot.parents[1] / "refs" / "main").write_text("abc")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    assert read_weights("").random
+    content = bytearray(blob.read_bytes())
+    content[-5] ^= 1
+    blob.write_bytes(content)
+    with pytest.raises(UserError, match=f"checksum is wrong; delete .*{digest}"):
+        read_weights("")
+
+
+def test_wrong_axes_dtypes_and_sample_rates_are_refused(checkpoint: Path) -> None:
+    with pytest.raises(UserError, match="no axis 'XX'"):
+        load_reward("audiobox", checkpoint=checkpoint, axes={"XX": 1.0})
+    with pytest.raises(UserError, match="not in 'int3'"):
+        load_reward("audiobox", checkpoint=checkpoint, dtype="int3")
+    with pytest.raises(UserError, match="runs on a CPU, not on cuda"):
+        load_reward("audiobox", checkpoint=checkpoint, dtype="int8", device="cuda")
+    with pytest.raises(UserError, match="these clips are at 48000 Hz"):
+        load_reward("audiobox", checkpoint=checkpoint)(clips(0.1, rate=48_000))
+
+
+def test_random_is_a_name_for_random_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    from fastsmart.reward.audiobox import weights
+
+    monkeypatch.setattr(weights, "Size", lambda: SMALL)
+    reward = load_reward("audiobox", checkpoint="random")
+    assert reward.random
+    assert np.isfinite(reward(clips(0.3))).all()
