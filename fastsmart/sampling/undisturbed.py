@@ -21,7 +21,6 @@ ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     "VLLM_NO_USAGE_STATS": "1",
     "VLLM_DO_NOT_TRACK": "1",
-    "HF_HUB_OFFLINE": "1",
 }
 SHOW_LOG = "VLLM_LOGGING_LEVEL"  # where the user sets it, vLLM's own log is shown
 

@@ -58,20 +58,21 @@ class VllmEngine:
         if settings.vllm.sleep and not self.on_gpu:
             raise UserError("sampling.vllm.sleep gives GPU memory back; this policy is on the CPU, so leave it off")
         self.plan = plan(self.size, settings, dtype.itemsize, self.on_gpu)
-        self.sleeps, self.asleep, self.streaming = settings.vllm.sleep, False, False
-        with undisturbed(), groups.joined():
+        self.sleeps, self.streaming = settings.vllm.sleep, False
+        self.asleep: set[str] = set()  # what a sleep took from the GPU
+        with undisturbed():
             check_api(missing_api(), installed_version() or "")
-            with tempfile.TemporaryDirectory(prefix="fastsmart-vllm-") as folder:
-                # a head of its own: after a sync, vLLM's CPU layers would go on with a tied head's old copy
-                config = to_hf_config(replace(policy.size, tied_head=False), policy.vocab, dtype)
-                (Path(folder) / CONFIG_FILE).write_text(json.dumps(config), encoding="utf-8")
-                self.engine = start_engine(folder, self.plan, policy, dtype, self.sleeps)
+        with undisturbed(), groups.joined(), tempfile.TemporaryDirectory(prefix="fastsmart-vllm-") as folder:
+            # a head of its own: after a sync, vLLM's CPU layers would go on with a tied head's old copy
+            config = to_hf_config(replace(policy.size, tied_head=False), policy.vocab, dtype)
+            (Path(folder) / CONFIG_FILE).write_text(json.dumps(config), encoding="utf-8")
+            self.engine = start_engine(folder, self.plan, policy, dtype, self.sleeps)
         self._finalizer = weakref.finalize(self, end_engine, self.engine)
         self.load(policy, version)
 
     @torch.no_grad()
     def load(self, policy: Policy, version: int) -> None:
-        self._wake("weights")
+        self._wake({"weights"})
         tensors = weights_of(policy)
         if self.on_gpu:  # into the live parameters: their addresses stay, and with them the CUDA graphs
             self.engine.apply_model(lambda model: model.load_weights(tensors))
@@ -87,7 +88,7 @@ class VllmEngine:
         if self.streaming:
             raise RuntimeError("a vLLM engine streams one batch at a time")
         self.streaming = True
-        self._wake()
+        self._wake({"weights", "kv_cache"})
         open_requests: set[str] = set()
         try:
             with torch.random.fork_rng(devices=[]):
@@ -105,18 +106,17 @@ class VllmEngine:
             self.engine.abort_request(list(open_requests))
             self.streaming = False
             if self.sleeps:
-                self.engine.sleep(level=1)
-                self.asleep = True
+                self.engine.sleep(level=1)  # weights to the host: they are there again should no sync come between
+                self.asleep = {"weights", "kv_cache"}
 
-    def _wake(self, *tags: str) -> None:
-        """After a sleep, take back the memory of these tags, or whatever is still asleep."""
-        if self.asleep:
-            done = self.engine.wake_up(list(tags) or None)
-            self.asleep = not done
+    def _wake(self, parts: set[str]) -> None:
+        if parts & self.asleep:
+            self.engine.wake_up(sorted(parts & self.asleep))
+            self.asleep -= parts
 
     @torch.no_grad()
     def first_difference(self, policy: Policy) -> str | None:
-        self._wake("weights")
+        self._wake({"weights"})
         (model,) = self.engine.apply_model(lambda model: model)
         modules = dict(model.named_modules())
         for name, parameter in policy.named_parameters(remove_duplicate=False):
@@ -306,12 +306,15 @@ def installed_version() -> str | None:
 
 
 def missing_api() -> list[str]:
-    """What fastsmart calls and the installed vLLM does not have."""
-    from vllm.engine.arg_utils import EngineArgs
-    from vllm.outputs import CompletionOutput
-    from vllm.sampling_params import SamplingParams
-    from vllm.v1.engine.llm_engine import LLMEngine
-    from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+    """What fastsmart calls and the installed vLLM does not have; raises UserError where it does not import."""
+    try:
+        from vllm.engine.arg_utils import EngineArgs
+        from vllm.outputs import CompletionOutput
+        from vllm.sampling_params import SamplingParams
+        from vllm.v1.engine.llm_engine import LLMEngine
+        from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+    except ImportError as error:
+        raise UserError(f"vLLM does not load ({error}); install it again, or use --engine native") from error
 
     wanted = {
         EngineArgs: "logprobs_mode kv_cache_memory_bytes skip_tokenizer_init load_format hf_overrides "

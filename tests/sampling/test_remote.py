@@ -34,7 +34,7 @@ class FakeServer:
     """The routes of `vllm serve`, in front of weights that arrive by a direct copy instead of NCCL."""
 
     def __init__(self, policy):
-        self.policy, self.received = policy, None
+        self.policy = policy
         self.log, self.version, self.paused, self.refuse = [], "default", False, {}
         self.native = NativeEngine(policy)
         self.lock = threading.Lock()
@@ -101,7 +101,7 @@ class FakeServer:
     def digests(self):
         """vLLM's own checksums of the tensors as it would hold them."""
         held = torch.nn.Module()
-        for name, p in self.native_policy().named_parameters():
+        for name, p in self.policy.named_parameters():
             rows = -len(p) % 64 if p.shape[0] == 413 else 0
             padded = torch.nn.functional.pad(p.detach(), (0, 0, 0, rows)) if rows else p.detach()
             *path, leaf = name.split(".")
@@ -112,9 +112,6 @@ class FakeServer:
                 module = module._modules[part]
             module.register_parameter(leaf, torch.nn.Parameter(padded))
         return compute_tensor_digests(held)
-
-    def native_policy(self):
-        return self.received or self.policy
 
     def close(self):
         self.http.shutdown()
@@ -127,40 +124,52 @@ class FakeGroup:
         pass
 
 
+class OnGpu(Policy):
+    """A policy that takes itself for one on a GPU."""
+
+    device = torch.device("cuda")
+
+
+@pytest.fixture
+def trained(vocab):
+    policy = make_vllm_policy(vocab, seed=1)
+    policy.__class__ = OnGpu
+    return policy
+
+
 @pytest.fixture
 def server(vocab, monkeypatch):
-    policy = make_vllm_policy(vocab)
-    fake = FakeServer(policy)
-    monkeypatch.setattr(Policy, "device", torch.device("cuda"))
+    fake = FakeServer(make_vllm_policy(vocab))
     monkeypatch.setattr(nccl_engine, "open_trainer_endpoint", lambda info: fake.log.append("rendezvous") or FakeGroup())
-    broadcast = nccl_engine.NCCLTrainerWeightTransferEngine
 
     def without_nccl(self, source, meta):
-        fake.sent = [(name, tuple(tensor.shape)) for name, tensor in self._checked_iter(source, meta)]
+        fake.sent = []
+        for name, tensor in self._checked_iter(source, meta):
+            fake.sent.append((name, tuple(tensor.shape)))
+            fake.policy.get_parameter(name).data.copy_(tensor)
 
-    monkeypatch.setattr(broadcast, "_broadcast", without_nccl)
+    monkeypatch.setattr(nccl_engine.NCCLTrainerWeightTransferEngine, "_broadcast", without_nccl)
     yield fake
     fake.close()
 
 
-def connect(server, **settings):
+def connect(server, policy, **settings):
     settings = SamplingSettings("vllm", group=3, max_tokens=20, vllm=VllmSettings(server=server.address, **settings))
-    with torch.device("cpu"):
-        return make_engine(settings, server.policy, version=4), settings
+    return make_engine(settings, policy, version=4), settings
 
 
 SYNC = ["pause?mode=keep", "start_weight_update", "update_weights", "finish_weight_update", "weight_info", "resume"]
 
 
-def test_a_sync_goes_in_vllms_order_and_carries_every_tensor(server):
-    engine, _ = connect(server, transfer_port=29777)
+def test_a_sync_goes_in_vllms_order_and_carries_every_tensor(server, trained):
+    engine, _ = connect(server, trained, transfer_port=29777)
     assert server.log[0] == "get_world_size"
     assert sorted(server.log[1:3]) == ["init_weight_transfer_engine", "rendezvous"]  # both at once
     assert server.log[3:] == SYNC
     server.log.clear()
-    engine.load(server.policy, 5)
+    engine.load(trained, 5)
     assert server.log == SYNC
-    named = [(name, tuple(p.shape)) for name, p in server.policy.named_parameters()]
+    named = [(name, tuple(p.shape)) for name, p in trained.named_parameters()]
     assert server.sent == named
     assert list(zip(server.update.names, map(tuple, server.update.shapes), strict=True)) == named
     assert set(server.update.dtype_names) == {"float32"}
@@ -170,20 +179,20 @@ def test_a_sync_goes_in_vllms_order_and_carries_every_tensor(server):
     assert server.log[-1] == "shutdown_weight_transfer_engine"
 
 
-def test_buffers_are_the_size_of_the_model(server):
-    connect(server)
+def test_buffers_are_the_size_of_the_model(server, trained):
+    connect(server, trained)
     assert server.init.packed
-    assert server.init.packed_buffer_size_bytes == 4 * server.policy.num_parameters
+    assert server.init.packed_buffer_size_bytes == 4 * trained.num_parameters
 
 
-def test_completions_come_with_logprobs_and_version(server):
-    engine, settings = connect(server)
+def test_completions_come_with_logprobs_and_version(server, trained):
+    engine, settings = connect(server, trained)
     rollout = Rollout.gather(engine.stream(PROMPTS, settings, (0,)), PROMPTS, 3)
     assert rollout.version == 4
     for i, length in enumerate(rollout.lengths):
         ids = torch.from_numpy(rollout.sequence(i).astype(np.int64))[None]
         with torch.no_grad():
-            logprob = server.policy(ids)[0].log_softmax(-1)
+            logprob = trained(ids)[0].log_softmax(-1)
         first = int(rollout.prompt_lengths[i])
         expected = logprob[first - 1 : -1].gather(-1, ids[0, first:, None])[:, 0]
         np.testing.assert_allclose(rollout.logprobs[i, :length], expected, atol=1e-4)
@@ -193,17 +202,16 @@ def test_completions_come_with_logprobs_and_version(server):
     engine.close()
 
 
-def test_a_tensor_that_did_not_arrive_is_named(server, vocab):
-    engine, _ = connect(server)
-    assert engine.first_difference(server.policy) is None
-    for name, parameter in make_vllm_policy(vocab).named_parameters():
-        server.received = make_vllm_policy(vocab)
-        with torch.no_grad():
-            server.received.get_parameter(name).add_(torch.ones_like(parameter))
-        assert engine.first_difference(server.policy) == name
-    wide = checksum(server.policy.lm_head.weight, torch.bfloat16, padded=True)
+def test_a_tensor_that_did_not_arrive_is_named(server, trained):
+    engine, _ = connect(server, trained)
+    assert engine.first_difference(trained) is None
+    for name, parameter in trained.named_parameters():
+        server.policy.get_parameter(name).data.add_(1.0)
+        assert engine.first_difference(trained) == name
+        server.policy.get_parameter(name).data.copy_(parameter)
+    wide = checksum(trained.lm_head.weight, torch.bfloat16, padded=True)
     assert re.fullmatch("[0-9a-f]{64}", wide)
-    assert wide != checksum(server.policy.lm_head.weight, torch.float32, padded=True)
+    assert wide != checksum(trained.lm_head.weight, torch.float32, padded=True)
 
 
 @pytest.mark.parametrize(
@@ -214,35 +222,34 @@ def test_a_tensor_that_did_not_arrive_is_named(server, vocab):
         ("pause?mode=keep", 404, "start it with VLLM_SERVER_DEV_MODE=1"),
     ],
 )
-def test_what_the_server_refuses_ends_the_sync_and_it_stays_paused(server, route, status, says):
-    engine, _ = connect(server)
+def test_what_the_server_refuses_ends_the_sync_and_it_stays_paused(server, trained, route, status, says):
+    engine, _ = connect(server, trained)
     server.refuse[route] = (status, {"error": "out of memory"})
     with pytest.raises(UserError, match=says):
-        engine.load(server.policy, 5)
+        engine.load(trained, 5)
     assert server.log[-1] != "resume"
     assert engine.version == 4
 
 
-def test_another_version_than_was_sent_is_refused(server):
-    engine, _ = connect(server)
+def test_another_version_than_was_sent_is_refused(server, trained):
+    engine, _ = connect(server, trained)
     server.refuse["weight_info"] = (200, {"weight_version": "4"})
     with pytest.raises(UserError, match="holds version 4, not 5"):
-        engine.load(server.policy, 5)
+        engine.load(trained, 5)
     assert server.log[-1] != "resume"
 
 
-def test_a_server_that_is_gone_or_talks_nonsense_is_named(server):
-    engine, settings = connect(server)
+def test_a_server_that_is_gone_or_talks_nonsense_is_named(server, trained):
+    engine, settings = connect(server, trained)
     server.refuse["inference/v1/generate"] = (200, b"<html>")
     with pytest.raises(UserError, match=r"127\.0\.0\.1:\d+ does not answer inference/v1/generate"):
         list(engine.stream(PROMPTS, settings, (0,)))
     server.close()
     with pytest.raises(UserError, match="does not answer"):
-        engine.load(server.policy, 5)
+        engine.load(trained, 5)
     engine.close()  # says nothing
 
 
-def test_weights_go_out_from_a_gpu_only(server, monkeypatch):
-    monkeypatch.setattr(Policy, "device", torch.device("cpu"))
+def test_weights_go_out_from_a_gpu_only(server, vocab):
     with pytest.raises(UserError, match="from a GPU"):
-        connect(server)
+        connect(server, make_vllm_policy(vocab))

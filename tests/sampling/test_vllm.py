@@ -4,6 +4,7 @@ import logging
 import os
 import random
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -165,6 +166,26 @@ def test_a_completion_depends_on_seed_and_number_alone(shared):
         np.testing.assert_array_equal(c.ids, together.ids[c.index, : together.lengths[c.index]])
 
 
+def test_it_sleeps_between_rollouts_and_wakes_for_what_is_needed(shared, monkeypatch):
+    """On a CPU nothing is freed, but vLLM keeps the same account of what is asleep, and refuses to step or to wake
+    what is awake."""
+    engine, policy = shared
+    awake = draw(engine, SETTINGS)
+    asked = []
+    wake_up = engine.engine.wake_up
+    monkeypatch.setattr(engine.engine, "wake_up", lambda tags: asked.append(tags) or wake_up(tags))
+    monkeypatch.setattr(engine, "sleeps", True)
+    np.testing.assert_array_equal(draw(engine, SETTINGS).ids, awake.ids)
+    assert engine.engine.is_sleeping()
+    np.testing.assert_array_equal(draw(engine, SETTINGS).ids, awake.ids)
+    engine.load(policy, 7)
+    np.testing.assert_array_equal(draw(engine, SETTINGS).ids, awake.ids)
+    assert asked == [["kv_cache", "weights"], ["weights"], ["kv_cache"]]
+    monkeypatch.setattr(engine, "sleeps", False)
+    np.testing.assert_array_equal(draw(engine, SETTINGS).ids, awake.ids)
+    assert not engine.engine.is_sleeping()
+
+
 def homogeneity(a, b):
     """p-value of two samples of tokens having one distribution; rare tokens are counted together."""
     table = np.stack([np.bincount(x, minlength=413) for x in (a, b)])
@@ -226,8 +247,11 @@ def process_state():
     }
 
 
-def test_the_process_is_left_as_it_was(vocab, capfd):
+def test_the_process_is_left_as_it_was_and_nobody_called(vocab, capfd, monkeypatch):
     policy = make_vllm_policy(vocab)
+    called: list[object] = []
+    monkeypatch.setattr(socket.socket, "connect", lambda self, address: called.append(address))
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *address, **_: called.append(address) or [])
     before = process_state()
     rollout = sample(policy, PROMPTS, group=2, max_tokens=10, engine="vllm")
     assert len(rollout) == 8
@@ -237,6 +261,7 @@ def test_the_process_is_left_as_it_was(vocab, capfd):
     torch.set_num_threads(2)
     assert torch.get_num_threads() == 2
     assert capfd.readouterr() == ("", "")
+    assert called == []
 
 
 def test_engines_side_by_side_end_one_by_one(vocab):

@@ -61,13 +61,15 @@ class Listening(Silent):
 def leave_out(monkeypatch, engine: str, after: int = 0) -> None:
     """From the sync of version `after` on, LEFT_OUT is not sent."""
     if engine == "native":
-        load = NativeEngine.load
+        load, of_the_run = NativeEngine.load, []
 
         def partial(self, policy, version):
-            old = self.layers[1].down if version else None
+            of_the_run.append(self)
+            held = self.layers[1].down if version and self is of_the_run[0] else None
             load(self, policy, version)
-            if version >= after:
-                self.layers[1].down = old or self._matrix(torch.zeros_like(policy.model.layers[1].mlp.down_proj.weight))
+            if version >= after and self is of_the_run[0]:
+                fresh = torch.zeros_like(policy.model.layers[1].mlp.down_proj.weight)
+                self.layers[1].down = held or self._matrix(fresh)
 
         monkeypatch.setattr(NativeEngine, "load", partial)
         return
