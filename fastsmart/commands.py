@@ -346,10 +346,9 @@ def policy_source(text: str) -> str:
 
 
 def _render_one(notes: Any, i: int, path: Path, soundfont: str) -> None:
-    from fastsmart.audio import RenderSettings, listening_seconds, render_file
+    from fastsmart.audio import RenderSettings, render_file
 
-    whole = notes.select([i])
-    render_file(whole, 0, path, RenderSettings(soundfont=soundfont, max_seconds=listening_seconds(whole)))
+    render_file(notes.select([i]), 0, path, RenderSettings(soundfont))
 
 
 def _files(names: list[str], suffixes: tuple[str, ...]) -> list[tuple[Path, Path]]:

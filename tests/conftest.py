@@ -24,6 +24,11 @@ def _two_threads() -> None:
     torch.set_num_threads(2)  # as on the smallest machine we support; more only wait for each other
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
+    os.environ["FASTSMART_CACHE"] = str(tmp_path_factory.mktemp("cache"))  # not the note banks of whoever runs this
+
+
 @pytest.fixture(scope="session")
 def vocab() -> Vocabulary:
     return load_vocabulary("smart")

@@ -75,7 +75,7 @@ def test_scores_are_those_of_the_python_face(run, tmp_path):
 
     write_piece(tmp_path / "piece.mid", 3)
     notes = read_midi(tmp_path / "piece.mid", 10.0)
-    clips = fs.Clips(notes, fs.render(notes, max_seconds=float(notes.end_s[0])))
+    clips = fs.Clips(notes, fs.render(notes, backend="fluidsynth", max_seconds=float(notes.end_s[0])))
     rewards = ("consonance", "scale_consistency")
     _, out, _ = run("score", tmp_path / "piece.mid", *(x for name in rewards for x in ("--reward", name)))
     line = json.loads(out)

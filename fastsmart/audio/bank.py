@@ -3,7 +3,8 @@
 A bank is a folder, named by a hash of all that its sound depends on, with three files:
 
     bank.json    what it is a bank of
-    index.jsonl  one line a stored note: key, velocities, gains, rates of decay, place in `waves`, checksum
+    index.jsonl  one line a held note: key, velocities, gains, rates of decay, place in `waves`, checksum; or that these
+                 velocities are silent, or cannot be rebuilt from a held note
     waves.i16    the notes, int16, memory-mapped
 
 Both grow at their ends only: first the samples, then the line that tells of them, so that a reader never finds half a
@@ -23,8 +24,8 @@ import zlib
 from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
-from math import ceil
+from dataclasses import dataclass
+from math import ceil, inf
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,7 @@ from fastsmart.audio.tone import Layers, layers, measure, phases
 from fastsmart.errors import UserError
 from fastsmart.files import cache_folder, os_errors_as_user_errors, write_atomic
 
-FORMAT = 1  # of the folder, and of how notes are measured: a new number makes old banks unused
+FORMAT = 2  # of the folder, and of how notes are measured: a new number makes old banks unused
 GIB = 2**30
 LIMIT_VARIABLE = "FASTSMART_BANK_GIB"
 DEFAULT_LIMIT_GIB = 4.0
@@ -74,7 +75,6 @@ class NoteBank:
     """The bank that `settings` need, filled as notes are asked for.
 
     settings : of which soundfont, program, sample_rate and the window count
-    font_hash : of the soundfont, when the caller knows it
 
     Owns a memory map, and FluidSynth once a note is missing: a context manager, or call `close`. Not for several
     threads at once.
@@ -82,18 +82,17 @@ class NoteBank:
     Raises UserError when the soundfont cannot be used or the cache folder cannot be written.
     """
 
-    def __init__(self, settings: RenderSettings, font_hash: str = "") -> None:
+    def __init__(self, settings: RenderSettings) -> None:
         self.soundfont = find_soundfont(settings.soundfont)
         self.sample_rate = settings.sample_rate
         # whole steps of five seconds, so that windows of about one length share a bank
         self.seconds = 5.0 * ceil(settings.max_samples / settings.sample_rate / 5.0)
-        self._settings = replace(
-            settings, backend="fluidsynth", soundfont=str(self.soundfont), sample_rate=SYNTH_HZ, normalize="none",
-            tail="cut", max_seconds=self.seconds,
-        )  # fmt: skip
+        self._settings = RenderSettings(
+            str(self.soundfont), "fluidsynth", sample_rate=SYNTH_HZ, max_seconds=self.seconds, program=settings.program
+        )
         identity = {
             "format": FORMAT,
-            "soundfont": font_hash or soundfont_hash(self.soundfont),
+            "soundfont": soundfont_hash(self.soundfont),
             "fluidsynth": load_library().fluid_version_str().decode(),
             "gain": GAIN,
             "sample_rate": settings.sample_rate,
@@ -203,11 +202,11 @@ class NoteBank:
                 return
             mine = np.flatnonzero((kinds.held == anchor) & (np.arange(128) > 0))
             if anchor == 0:
-                line: dict[str, Any] = {"key": key, "velocities": mine.tolist(), "length": 0, "snr_db": 0.0}
+                line: dict[str, Any] = {"key": key, "velocities": mine.tolist(), "length": 0, "snr_db": inf}
                 samples = np.zeros(0, np.int16)
             else:
                 tone = measure(self._synth(), key, anchor, kinds, self.sample_rate, self.seconds)
-                samples = tone.samples
+                samples = tone.samples if tone.snr_db >= FIT_DB else np.zeros(0, np.int16)
                 line = {
                     "key": key,
                     "velocities": mine.tolist(),
@@ -251,21 +250,21 @@ class NoteBank:
         velocities, length, count = line["velocities"], line["length"], self.tables.phases
         for level in velocities:
             self._told.pop((key, level), None)
-        if length == 0:
-            self.tables.note_of[key, velocities] = SILENT
-            return True
         end = line["offset"] + count * length
-        if end > len(self.tables.waves):
+        if length and end > len(self.tables.waves):
             self._map()
-        samples = self.tables.waves[line["offset"] : end]
+        samples = self.tables.waves[line["offset"] : end] if length else np.zeros(0, np.int16)
         if _checksum(line, samples.data) != line["checksum"]:
             return False
+        if length == 0:
+            self.tables.note_of[key, velocities] = SILENT if line["snr_db"] >= FIT_DB else UNFIT
+            return True
         row, self._notes = self._notes, self._notes + 1
         self.tables.offset[row], self.tables.length[row] = line["offset"], length
         self.tables.decay[row] = line["decay"]
         self.tables.gain[key, velocities] = line["gain"]
         self.tables.faster[key, velocities] = line["faster"]
-        self.tables.note_of[key, velocities] = row if line["snr_db"] >= FIT_DB else UNFIT
+        self.tables.note_of[key, velocities] = row
         return True
 
     def _map(self) -> None:

@@ -54,13 +54,22 @@ def listening_seconds(notes: NoteBatch) -> float:
     return min(max(1.0, float(notes.end_s.max(initial=0.0))), LONGEST_S)
 
 
-def listening_settings(settings: RenderSettings) -> RenderSettings:
-    """`settings` for a file that a person listens to: 48 kHz, the last notes fade out, peak-normalised.
+def listening_settings(settings: RenderSettings, seconds: float) -> RenderSettings:
+    """`settings` for files of up to `seconds` that a person listens to, played by the reference renderer.
 
-    Reverb and chorus stay as they are set, off by default: a listener should judge the sound that the reward judged,
-    and a room hides what fine-tuning changes first, how notes end and how densely they lie.
+    48 kHz, the last notes fade out, peak-normalised. Reverb and chorus stay as they are set, off by default: a listener
+    should judge the sound that the reward judged, and a room hides what fine-tuning changes first, how notes end and
+    how densely they lie.
     """
-    return replace(settings, sample_rate=LISTENING_RATE_HZ, tail="release", normalize="peak", empty="silence")
+    return replace(
+        settings,
+        backend="fluidsynth",
+        sample_rate=LISTENING_RATE_HZ,
+        max_seconds=seconds,
+        tail="release",
+        normalize="peak",
+        empty="silence",
+    )
 
 
 def render_file(
@@ -70,7 +79,7 @@ def render_file(
     settings: RenderSettings | None = None,
     renderer: FluidSynthRenderer | None = None,
 ) -> None:
-    """Write piece i for listening: 48 kHz stereo, 16 bit, WAV or FLAC by the name's ending; see `listening_settings`.
+    """Write all of piece i for listening: 48 kHz stereo, 16 bit, WAV or FLAC by the name's ending.
 
     For many files pass one `renderer` made with `listening_settings`, so that the soundfont is loaded once.
 
@@ -79,7 +88,7 @@ def render_file(
     if renderer is not None:
         write_wav(path, renderer.render_stereo(notes, i), renderer.settings.sample_rate)
         return
-    with FluidSynthRenderer(listening_settings(settings or RenderSettings())) as own:
+    with FluidSynthRenderer(listening_settings(settings or RenderSettings(), listening_seconds(notes))) as own:
         write_wav(path, own.render_stereo(notes, i), own.settings.sample_rate)
 
 
@@ -92,7 +101,7 @@ def render_files(
 
     Raises UserError when FluidSynth or the soundfont cannot be used.
     """
-    whole = listening_settings(replace(settings, backend="fluidsynth", max_seconds=LONGEST_S))
+    whole = listening_settings(settings, LONGEST_S)
     own = threading.local()  # FluidSynth runs without Python's lock, so threads will do, each with a synth
 
     with ExitStack() as renderers, ThreadPoolExecutor(min(settings.worker_count, max(len(jobs), 1))) as threads:

@@ -90,8 +90,7 @@ def write_listening(stations: Stations, performances: Sequence[Performance], fol
     for i in range(len(whole)):
         whole.to_midi(i, folder / f"{i + 1:02d}-{label}.mid")
     if stations.pool:
-        settings = replace(config.audio, max_seconds=listening_seconds(whole))
-        with FluidSynthRenderer(listening_settings(settings)) as renderer:
+        with FluidSynthRenderer(listening_settings(config.audio, listening_seconds(whole))) as renderer:
             for i in range(len(whole)):
                 render_file(whole, i, folder / f"{i + 1:02d}-{label}.wav", renderer=renderer)
 

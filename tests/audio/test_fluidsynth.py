@@ -245,7 +245,7 @@ def test_a_crowd_of_notes_is_rendered_and_leaves_nothing_sounding(
 def test_a_file_for_listening_is_48_khz_stereo_with_its_tail(pieces_of: Pieces, tmp_path: Path) -> None:
     notes = pieces_of([(0.0, 0.5, 60, 100), (0.5, 0.5, 64, 90)], [])
     render_file(notes, 0, tmp_path / "a.wav")
-    with FluidSynthRenderer(listening_settings(RenderSettings())) as renderer:
+    with FluidSynthRenderer(listening_settings(RenderSettings(), 10.0)) as renderer:
         render_file(notes, 0, tmp_path / "a.flac", renderer=renderer)
     render_file(notes, 1, tmp_path / "empty.wav", RenderSettings(empty="nan"))
     wav, rate = soundfile.read(tmp_path / "a.wav")
@@ -255,6 +255,12 @@ def test_a_file_for_listening_is_48_khz_stereo_with_its_tail(pieces_of: Pieces, 
     assert np.abs(wav).max() > 0.99
     np.testing.assert_allclose(soundfile.read(tmp_path / "a.flac")[0], wav, rtol=0.0, atol=2.0**-15)  # rounding
     assert not soundfile.read(tmp_path / "empty.wav")[0].any()
+
+
+def test_a_file_for_listening_has_all_of_a_long_piece(pieces_of: Pieces, tmp_path: Path) -> None:
+    """Longer than the window of a reward, and than the notes of a bank."""
+    render_file(pieces_of([(0.0, 0.5, 60, 100), (70.0, 0.5, 64, 90)]), 0, tmp_path / "long.wav")
+    assert soundfile.info(tmp_path / "long.wav").duration > 70.5
 
 
 def test_a_file_that_cannot_be_written_is_named(pieces_of: Pieces, tmp_path: Path) -> None:
