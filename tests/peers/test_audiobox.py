@@ -22,6 +22,10 @@ from fastsmart.reward.audiobox.architecture import Size
 
 aes = pytest.importorskip("audiobox_aesthetics.model.aes")
 
+pytestmark = [  # upstream's own
+    pytest.mark.filterwarnings("ignore:`torch.nn.utils.weight_norm` is deprecated:FutureWarning"),
+    pytest.mark.filterwarnings("ignore:Support for mismatched key_padding_mask:UserWarning"),
+]
 RATE = 16_000
 AXES = ("CE", "CU", "PC", "PQ")
 SMALL = Size(channels=16, width=32, ffn=64, heads=4, layers=2, pos_taps=16, pos_groups=4, head_layers=3)
