@@ -255,6 +255,7 @@ class RenderPool:
         self._block[index] = np.nan
         self._finish(index, self.settings.empty_samples)
         self.failed += 1
+        self._events.append(f"clip {index} ended {TRIES} workers and was given up")
         if self.quarantine is not None:
             self.quarantine.mkdir(parents=True, exist_ok=True)
             names = (self.quarantine / f"clip-{n:04d}.mid" for n in range(self.failed, sys.maxsize))

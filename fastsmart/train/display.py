@@ -14,7 +14,7 @@ from rich.table import Table
 
 from fastsmart.config import Config
 
-_STAGES = ("sample", "decode", "render", "score", "update", "sync")
+_STAGES = ("sample", "decode", "render", "score", "wait", "update", "reduce", "sync")
 
 
 class Display(Protocol):

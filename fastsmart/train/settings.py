@@ -29,15 +29,15 @@ class PolicySettings:
 class TrainSettings:
     """The training loop.
 
+    steps          : optimizer batches; each samples its own prompts
+    prompts        : prompts a step; completions a step = prompts x sampling.group
+    iterations     : optimizer steps on each batch of completions
+    micro_batch    : completions in one forward and backward pass
     pipeline       : "off" = one stage after the other; "overlap" = clips are rendered and scored while others are still
                      being sampled, with the same numbers to the last bit; "one-step-off" = the batch of a step is
                      sampled, rendered and scored while the policy learns from the one before
     max_staleness  : of one-step-off: completions drawn by a policy more steps old than this are dropped and drawn again
     score_batch    : clips scored in one call, at least one group; the pieces that overlap works with
-    steps          : optimizer batches; each samples its own prompts
-    prompts        : prompts a step; completions a step = prompts x sampling.group
-    iterations     : optimizer steps on each batch of completions
-    micro_batch    : completions in one forward and backward pass
     advantage_scale : what a centred reward is divided by: "group", "batch" standard deviation, or "none"
     learning_rate, schedule, warmup : peak, its course towards zero, steps of linear warm-up
     betas, weight_decay, max_grad_norm : AdamW and gradient clipping
@@ -53,13 +53,13 @@ class TrainSettings:
                      step is warned about; 0 = 1.001 in float32, 1.05 in bfloat16
     """
 
-    pipeline: Literal["off", "overlap", "one-step-off"] = "overlap"
-    max_staleness: int = 1
-    score_batch: int = 16
     steps: int = 200
     prompts: int = 8
     iterations: int = 1
     micro_batch: int = 16
+    pipeline: Literal["off", "overlap", "one-step-off"] = "overlap"
+    max_staleness: int = 1
+    score_batch: int = 16
     advantage_scale: Literal["group", "batch", "none"] = "group"
     learning_rate: float = 1e-4
     schedule: Literal["linear", "cosine", "constant"] = "linear"
