@@ -15,6 +15,7 @@ Fine-tunes symbolic-music transformers by reinforcement learning on how the musi
   fastsmart train --preset demo --out runs/demo      tune the shipped policy, a few minutes on two cores
   fastsmart sample --policy runs/demo --out songs    let a policy play
   fastsmart score songs --reward consonance          how it sounds, in numbers
+  fastsmart report runs/demo                         what the training did, as one page to read and hear
 """
 
 
@@ -48,17 +49,25 @@ def parser() -> argparse.ArgumentParser:
     _score(commands.add_parser("score", help="reward of MIDI and audio files, as JSON lines"))
     _top(commands.add_parser("top", help="how a run is doing, live, from its files"))
     _bank(commands.add_parser("bank", help="the stored notes that training renders from"))
+    _evaluate(commands.add_parser("evaluate", help="compare policies: rewards, features, diversity, with intervals"))
+    _report(commands.add_parser("report", help="a run or an evaluation as one page to read and hear"))
+    _listen(commands.add_parser("listen", help="a blind listening test: make it, analyse it, plan it"))
+    _sweep(commands.add_parser("sweep", help="several runs, and the frontier of reward and diversity they draw"))
     commands.add_parser("doctor", help="what this machine has, what is missing, and the command that mends it")
     return top
+
+
+def _settings(p: argparse.ArgumentParser) -> None:
+    p.add_argument("--preset", help="demo, smart-paper or smart-released")
+    p.add_argument("--config", help="TOML file with the keys that --dry-run prints")
+    p.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="set one key; repeatable")
 
 
 def _train(p: argparse.ArgumentParser) -> None:
     p.description = (
         "Tune a policy. Settings come from the preset, then the config file, then each --set, in this order."
     )
-    p.add_argument("--preset", help="demo, smart-paper or smart-released")
-    p.add_argument("--config", help="TOML file with the keys that --dry-run prints")
-    p.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="set one key; repeatable")
+    _settings(p)
     p.add_argument("--engine", help="native or vllm; short for --set sampling.engine=...")
     p.add_argument(
         "--async",
@@ -182,3 +191,92 @@ def _pretrain(p: argparse.ArgumentParser) -> None:
     p.add_argument("--device", help="torch device; default cpu")
     p.add_argument("--threads", type=int, default=0, help="CPU threads; default: one a core")
     p.add_argument("--compile", action="store_true", help="fuse the network with torch.compile (needs a C++ compiler)")
+
+
+def _evaluate(p: argparse.ArgumentParser) -> None:
+    p.description = (
+        "Have policies play the same held-out prompts and write what their music is worth, what it is like and how "
+        "diverse it is, as JSON and CSV with bootstrap intervals. Prompts, sampling, rewards and soundfont are those "
+        "of --preset, --config and --set; without them, of the first run among the policies, else of preset demo."
+    )
+    p.add_argument(
+        "--policy",
+        action="append",
+        required=True,
+        metavar="[LABEL=]POLICY",
+        help="shipped name, checkpoint or run folder, or hub id; repeatable; the others are compared with the first. "
+        "A run alone is compared with the policy it started from",
+    )
+    _settings(p)
+    _evaluation(p)
+    p.add_argument("--out", required=True, help="folder of the evaluation; what is there is not played again")
+
+
+def _evaluation(p: argparse.ArgumentParser) -> None:
+    p.add_argument("-n", "--prompts", type=int, default=1000, help="held-out prompts; default 1000")
+    p.add_argument(
+        "--best-of", type=int, default=8, metavar="N", help="outputs of the baseline's choice; default 8, 0 = none"
+    )
+    p.add_argument("--soundfont", action="append", default=[], help="score on this one too; repeatable")
+    p.add_argument("--training-set", default="", help="folder of MIDI files to look for copies in")
+
+
+def _report(p: argparse.ArgumentParser) -> None:
+    p.description = (
+        "Write one self-contained HTML page: findings, players, figures, tables, settings. A run is first compared "
+        "with the policy it started from, into RUN/evaluation."
+    )
+    p.add_argument("source", metavar="RUN|EVALUATION", help="folder of a run or of an evaluation")
+    p.add_argument("--out", default="", help="HTML file; default: report.html in the folder")
+    p.add_argument("--players", type=int, default=6, help="held-out prompts to listen to; default 6, 0 = none")
+    p.add_argument("-n", "--prompts", type=int, default=200, help="of a run's evaluation; default 200")
+    p.add_argument("--best-of", type=int, default=4, metavar="N", help="of a run's evaluation; default 4, 0 = none")
+    p.add_argument("--training-set", default="", help="of a run's evaluation: MIDI files to look for copies in")
+
+
+def _listen(p: argparse.ArgumentParser) -> None:
+    jobs = p.add_subparsers(dest="job", required=True, metavar="JOB")
+    make = jobs.add_parser("make", help="a page for listeners, and its key")
+    make.description = (
+        "Write OUT/page/listen.html, which is all a listener gets, and OUT/key.json, which says what the clips are and "
+        "stays with you. Listeners send back the file the page gives them."
+    )
+    make.add_argument("evaluation", help="folder of an evaluation")
+    make.add_argument("--out", required=True, help="folder of the test")
+    make.add_argument("--design", choices=["rating", "ab"], default="rating", help="one clip at a time, or two")
+    make.add_argument("--policy", action="append", help="label of a policy; repeatable; default: the first two")
+    make.add_argument("--prompts", type=int, default=15, help="default 15")
+    make.add_argument("--seconds", type=float, default=10.0, help="of each clip; default 10")
+    make.add_argument("--checks", type=int, default=2, help="attention checks; default 2")
+    make.add_argument("--repeats", type=int, default=2, help="trials that come twice; default 2")
+    make.add_argument("--question", default="", help="what is asked about every clip")
+    analyse = jobs.add_parser("analyse", help="what the listeners said")
+    analyse.description = (
+        "Means, mixed models with listeners and prompts as random effects, tests, and the power for more listeners."
+    )
+    analyse.add_argument("answers", nargs="+", help="files that listeners sent back, or folders of them")
+    analyse.add_argument("--key", required=True, help="key.json of the test")
+    analyse.add_argument("--out", default="", help="write all figures here as JSON")
+    analyse.add_argument("--keep-inattentive", action="store_true", help="keep who failed an attention check")
+    power = jobs.add_parser("power", help="how many listeners a difference needs")
+    power.add_argument("--design", choices=["rating", "ab"], default="rating")
+    power.add_argument(
+        "--effect", type=float, required=True, help="points of rating, or chance to be chosen (0.5 = none)"
+    )
+    power.add_argument(
+        "--sd", type=float, default=1.0, help="of one rating beside listener, prompt and clip; default 1"
+    )
+    power.add_argument("--clip-sd", type=float, default=0.4, help="between clips of a policy; default 0.4")
+    power.add_argument("--prompts", type=int, default=15, help="default 15")
+
+
+def _sweep(p: argparse.ArgumentParser) -> None:
+    p.description = (
+        "Train every run of a sweep file, evaluate them together, and draw reward against diversity. What is there is "
+        "not done again: the same command goes on after a stop. docs/over-optimisation.md shows a sweep file."
+    )
+    p.add_argument("sweep", help="TOML file with a [grid] or [[runs]]")
+    p.add_argument("--out", required=True, help="folder of the sweep")
+    p.add_argument("--index", type=int, help="only the run of this number, from 0, as a job of an array")
+    p.add_argument("--training-set", default="", help="folder of MIDI files to look for copies in")
+    p.add_argument("--dry-run", action="store_true", help="list the runs and leave")

@@ -30,7 +30,9 @@ def one_sentence(error: str) -> bool:
     return error.startswith("fastsmart: ") and error.count("\n") == 1 and "Traceback" not in error
 
 
-@pytest.mark.parametrize("command", ["pretrain", "train", "sample", "render", "score", "doctor"])
+@pytest.mark.parametrize(
+    "command", ["pretrain", "train", "sample", "render", "score", "evaluate", "report", "listen", "sweep", "doctor"]
+)
 def test_every_command_explains_itself(command):
     shown = subprocess.run(
         [sys.executable, "-m", "fastsmart", command, "--help"], capture_output=True, text=True, check=True

@@ -170,3 +170,16 @@ def _tensors(path: Path) -> dict[str, torch.Tensor]:
 
 def _damaged(checkpoint: Path, error: Exception) -> str:
     return f"{checkpoint} is damaged ({error}); remove it to resume from the one before"
+
+
+def policy_source(text: str) -> str:
+    """What a person names as a policy: a run folder stands for its newest checkpoint, all else for itself.
+
+    Raises UserError for a run that has no checkpoint yet.
+    """
+    if (Path(text) / "policy" / "config.json").is_file():  # a pre-training run: its best
+        return str(Path(text) / "policy")
+    found = Checkpoints(Path(text) / "checkpoints").all()
+    if not found and (Path(text) / "config.toml").is_file():
+        raise UserError(f"the run in {text} has no checkpoint yet")
+    return str(found[-1]) if found else text

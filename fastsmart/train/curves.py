@@ -3,13 +3,24 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fastsmart.files import os_errors_as_user_errors
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 
 def draw_curves(lines: list[dict[str, Any]], path: Path) -> None:
-    """Reward, its terms, KL and entropy, notes, and the time of each stage, over steps; raises UserError if unwritable.
+    """Write the picture of `curves`, where there is a step to show; raises UserError if it cannot be written."""
+    figure = curves(lines)
+    if figure:
+        with os_errors_as_user_errors(path):
+            figure.savefig(path, dpi=110)
+
+
+def curves(lines: list[dict[str, Any]]) -> Figure | None:
+    """Reward, its terms, notes, KL, entropy, diversity, and the time of each stage, over steps; None without a step.
 
     lines : of metrics.jsonl
     """
@@ -18,9 +29,10 @@ def draw_curves(lines: list[dict[str, Any]], path: Path) -> None:
     steps = [line for line in lines if "reward" in line]
     held_out = [line for line in lines if "eval" in line]
     if not steps:
-        return
-    figure = Figure(figsize=(12, 8), layout="constrained")
-    axes = figure.subplots(2, 3).ravel()
+        return None
+    figure = Figure(figsize=(12, 7), layout="constrained")
+    places = ("reward", "terms", "notes", "kl"), ("entropy", "diversity", "time", "time")
+    axes = list(figure.subplot_mosaic([list(row) for row in places]).values())
     x = [line["step"] for line in steps]
     x_held_out = [line["step"] for line in held_out]
 
@@ -53,12 +65,17 @@ def draw_curves(lines: list[dict[str, Any]], path: Path) -> None:
     axes[3].set(title="KL to the base policy, nats per token", xlabel="step")
     axes[4].plot(x, [_number(line.get("entropy")) for line in steps])
     axes[4].set(title="entropy, nats per token", xlabel="step")
+    for i, name in enumerate(held_out[0]["eval"].get("diversity", ()) if held_out else ()):
+        measured = [_number(line["eval"]["diversity"][name]) for line in held_out]
+        axes[5].plot(x_held_out, measured, "o-", color=f"C{i}", label=name.replace("_", " "))
+    axes[5].set(title="diversity, held-out", xlabel="step", ylim=(0, 1.05))
+    if axes[5].lines:
+        axes[5].legend(fontsize="small")
     stages = [s for s in ("sample", "decode", "render", "score", "update", "sync") if s in steps[-1]["time"]]
-    axes[5].stackplot(x, *[[line["time"].get(s, 0.0) for line in steps] for s in stages], labels=stages)
-    axes[5].set(title="seconds per step", xlabel="step")
-    axes[5].legend(fontsize="small")
-    with os_errors_as_user_errors(path):
-        figure.savefig(path, dpi=110)
+    axes[6].stackplot(x, *[[line["time"].get(s, 0.0) for line in steps] for s in stages], labels=stages)
+    axes[6].set(title="seconds per step", xlabel="step")
+    axes[6].legend(fontsize="small", loc="upper right", ncols=3)
+    return figure
 
 
 def _number(value: float | None) -> float:

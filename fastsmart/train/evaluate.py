@@ -14,6 +14,7 @@ from fastsmart.files import make_folder
 from fastsmart.notes import NoteBatch
 from fastsmart.reward.features import features
 from fastsmart.sampling import SamplingSettings
+from fastsmart.study.diversity import histograms, spread
 from fastsmart.tokens.decode import decode
 from fastsmart.tokens.prompts import make_prompts
 from fastsmart.train.stations import Performance, Stations
@@ -53,7 +54,10 @@ def evaluate(
         performances.append(stations.perform(prompts, settings, seed, progress, first))
     table = clip_table(performances)
     rows = ranks.gather(np.stack(list(table.values()), axis=1), config.train.eval_prompts)
-    return performances, summarise(dict(zip(table, rows.T, strict=True)))
+    summary = summarise(dict(zip(table, rows.T, strict=True)))
+    played = histograms(NoteBatch.concat([p.notes for p in performances]))
+    together = {name: ranks.gather(rows, config.train.eval_prompts) for name, rows in played.items()}
+    return performances, summary | {"diversity": spread(together)}
 
 
 def clip_table(performances: Sequence[Performance]) -> dict[str, np.ndarray]:
@@ -110,6 +114,10 @@ def before_after(before: dict, after: dict, steps: int) -> str:
         known = old["std"] and new["mean"] is not None
         change = f"{(new['mean'] - old['mean']) / old['std']:+.2f}" if known else "–"
         lines.append(f"| {name} | {_cell(old)} | {_cell(new)} | {change} |")
+    lines += [
+        f"| diversity: {name.replace('_', ' ')} | {value:.3f} | {after['diversity'][name]:.3f} | |"
+        for name, value in before.get("diversity", {}).items()
+    ]
     lines += [
         f"| empty clips | {before['empty']} | {after['empty']} | |",
         f"| clips that could not be scored | {before['unscored']} | {after['unscored']} | |",

@@ -65,7 +65,7 @@ def statistics_path(config: Config) -> Path | str:
 
 def provenance(config: Config, policy: Policy, statistics: Path | str, renders: bool) -> dict[str, Any]:
     """What the numbers of a run depend on; `inputs` are the files a resumed run must find unchanged."""
-    inputs: dict[str, dict[str, str]] = {"policy": {"path": config.policy.source, "sha256": _weights_hash(policy)}}
+    inputs: dict[str, dict[str, str]] = {"policy": {"path": config.policy.source, "sha256": weights_hash(policy)}}
     if statistics:
         inputs["statistics"] = {"path": str(statistics), "sha256": file_hash(statistics)}
     if renders:
@@ -75,6 +75,13 @@ def provenance(config: Config, policy: Policy, statistics: Path | str, renders: 
         "inputs": inputs,
         "parameters": policy.num_parameters,
         "device": str(resolved_device(config.policy)),
+        **machine(),
+    }
+
+
+def machine() -> dict[str, Any]:
+    """What computes: the GPU or None, processor, cores, Python, and the versions of the packages that matter."""
+    return {
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "machine": {"processor": processor(), "cores": cpu_cores(), "python": platform.python_version()},
         "packages": {name: version for name in PACKAGES if (version := installed_version(name))},
@@ -87,7 +94,8 @@ def file_hash(path: str | Path) -> str:
         return hashlib.file_digest(content, "sha256").hexdigest()
 
 
-def _weights_hash(policy: Policy) -> str:
+def weights_hash(policy: Policy) -> str:
+    """sha256 of the names and values of all parameters, hex."""
     digest = hashlib.sha256()
     for name, parameter in policy.named_parameters():
         digest.update(name.encode() + parameter.detach().cpu().numpy().tobytes())

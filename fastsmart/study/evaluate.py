@@ -1,0 +1,206 @@
+"""The job behind `fastsmart evaluate`: play, score, measure, write."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+
+from fastsmart.audio import soundfont_hash
+from fastsmart.config import Config, to_toml
+from fastsmart.errors import UserError
+from fastsmart.files import make_folder, write_atomic
+from fastsmart.policy.checkpoint import load_policy
+from fastsmart.policy.state import policy_source
+from fastsmart.policy.transformer import Policy
+from fastsmart.study.diversity import TrainingSet, prompt_numbers
+from fastsmart.study.evaluation import (
+    EVALUATION_FILE,
+    OUTPUTS_FOLDER,
+    Evaluation,
+    PolicyRecord,
+    clips_csv,
+    metrics_csv,
+    outputs_path,
+    without_nan,
+)
+from fastsmart.study.measures import against, best_of_point, measure
+from fastsmart.study.outputs import Outputs, Performer, Progress, best_of_counts, named_soundfonts
+from fastsmart.study.resampling import LEVEL, RESAMPLES
+from fastsmart.tokens.dataset import TokenDataset, encode_folder
+from fastsmart.tokens.vocabulary import Vocabulary
+from fastsmart.train.folder import CONFIG_FILE, PROVENANCE_FILE
+from fastsmart.train.provenance import machine, resolved_device, weights_hash
+
+FORBIDDEN = set('/\\:*?"<>|')  # in a label, which is also a file name
+
+
+def evaluate(
+    sources: Sequence[str],
+    out: str | Path,
+    config: Config,
+    prompts: int = 1000,
+    best_of: int = 8,
+    soundfonts: Sequence[str] = (),
+    training_set: str | Path = "",
+    progress: Progress = lambda stage, done, total: None,
+) -> Evaluation:
+    """Have every policy play the same held-out prompts, measure, and write the folder `out`.
+
+    sources      : shipped names, checkpoint or run folders, or hub ids, each perhaps as `LABEL=SOURCE`; the others are
+                   compared with the first
+    config       : its prompts, sampling, audio and reward sections are what is used, and its train.seed
+    best_of      : outputs of the first policy the best-of-n baseline chooses from; below 2 there is none
+    soundfonts   : to score on beside the one of `config.audio`
+    training_set : folder of MIDI files or of an encoded dataset, to look for copies in; "" = none
+
+    What is already in `out` from the same policy and settings is not played again. Raises UserError for whatever the
+    user can mend.
+    """
+    pairs = labelled(sources)
+    stage = Stage(out, config, prompts, soundfonts)
+    played: dict[str, Outputs] = {}
+    records: list[PolicyRecord] = []
+    vocab: Vocabulary | None = None
+    for label, source in pairs:
+        record, policy, outputs = stage.play(label, source, progress)
+        if vocab is not None and vocab.tokens != policy.vocab.tokens:
+            raise UserError(f"{source} has another vocabulary than {records[0].source}; they share no prompts")
+        if not records:
+            best = stage.best_of(record, policy, best_of, progress) if best_of > 1 else {}
+        vocab = policy.vocab
+        records.append(record)
+        played[label] = outputs
+    assert vocab is not None  # `labelled` gives at least one
+    curve = [best_of_point(k, outputs, vocab, config) for k, outputs in best.items()]
+    margin = against(played, best[best_of]) if best else {}
+    if best:
+        played[best_of_label(best_of)] = best[best_of]
+    training = _training_set(training_set, stage.out, vocab, progress) if training_set else None
+    metrics = measure(played, vocab, config, training, progress)
+    heard = stage.performer.soundfonts.items() if stage.performer.mix.needs_audio else ()
+    tree = {
+        "prompts": prompts,
+        "distinct_prompts": int(prompt_numbers(played[pairs[0][0]].prompts).max()) + 1,
+        "seed": config.train.seed,
+        "level": LEVEL,
+        "resamples": RESAMPLES,
+        "soundfonts": {name: {"path": str(path), "sha256": soundfont_hash(path)} for name, path in heard},
+        "training_set": str(Path(training_set).resolve()) if training_set else "",
+        "best_of": curve,
+        "against_best_of": margin,
+        **machine(),
+        "policies": [asdict(r) for r in records],
+        "metrics": [asdict(m) for m in metrics],
+    }
+    write_atomic(stage.out / CONFIG_FILE, to_toml(config))
+    vocab.save(stage.out)
+    write_atomic(stage.out / "metrics.csv", metrics_csv(metrics))
+    write_atomic(stage.out / "clips.csv", clips_csv(played, vocab, config))
+    write_atomic(stage.out / EVALUATION_FILE, json.dumps(without_nan(tree), indent=1) + "\n")
+    return Evaluation.open(stage.out)
+
+
+class Stage:
+    """Where policies play, each once: what they played is kept in a folder and found there the next time.
+
+    Arguments as of `evaluate`. Raises UserError when the folder cannot be written, or a soundfont or reward cannot be
+    used.
+    """
+
+    def __init__(self, out: str | Path, config: Config, prompts: int, soundfonts: Sequence[str] = ()) -> None:
+        if prompts < 2:
+            raise UserError(f"{prompts} prompts cannot be compared; evaluate at least 2")
+        self.out = make_folder(out)
+        make_folder(self.out / OUTPUTS_FOLDER)
+        self.config, self.prompts = config, prompts
+        self.device = str(resolved_device(config.policy))
+        self.performer = Performer(config, named_soundfonts([config.audio.soundfont, *soundfonts]), self.device)
+
+    def play(self, label: str, source: str, progress: Progress) -> tuple[PolicyRecord, Policy, Outputs]:
+        """What a policy plays on the held-out prompts; raises UserError when it cannot be loaded."""
+        policy = load_policy(policy_source(source), device=self.device, vocabulary=self.config.policy.vocabulary)
+        record = _record(label, source, policy)
+        path, mark = outputs_path(self.out, label), self._mark(record)
+        outputs = Outputs.load(path, mark)
+        if outputs is None:
+            outputs = self.performer.play(policy, self.prompts, _under(label, progress))
+            outputs.save(path, mark)
+        return record, policy, outputs
+
+    def best_of(self, record: PolicyRecord, policy: Policy, n: int, progress: Progress) -> dict[int, Outputs]:
+        """The best of the first 2, 4 ... n of n outputs a prompt, by the reward on the first soundfont."""
+        mark = self._mark(record) + f" best of {n}"
+        paths = {k: outputs_path(self.out, best_of_label(k)) for k in best_of_counts(n)}
+        kept = {k: Outputs.load(path, mark) for k, path in paths.items()}
+        found = {k: outputs for k, outputs in kept.items() if outputs is not None}
+        if len(found) < len(paths):
+            found = self.performer.best_of(policy, self.prompts, n, _under(best_of_label(n), progress))
+            for k, outputs in found.items():
+                outputs.save(paths[k], mark)
+        return found
+
+    def _mark(self, record: PolicyRecord) -> str:
+        """What the outputs of a policy and their scores depend on, as one hash."""
+        audio, fonts = replace(self.config.audio, soundfont="", workers=0), self.performer.soundfonts
+        sections = (self.config.prompts, self.config.sampling, audio, self.config.reward)
+        tree = [
+            [asdict(section) for section in sections],
+            [self.config.train.seed, self.prompts, record.sha256],
+            [[name, soundfont_hash(path) if path.is_file() else ""] for name, path in fonts.items()],
+        ]
+        return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()
+
+
+def labelled(sources: Sequence[str]) -> list[tuple[str, str]]:
+    """(label, source) of each policy; raises UserError when there is none, or two have one label."""
+    pairs = []
+    for text in sources:
+        label, equals, source = text.partition("=")
+        pairs.append((label, source) if equals else (Path(text).name or text, text))
+    labels = [label for label, _ in pairs]
+    if not pairs:
+        raise UserError("name the policies to evaluate with --policy, for example --policy pop909-tiny")
+    for label in labels:
+        if labels.count(label) > 1:
+            raise UserError(f"two policies are called {label!r}; name them apart with --policy LABEL=SOURCE")
+        if not label or label.startswith((".", "best of ")) or set(label) & FORBIDDEN:
+            raise UserError(f"{label!r} cannot name a policy here; give it another name with --policy LABEL=SOURCE")
+    return pairs
+
+
+def best_of_label(n: int) -> str:
+    """What the best-of-n baseline is called in tables."""
+    return f"best of {n}"
+
+
+def _record(label: str, source: str, policy: Policy) -> PolicyRecord:
+    run = Path(source)
+    provenance = run / PROVENANCE_FILE
+    if not (run / CONFIG_FILE).is_file() or not provenance.is_file():
+        return PolicyRecord(label, source, weights_hash(policy))
+    font = json.loads(provenance.read_text(encoding="utf-8"))["inputs"].get("soundfont")
+    return PolicyRecord(label, source, weights_hash(policy), str(run.resolve()), font["sha256"] if font else "")
+
+
+def _training_set(source: str | Path, out: Path, vocab: Vocabulary, progress: Progress) -> TrainingSet:
+    """The pieces of an encoded dataset, or of a folder of MIDI files, which is encoded once."""
+    folder = Path(source)
+    if not (folder / "dataset.json").is_file():
+        folder = out / "training-set"
+        if not folder.is_dir() or TokenDataset.open(folder).source != str(Path(source).resolve()):
+            encode_folder(source, folder, vocab, 0, lambda done, total, _: progress("reading MIDI files", done, total))
+    dataset = TokenDataset.open(folder)
+    if dataset.vocab.tokens != vocab.tokens:
+        raise UserError(f"{folder} was encoded with another vocabulary than the policies'; name its MIDI files instead")
+    training = TrainingSet.of(dataset)
+    if not len(training.figures):
+        raise UserError(f"no piece in {source} has as many as four notes; name the pieces the policies were trained on")
+    return training
+
+
+def _under(label: str, progress: Progress) -> Progress:
+    """Progress of one policy's stages."""
+    return lambda stage, done, total: progress(f"{label}: {stage}", done, total)

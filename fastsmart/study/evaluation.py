@@ -1,0 +1,202 @@
+"""Policies compared on the same held-out prompts: what they are worth, what their music is like, how diverse it is.
+
+The folder of an evaluation:
+
+config.toml       prompts, sampling, audio and rewards      metrics.csv   every metric of every policy, with intervals
+evaluation.json   the same metrics, and where all came from clips.csv     rewards and features of every single output
+tokenizer.json    the vocabulary                            outputs/      what each policy played, npz
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fastsmart.config import Config, read_config
+from fastsmart.errors import UserError
+from fastsmart.reward.features import features
+from fastsmart.study.diversity import prompt_numbers
+from fastsmart.study.outputs import Outputs
+from fastsmart.study.resampling import LEVEL, Estimate
+from fastsmart.tokens.vocabulary import Vocabulary, load_vocabulary
+from fastsmart.train.evaluate import TABLE_FEATURES
+from fastsmart.train.folder import CONFIG_FILE
+
+EVALUATION_FILE = "evaluation.json"
+OUTPUTS_FOLDER = "outputs"
+
+
+@dataclass(frozen=True)
+class PolicyRecord:
+    """A policy that was evaluated.
+
+    label      : its name in tables
+    source     : where its weights came from
+    sha256     : of its weights
+    run        : folder of the run it came out of, "" for none
+    soundfont  : sha256 of the soundfont it was trained with, "" where that is not known
+    """
+
+    label: str
+    source: str
+    sha256: str
+    run: str = ""
+    soundfont: str = ""
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One metric of all policies.
+
+    group     : "reward", "feature", "diversity" or "share"
+    name      : such as "consonance"; the weighted sum of the rewards is "reward"
+    soundfont : it was heard on, "" where that does not matter
+    values    : by label
+    spread    : standard deviation over outputs by label, None where a metric has no value for a single output
+    changes   : difference to the first policy by label, without the first
+    """
+
+    group: str
+    name: str
+    soundfont: str
+    values: dict[str, Estimate]
+    spread: dict[str, float | None]
+    changes: dict[str, Estimate]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """An evaluation on disk; the first policy is the one all others are compared with.
+
+    record   : what evaluation.json holds beside the metrics: prompts, soundfonts, best_of, provenance
+    """
+
+    path: Path
+    config: Config
+    vocab: Vocabulary
+    policies: list[PolicyRecord]
+    metrics: list[Metric]
+    record: dict[str, Any]
+
+    @property
+    def labels(self) -> list[str]:
+        """All that was evaluated, with the best-of-n baseline after the policies."""
+        return list(self.metrics[0].values)
+
+    def metric(self, group: str, name: str, soundfont: str | None = None) -> Metric:
+        """The first metric of that name (on that soundfont); raises KeyError when there is none."""
+        for metric in self.metrics:
+            if (metric.group, metric.name) == (group, name) and soundfont in (None, metric.soundfont):
+                return metric
+        raise KeyError(f"{group} {name}")
+
+    def outputs(self, label: str) -> Outputs:
+        """What a policy played; raises UserError when the file is gone."""
+        path = outputs_path(self.path, label)
+        found = Outputs.load(path)
+        if found is None:
+            raise UserError(f"{path} is gone; evaluate again into the same folder")
+        return found
+
+    def text(self) -> str:
+        """A table for a terminal: every metric, with its interval, and its change where the interval excludes 0."""
+        rows = [["", *self.labels]]
+        for m in self.metrics:
+            row = [f"{m.name} ({m.soundfont})" if m.soundfont and self._fonts > 1 else m.name]
+            for label, e in m.values.items():
+                change = m.changes.get(label)
+                mark = "" if change is None or not change.is_sure else " +" if change.value > 0 else " -"
+                row.append(f"{e.value:.3f} [{e.low:.3f}, {e.high:.3f}]{mark}" if np.isfinite(e.value) else "–")
+            rows.append(row)
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
+        lines.append(
+            f"+ and -: above and below {self.labels[0]}, the {100 * LEVEL:.0f} % interval of the change excludes 0"
+        )
+        return "\n".join(line.rstrip() for line in lines)
+
+    @property
+    def _fonts(self) -> int:
+        return len({m.soundfont for m in self.metrics if m.soundfont})
+
+    @staticmethod
+    def open(path: str | Path) -> Evaluation:
+        """Raises UserError when the folder holds no complete evaluation."""
+        path = Path(path)
+        try:
+            tree = json.loads((path / EVALUATION_FILE).read_text(encoding="utf-8"))
+            policies = [PolicyRecord(**p) for p in tree.pop("policies")]
+            metrics = [
+                Metric(
+                    **{key: m[key] for key in ("group", "name", "soundfont", "spread")},
+                    values={label: _estimate(e) for label, e in m["values"].items()},
+                    changes={label: _estimate(e) for label, e in m["changes"].items()},
+                )
+                for m in tree.pop("metrics")
+            ]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{path} is not an evaluation ({error}); make one with: fastsmart evaluate") from error
+        return Evaluation(path, read_config(path / CONFIG_FILE), load_vocabulary(path), policies, metrics, tree)
+
+
+def outputs_path(out: Path, label: str) -> Path:
+    """Where an evaluation keeps what a policy played."""
+    return out / OUTPUTS_FOLDER / f"{label}.npz"
+
+
+def metrics_csv(metrics: Sequence[Metric]) -> str:
+    """One row for each metric of each policy."""
+    sink = io.StringIO()
+    writer = csv.writer(sink, lineterminator="\n")
+    writer.writerow(
+        ["group", "metric", "soundfont", "policy", "value", "low", "high", "std", "change", "change_low", "change_high"]
+    )
+    for m in metrics:
+        for label, e in m.values.items():
+            change = m.changes.get(label, Estimate(*[float("nan")] * 3))
+            numbers = (e.value, e.low, e.high, m.spread[label], change.value, change.low, change.high)
+            writer.writerow([m.group, m.name, m.soundfont, label, *map(_cell, numbers)])
+    return sink.getvalue()
+
+
+def clips_csv(played: Mapping[str, Outputs], vocab: Vocabulary, config: Config) -> str:
+    """One row an output: what anyone's own statistics would start from."""
+    sink = io.StringIO()
+    writer = csv.writer(sink, lineterminator="\n")
+    for at, (label, outputs) in enumerate(played.items()):
+        measured = features(outputs.notes(vocab, config.audio.max_seconds))
+        columns: dict[str, np.ndarray] = {}
+        for font, scores in outputs.scores.items():
+            columns[f"reward on {font}"] = scores.total
+            columns |= {f"{name} on {font}": values for name, values in scores.terms.items()}
+        columns |= {name: measured[name] for name in TABLE_FEATURES}
+        if at == 0:
+            writer.writerow(["policy", "prompt", "opening", *columns])
+        openings = prompt_numbers(outputs.prompts)
+        for i in range(len(outputs)):
+            writer.writerow([label, i, openings[i], *(_cell(float(values[i])) for values in columns.values())])
+    return sink.getvalue()
+
+
+def _cell(value: float | None) -> str:
+    return "" if value is None or not np.isfinite(value) else f"{value:.6g}"
+
+
+def _estimate(tree: Mapping[str, float | None]) -> Estimate:
+    return Estimate(*(float("nan") if (x := tree[key]) is None else x for key in ("value", "low", "high")))
+
+
+def without_nan(value: Any) -> Any:
+    """The tree with null where a number is not finite, as JSON wants it."""
+    if isinstance(value, Mapping):
+        return {key: without_nan(v) for key, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [without_nan(v) for v in value]
+    return None if isinstance(value, float) and not np.isfinite(value) else value

@@ -1,0 +1,152 @@
+"""Several runs that differ in a few settings, and the frontier of reward and diversity they draw.
+
+A sweep is a TOML file:
+
+    preset = "demo"                      # or config = "base.toml"; what all runs have in common
+    set = ["train.prompts=4"]
+    prompts = 200                        # held-out prompts of the evaluation
+    best_of = 4                          # of the baseline; 0 = none
+
+    [grid]                               # every combination of these ...
+    "grpo.beta" = [0.0, 0.04]
+    "train.steps" = [40, 120]
+
+    [[runs]]                             # ... and these
+    name = "varied"
+    set = ["reward.terms.variety=4"]
+
+Its folder holds runs/NAME, each a run like any other, evaluation/ of all that are finished, frontier.svg and
+report.html. All are judged by the rewards, prompts and soundfont they have in common.
+"""
+
+from __future__ import annotations
+
+import itertools
+import tomllib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fastsmart.config import Config, assigned, read_config
+from fastsmart.errors import UserError
+from fastsmart.files import make_folder, write_atomic
+from fastsmart.presets import load_preset
+from fastsmart.study import figures
+from fastsmart.study.evaluate import Stage, evaluate, labelled
+from fastsmart.study.outputs import Progress
+from fastsmart.study.report import draw, standalone, write_report
+from fastsmart.train.display import Display
+from fastsmart.train.folder import RunFolder
+from fastsmart.train.loop import train
+
+KEYS = ("preset", "config", "set", "prompts", "best_of", "grid", "runs")
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """What a sweep file asks for: the common config, and each run by name."""
+
+    common: Config
+    runs: dict[str, Config]
+    prompts: int
+    best_of: int
+
+
+def read_sweep(path: str | Path) -> Sweep:
+    """A sweep from its TOML file; raises UserError naming the file and the key that is wrong."""
+    try:
+        tree = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read {path}: {error}") from error
+    except tomllib.TOMLDecodeError as error:
+        raise UserError(f"{path} is not valid TOML: {error}") from error
+    try:
+        return _sweep(tree, Path(path).parent)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
+
+
+def run_sweep(
+    sweep: Sweep,
+    out: str | Path,
+    index: int | None = None,
+    training_set: str = "",
+    display: Callable[[], Display] | None = None,
+    progress: Progress = lambda stage, done, total: None,
+) -> int:
+    """Train what is not trained yet, evaluate, and draw the frontier; returns 0, or 128 + signal when asked to stop.
+
+    index        : only the run of that number, as one job of an array; who comes last draws the frontier
+    training_set : as of `evaluate`
+
+    Call it again to go on. Raises UserError when a run in `out` has other settings than the sweep asks for.
+    """
+    out, names = make_folder(out), list(sweep.runs)
+    if index is not None and not 0 <= index < len(names):
+        raise UserError(f"--index {index}: the sweep has runs 0 to {len(names) - 1}")
+    for name in names if index is None else [names[index]]:
+        folder = out / "runs" / name
+        begun = RunFolder.begun(folder)
+        if begun and RunFolder.reopen(folder).config != sweep.runs[name]:
+            raise UserError(f"{folder} holds a run with other settings than the sweep asks for; choose another --out")
+        if not _finished(folder):
+            exit_code = train(sweep.runs[name], folder, begun, display() if display else None).exit_code
+            if exit_code:
+                return exit_code
+        if index is not None:  # each job plays its own policy; the last finds what all have played
+            Stage(out / "evaluation", sweep.common, sweep.prompts).play(name, str(folder), progress)
+    finished = [name for name in names if _finished(out / "runs" / name)]
+    if index is None or len(finished) == len(names):
+        _compare(sweep, out, training_set, progress)
+    return 0
+
+
+def _compare(sweep: Sweep, out: Path, training_set: str, progress: Progress) -> None:
+    """Evaluate the base policy and every finished run of a sweep, and write the frontier and the report."""
+    base = sweep.common.policy.source
+    finished = [f"{name}={out / 'runs' / name}" for name in sweep.runs if _finished(out / "runs" / name)]
+    folder = out / "evaluation"
+    found = evaluate(
+        [base, *finished], folder, sweep.common, sweep.prompts, sweep.best_of, (), training_set, progress=progress
+    )
+    caption = "Reward against diversity of every run of the sweep"
+    write_atomic(out / "frontier.svg", standalone(draw(lambda: figures.frontier(found), "frontier", caption)))
+    write_report(found, out / "report.html", progress=progress)
+
+
+def _sweep(tree: dict[str, Any], folder: Path) -> Sweep:
+    for key in tree:
+        if key not in KEYS:
+            raise UserError(f"unknown key {key}; a sweep has {', '.join(KEYS)}")
+    common = load_preset(tree["preset"]) if "preset" in tree else Config()
+    if "config" in tree:
+        common = read_config(folder / tree["config"], common)
+    common = assigned(common, tree.get("set", []))
+    runs = {}
+    grid = tree.get("grid", {})
+    for key, values in grid.items():
+        if not isinstance(values, list) or not values:
+            raise UserError(f'grid."{key}" must be a list of values')
+    for values in itertools.product(*grid.values()) if grid else ():
+        settings = dict(zip(grid, values, strict=True))
+        name = "_".join(f"{key.split('.')[-1]}-{value}" for key, value in settings.items())
+        runs[name] = assigned(common, [f"{key}={value}" for key, value in settings.items()])
+    for k, run in enumerate(tree.get("runs", [])):
+        if set(run) != {"name", "set"} or run["name"] in runs:
+            raise UserError(f"runs[{k}] needs a name of its own and a list called set, such as ['grpo.beta=0']")
+        runs[run["name"]] = assigned(common, run["set"])
+    if not runs:
+        raise UserError("no run to make; add a [grid] or some [[runs]]")
+    labelled([common.policy.source, *(f"{name}=." for name in runs)])  # refuses what cannot be a name
+    for key, least in (("prompts", 2), ("best_of", 0)):
+        if key in tree and (not isinstance(tree[key], int) or tree[key] < least):
+            raise UserError(f"{key} is {tree[key]!r}; it is a whole number from {least} up")
+    return Sweep(common, runs, tree.get("prompts", 200), tree.get("best_of", 4))
+
+
+def _finished(folder: Path) -> bool:
+    if not RunFolder.begun(folder):
+        return False
+    run = RunFolder.reopen(folder)
+    return run.checkpoints.step >= run.config.train.steps

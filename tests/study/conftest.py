@@ -1,0 +1,50 @@
+"""A small evaluation to look at, and a browser to look with."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastsmart import Config
+from fastsmart.config import updated
+from fastsmart.policy.checkpoint import load_policy, save_policy
+from fastsmart.study.evaluate import evaluate
+from fastsmart.study.evaluation import Evaluation
+
+CHROMIUM = next(
+    (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), ""
+)
+
+
+@pytest.fixture(scope="session")
+def evaluation(tmp_path_factory) -> Evaluation:
+    """The shipped policy and a sharper copy of it on eight slow prompts, heard through one soundfont."""
+    folder: Path = tmp_path_factory.mktemp("evaluation")
+    tuned = load_policy("pop909-tiny")
+    with torch.no_grad():
+        tuned.lm_head.weight.mul_(1.2)
+    save_policy(tuned, folder / "tuned")
+    small = {
+        "prompts": {"time_signatures": ["4/4"], "tempo_min": 50.0, "tempo_max": 70.0},
+        "sampling": {"max_tokens": 150},
+        "reward": {"terms": {"consonance": 1.0, "variety": 1.0}},
+        "audio": {"workers": 1},
+    }
+    sources = ["base=pop909-tiny", str(folder / "tuned")]
+    return evaluate(sources, folder / "e", updated(Config(), small), 8, 2)
+
+
+@pytest.fixture
+def browser():
+    """Headless Chromium; skips where there is none (Debian: apt-get install chromium)."""
+    if not CHROMIUM:
+        pytest.skip("no Chromium on this machine")
+    sync_api = pytest.importorskip("playwright.sync_api")
+    with sync_api.sync_playwright() as playwright:
+        options = ["--no-sandbox", "--autoplay-policy=no-user-gesture-required"]
+        chromium = playwright.chromium.launch(executable_path=CHROMIUM, args=options)
+        yield chromium
+        chromium.close()
