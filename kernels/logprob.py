@@ -288,38 +288,24 @@ def _triton_backward(
     """As `rows_backward`, from logits in either case."""
     r, v = work.shape
     tile = _tile(v, BACKWARD_TILE)
-    _backward[(triton.cdiv(r, tile["ROWS"]), triton.cdiv(v, tile["BLOCK"]))](
-        work,
-        out,
-        ids,
-        *rows[1:],
-        slopes.chosen,
-        slopes.chosen if slopes.entropy is None else slopes.entropy,
-        slopes.row,
-        r,
-        v,
-        TEMPERATURE=temperature,
-        WITH_ENTROPY=slopes.entropy is not None,
-        **tile,
-    )
+    grid = (triton.cdiv(r, tile["ROWS"]), triton.cdiv(v, tile["BLOCK"]))
+    with_entropy = slopes.entropy is not None
+    given = (*rows[1:], slopes.chosen, slopes.entropy if with_entropy else slopes.chosen, slopes.row, r, v)
+    _backward[grid](work, out, ids, *given, TEMPERATURE=temperature, WITH_ENTROPY=with_entropy, **tile)
 
 
 def _shipped() -> list[Shipped]:
     """Both regimes in fp32: the 413 tokens of preset smart, and the 151,936 of a large language model."""
     ours, wide = 413, 151_936
-    rows = dict.fromkeys(("logprob", "entropy", "peak", "log_total"), "*fp32")
-    slopes = dict.fromkeys(("slope_chosen", "slope_entropy", "slope_row"), "*fp32")
-    size = {"rows": "i32", "vocabulary": "i32"}
-    forward = {"logits": "*fp32", "ids": "*i64", **rows}
-    backward = {"logits": "*fp32", "out": "*fp32", "ids": "*i64", **rows, **slopes, **size}
-    del backward["logprob"]
+    floats = ("logits", "out", *Rows._fields, "slope_chosen", "slope_entropy", "slope_row")
+    types = dict.fromkeys(floats, "*fp32") | {"ids": "*i64", "rows": "i32", "vocabulary": "i32"}
     plain = {"TEMPERATURE": 1.0, "WITH_ENTROPY": False, **_tile(ours, BACKWARD_TILE)}
     return [
-        Shipped(f"logprob forward, V {ours}", _forward_whole, forward | size, plain | _tile(ours, WHOLE_ROW)),
-        Shipped(f"logprob forward, V {wide}", _forward_looped, forward | size, plain | {"BLOCK": WHOLE_ROW}),
-        Shipped(f"logprob backward, V {ours}", _backward, backward, plain),
-        Shipped(f"logprob backward, V {ours}, entropy", _backward, backward, plain | {"WITH_ENTROPY": True}),
-        Shipped(f"logprob backward, V {wide}", _backward, backward, plain | _tile(wide, BACKWARD_TILE)),
+        Shipped(f"logprob forward, V {ours}", _forward_whole, types, plain | _tile(ours, WHOLE_ROW)),
+        Shipped(f"logprob forward, V {wide}", _forward_looped, types, plain | {"BLOCK": WHOLE_ROW}),
+        Shipped(f"logprob backward, V {ours}", _backward, types, plain),
+        Shipped(f"logprob backward, V {ours}, entropy", _backward, types, plain | {"WITH_ENTROPY": True}),
+        Shipped(f"logprob backward, V {wide}", _backward, types, plain | _tile(wide, BACKWARD_TILE)),
     ]
 
 
@@ -360,7 +346,7 @@ class _LogProb(torch.autograd.Function):
             n = part.stop - start
             work = kept[part] if keep else scratch[-1, :n]
             logits = work if passes.in_place else scratch[0, :n]
-            _multiply(hidden[part], wide, out=logits)
+            torch.mm(hidden[part].to(dtype), wide.t(), out=logits)  # autocast leaves operations with `out` alone
             passes.forward(logits, work, ids[part], temperature, rows.part(part), keep)
         ctx.temperature, ctx.keep, ctx.passes = temperature, keep, passes
         ctx.save_for_backward(hidden, weight, ids, kept, *rows)
@@ -387,17 +373,15 @@ class _LogProb(torch.autograd.Function):
             grad_logits = scratch[0, :n]
             work = kept[part] if ctx.keep else scratch[-1, :n]
             if not ctx.keep:
-                _multiply(hidden[part], wide, out=work)
+                torch.mm(hidden[part].to(dtype), wide.t(), out=work)
             passes.backward(work, grad_logits, ids[part], ctx.temperature, rows.part(part), slopes.part(part), ctx.keep)
             if grad_hidden is not None:
                 torch.mm(grad_logits, wide, out=grad_hidden[part])
             if grad_weight is not None:
                 grad_weight.addmm_(grad_logits.t(), hidden[part].to(dtype))
-        if grad_hidden is not None:
-            grad_hidden = grad_hidden.div_(ctx.temperature).to(hidden.dtype)
-        if grad_weight is not None:
-            grad_weight = grad_weight.div_(ctx.temperature).to(weight.dtype)
-        return grad_hidden, grad_weight, None, None, None, None
+        pairs = ((grad_hidden, hidden), (grad_weight, weight))
+        scaled = (None if g is None else g.div_(ctx.temperature).to(x.dtype) for g, x in pairs)
+        return *scaled, None, None, None, None
 
 
 def _slopes(grads: tuple[Tensor | None, ...], like: Tensor) -> Slopes:
@@ -405,11 +389,6 @@ def _slopes(grads: tuple[Tensor | None, ...], like: Tensor) -> Slopes:
     chosen, entropy, logsumexp = (None if g is None else g.contiguous()[:, None] for g in grads)
     chosen = torch.zeros_like(like) if chosen is None else chosen
     return Slopes(chosen, entropy, -chosen if logsumexp is None else logsumexp - chosen)
-
-
-def _multiply(hidden: Tensor, weight: Tensor, out: Tensor) -> None:
-    """hidden @ weight.T into `out`, in weight's dtype: autocast leaves operations with `out` alone."""
-    torch.mm(hidden.to(weight.dtype), weight.t(), out=out)
 
 
 def _chunk_rows(vocabulary: int, device: torch.device) -> int:
