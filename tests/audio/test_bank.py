@@ -107,7 +107,7 @@ def test_the_pedal_holds_notes_as_fluidsynths_does(settings: RenderSettings, pie
 def test_a_font_whose_filter_moves_at_release_is_rendered_on_demand(tmp_path: Path, random_pieces: Pieces) -> None:
     font = write_soundfont(tmp_path / "moving.sf2", moving_filter=True)
     chosen = replace(PLAIN, soundfont=str(font))
-    notes = random_pieces(2, seed=3)
+    notes = random_pieces(1, seed=3)
     with BankRenderer(chosen) as bank:
         assert bank.bank.ensure(notes.pitch, notes.velocity).any()
         assert (bank.bank.tables.note_of == UNFIT).any()
@@ -142,7 +142,7 @@ def abuse(pieces_of: Pieces) -> NoteBatch:
     return pieces_of(
         [],
         [(4.0 - 1 / 16000, 1.0, 60, 100)],
-        [(1.0, 1.0, int(key), int(velocity)) for key, velocity in rng.integers(1, 128, (2000, 2))],
+        [(1.0, 1.0, int(key), int(rng.integers(1, 128))) for key in rng.integers(60, 66, 2000)],
         [(0.0, 500.0, 40, 100), (3.9, 500.0, 45, 90)],
         [(0.0, 1.0, 0, 100), (0.5, 1.0, 127, 100), (1.0, 1.0, 5, 60)],
         [(0.0, 1.0, 60, 1), (1.5, 1.0, 60, 127)],
