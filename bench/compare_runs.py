@@ -1,6 +1,6 @@
 """Draws the reward of two or more runs, step by step, into one picture, and prints how far they lie apart.
 
-    python bench/compare_runs.py runs/bank runs/fluidsynth --out docs/rendering-rewards.png
+python bench/compare_runs.py runs/bank runs/fluidsynth --out docs/rendering-rewards.png
 """
 
 from __future__ import annotations

@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import io
 from collections.abc import Sequence
-from dataclasses import replace
 
 import numpy as np
 
@@ -22,7 +21,7 @@ def listen_to(notes: NoteBatch, settings: RenderSettings, max_seconds: float | N
     Raises UserError when FluidSynth or the soundfont cannot be used.
     """
     limit_s = listening_seconds(notes) if max_seconds is None else max_seconds
-    with FluidSynthRenderer(listening_settings(replace(settings, max_seconds=limit_s))) as renderer:
+    with FluidSynthRenderer(listening_settings(settings, limit_s)) as renderer:
         return [renderer.render_stereo(notes, i) for i in range(len(notes))]
 
 
