@@ -435,7 +435,7 @@ def sweep(options: argparse.Namespace) -> int:
     with stages() as show:
         exit_code = run_sweep(plan, options.out, options.index, options.training_set, Plain, show)
     if exit_code == 0:
-        print(f"runs, evaluation, frontier.svg and report.html are in {options.out}")
+        print(f"runs, evaluation, figures/frontier.svg and report.html are in {options.out}")
     return exit_code
 
 

@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from fastsmart.audio.loudness import loudness_lufs
 from fastsmart.audio.rendering import LISTENING_RATE_HZ
 from fastsmart.errors import UserError
 from fastsmart.files import make_folder, write_atomic
@@ -73,7 +74,7 @@ def make_test(
 
     labels : policies to compare; default: the first two
 
-    Raises UserError when pyloudnorm is missing, a policy was not evaluated, or too few outputs are long enough.
+    Raises UserError when a policy was not evaluated, or too few outputs are long enough.
     """
     labels = labels or [p.label for p in evaluation.policies[:2]]
     unknown = [label for label in labels if label not in evaluation.labels]
@@ -171,14 +172,8 @@ def _tones(count: int, seconds: float) -> np.ndarray:
 
 
 def _equally_loud(sounds: list[np.ndarray]) -> tuple[list[np.ndarray], float]:
-    """All clips at one integrated loudness (ITU-R BS.1770-4, by pyloudnorm), the loudest that no peak forbids, and
-    that loudness in LUFS."""
-    try:
-        from pyloudnorm import Meter
-    except ImportError as error:
-        raise UserError("clips are matched in loudness with pyloudnorm; install it: pip install pyloudnorm") from error
-    meter = Meter(LISTENING_RATE_HZ)
-    loudness = np.array([meter.integrated_loudness(samples) for samples in sounds])
+    """All clips at one integrated loudness (ITU-R BS.1770-4), the loudest that no peak forbids, and it in LUFS."""
+    loudness = np.array([loudness_lufs(samples, LISTENING_RATE_HZ) for samples in sounds])
     if not np.isfinite(loudness).all():
         raise UserError("a clip is silent from beginning to end; evaluate more prompts, or raise --seconds")
     peaks_db = np.array([20 * np.log10(np.abs(samples).max()) for samples in sounds])

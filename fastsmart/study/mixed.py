@@ -70,12 +70,14 @@ def linear_mixed(table: pd.DataFrame, base: str, random: Sequence[str] = EFFECTS
     table  : columns `rating`, `policy` and those of `random`, a row a rating
     base   : the policy others are compared with
 
-    Raises UserError when statsmodels is missing or there are too few ratings.
+    Raises UserError when statsmodels is missing, there are too few ratings, or all are equal.
     """
     formula_api = _statsmodels("statsmodels.formula.api")
     others = [policy for policy in dict.fromkeys(table["policy"]) if policy != base]
     if len(table) < len(others) + len(random) + 2:
         raise UserError(f"{len(table)} ratings are too few for a mixed model; collect more")
+    if table["rating"].nunique() == 1:
+        raise UserError("all ratings are equal, so there is no difference to model; collect more")
     design = table.assign(
         everyone=1, **{f"effect{k}": (table["policy"] == policy).astype(float) for k, policy in enumerate(others)}
     )

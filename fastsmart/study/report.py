@@ -62,7 +62,7 @@ def write_report(
         pairs=pairs,
         notes=notes,
         soundfont=f"played with {next(iter(evaluation.record['soundfonts']), 'the default soundfont')}, 48 kHz stereo",
-        figures=_figures(evaluation),
+        figures=drawn_figures(evaluation),
         groups=_table(evaluation),
         transfer=_transfer(evaluation),
         runs=[_run(p.label, Path(p.run)) for p in evaluation.policies if p.run and Path(p.run).is_dir()],
@@ -106,11 +106,35 @@ def draw(make: Callable[[], Figure], name: str, description: str) -> Markup:
         return Markup(figures.to_svg(make(), name, description))
 
 
+def drawn_figures(evaluation: Evaluation) -> list[dict[str, Any]]:
+    """Every figure about an evaluation: its `name`, `svg` and `caption`."""
+    first, policies = evaluation.labels[0], [p.label for p in evaluation.policies]
+    seconds = evaluation.config.audio.max_seconds
+    heard = {p: evaluation.outputs(p).notes(evaluation.vocab, seconds) for p in policies}
+    whole = {p: evaluation.outputs(p).notes(evaluation.vocab) for p in policies}
+    drawn: list[tuple[str, Callable[[], Figure], str]] = []
+    if len(evaluation.labels) > 1:
+        drawn += [
+            (
+                "changes",
+                partial(figures.changes, evaluation),
+                f"Every reward and feature, as its change against {first}.",
+            ),
+            ("frontier", partial(figures.frontier, evaluation), _FRONTIER),
+        ]
+    drawn += [
+        ("diversity", partial(figures.diversity_changes, evaluation), "Diversity; of self BLEU less is more diverse."),
+        ("distributions", partial(figures.distributions, heard), "Distributions over outputs, or over notes."),
+        ("rolls", partial(figures.average_rolls, whole), _ROLLS),
+    ]
+    return [{"name": name, "svg": draw(make, name, caption), "caption": caption} for name, make, caption in drawn]
+
+
 def standalone(svg: str) -> str:
     """A drawn figure as a file of its own, in the colours of the page, light and dark."""
     css = (resources.files("fastsmart.study") / "pages" / "page.css").read_text(encoding="utf-8")
     colours = css[: css.index("* {")] + "svg { color: var(--ink); background: var(--paper); font-family: sans-serif; }"
-    return svg.replace(">", f"><style>{colours}</style>", 1)
+    return str(svg).replace(">", f"><style>{colours}</style>", 1)
 
 
 def _players(evaluation: Evaluation, count: int, progress: Progress) -> tuple[list[dict], dict[str, Any]]:
@@ -139,29 +163,6 @@ def _players(evaluation: Evaluation, count: int, progress: Progress) -> tuple[li
             progress("rendering players", p * count + i + 1, len(labels) * count)
     pitches = [note[2] for roll in rolls.values() for note in roll] or [60]
     return pairs, {"low": min(pitches) - 1, "high": max(pitches) + 1, "clips": rolls}
-
-
-def _figures(evaluation: Evaluation) -> list[dict[str, Any]]:
-    first, policies = evaluation.labels[0], [p.label for p in evaluation.policies]
-    seconds = evaluation.config.audio.max_seconds
-    heard = {p: evaluation.outputs(p).notes(evaluation.vocab, seconds) for p in policies}
-    whole = {p: evaluation.outputs(p).notes(evaluation.vocab) for p in policies}
-    drawn: list[tuple[str, Callable[[], Figure], str]] = []
-    if len(evaluation.labels) > 1:
-        drawn += [
-            (
-                "changes",
-                partial(figures.changes, evaluation),
-                f"Every reward and feature, as its change against {first}.",
-            ),
-            ("frontier", partial(figures.frontier, evaluation), _FRONTIER),
-        ]
-    drawn += [
-        ("diversity", partial(figures.diversity_changes, evaluation), "Diversity; of self BLEU less is more diverse."),
-        ("distributions", partial(figures.distributions, heard), "Distributions over outputs, or over notes."),
-        ("rolls", partial(figures.average_rolls, whole), _ROLLS),
-    ]
-    return [{"svg": draw(make, name, caption), "caption": caption} for name, make, caption in drawn]
 
 
 _FRONTIER = (

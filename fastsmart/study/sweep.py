@@ -15,8 +15,8 @@ A sweep is a TOML file:
     name = "varied"
     set = ["reward.terms.variety=4"]
 
-Its folder holds runs/NAME, each a run like any other, evaluation/ of all that are finished, frontier.svg and
-report.html. All are judged by the rewards, prompts and soundfont they have in common.
+Its folder holds runs/NAME, each a run like any other, evaluation/ of all that are finished, figures/ (the frontier
+among them) and report.html. All are judged by the rewards, prompts and soundfont they have in common.
 """
 
 from __future__ import annotations
@@ -32,10 +32,9 @@ from fastsmart.config import Config, assigned, read_config
 from fastsmart.errors import UserError
 from fastsmart.files import make_folder, write_atomic
 from fastsmart.presets import load_preset
-from fastsmart.study import figures
 from fastsmart.study.evaluate import Stage, evaluate, labelled
 from fastsmart.study.outputs import Progress
-from fastsmart.study.report import draw, standalone, write_report
+from fastsmart.study.report import drawn_figures, standalone, write_report
 from fastsmart.train.display import Display
 from fastsmart.train.folder import RunFolder
 from fastsmart.train.loop import train
@@ -110,8 +109,9 @@ def _compare(sweep: Sweep, out: Path, training_set: str, progress: Progress) -> 
     found = evaluate(
         [base, *finished], folder, sweep.common, sweep.prompts, sweep.best_of, (), training_set, progress=progress
     )
-    caption = "Reward against diversity of every run of the sweep"
-    write_atomic(out / "frontier.svg", standalone(draw(lambda: figures.frontier(found), "frontier", caption)))
+    pictures = make_folder(out / "figures")
+    for figure in drawn_figures(found):
+        write_atomic(pictures / f"{figure['name']}.svg", standalone(figure["svg"]))
     write_report(found, out / "report.html", progress=progress)
 
 

@@ -110,5 +110,7 @@ def test_listeners_who_differ_make_choices_less_sure():
 def test_too_little_is_refused_in_one_sentence():
     with pytest.raises(UserError, match="too few"):
         linear_mixed(ratings(0, 0.0).head(3), "a")
+    with pytest.raises(UserError, match="all ratings are equal"):
+        linear_mixed(ratings(0, 0.0).assign(rating=2.0), "a")
     with pytest.raises(UserError, match="no preference"):
         logistic_mixed(pd.DataFrame({"won": [], "listener": [], "prompt": []}))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from xml.etree import ElementTree
 
 import pytest
 from tiny_policy import make_policy
@@ -51,7 +52,9 @@ def test_a_sweep_trains_compares_and_draws_and_does_nothing_twice(sweep, tmp_pat
     assert main(["sweep", str(sweep), "--out", str(tmp_path / "s")]) == 0
     found = Evaluation.open(tmp_path / "s" / "evaluation")
     assert found.labels == ["tiny", "beta-0.0", "beta-0.5", "longer", "best of 2"]
-    assert "<svg" in (tmp_path / "s" / "frontier.svg").read_text()
+    for name in ("changes", "frontier", "diversity", "distributions", "rolls"):
+        picture = ElementTree.parse(tmp_path / "s" / "figures" / f"{name}.svg").getroot()
+        assert "--series-1" in (picture[0].text or "")  # brings its own colours
     assert (tmp_path / "s" / "report.html").is_file()
     capsys.readouterr()
     written = (tmp_path / "s" / "runs" / "longer" / "metrics.jsonl").stat().st_mtime_ns
@@ -65,7 +68,7 @@ def test_a_sweep_trains_compares_and_draws_and_does_nothing_twice(sweep, tmp_pat
     # the same as jobs of an array, in any order: the last one compares
     sweep.write_text(SWEEP.format(policy=tmp_path / "tiny"))
     for index in (2, 0, 1):
-        assert not (tmp_path / "a" / "frontier.svg").exists()
+        assert not (tmp_path / "a" / "figures" / "frontier.svg").exists()
         assert main(["sweep", str(sweep), "--out", str(tmp_path / "a"), "--index", str(index)]) == 0
     one, array = (json.loads((tmp_path / f / "evaluation" / "evaluation.json").read_text()) for f in ("s", "a"))
     assert one["metrics"] == array["metrics"]
