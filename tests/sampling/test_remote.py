@@ -24,7 +24,7 @@ from fastsmart.tokens.sequences import TokenBatch
 
 with undisturbed():
     from vllm.distributed.weight_transfer import nccl_engine
-    from vllm.entrypoints.scale_out.token_in_token_out.protocol import GenerateRequest, GenerateResponse
+    from vllm.entrypoints.scale_out.token_in_token_out.protocol import GenerateRequest, GenerateTokensResponse
     from vllm.model_executor.model_loader.weight_checksum import compute_tensor_digests
 
 PROMPTS = TokenBatch.pack([[21, 400, 180, 330], [1]])
@@ -96,7 +96,7 @@ class FakeServer:
         content = [{"token_id": int(i), "logprob": float(x)} for i, x in zip(c.ids, c.logprobs, strict=True)]
         spans = [{"version": self.version, "start": 0, "end": len(c.ids)}]
         choice = {"index": 0, "token_ids": c.ids.tolist(), "logprobs": {"content": content}, "weight_versions": spans}
-        return GenerateResponse(request_id="r", choices=[choice]).model_dump()
+        return GenerateTokensResponse(request_id="r", choices=[choice]).model_dump()
 
     def digests(self):
         """vLLM's own checksums of the tensors as it would hold them."""
