@@ -110,7 +110,9 @@ def test_a_run_on_vllm_resumes_with_the_same_metrics(vocab, tmp_path):
             file.unlink()
         later.rmdir()
     train(config, tmp_path / "cut", resume=True)
-    whole, cut = ([line | {"time": None, "health": None} for line in lines(tmp_path / name)] for name in ("whole", "cut"))
+    whole, cut = (
+        [line | {"time": None, "health": None} for line in lines(tmp_path / name)] for name in ("whole", "cut")
+    )
     assert whole == cut
 
 
