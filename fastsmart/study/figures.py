@@ -210,7 +210,7 @@ def _scaled(metric: Metric, label: str, unit: float) -> tuple[float, float, floa
 def _intervals(ax: Any, values: Sequence[tuple[float, float, float]], k: int, of: int, label: str, colour: int) -> None:
     """Points with intervals in row k of `of` beside each name; the colour is that of the policy in every figure."""
     at = np.arange(len(values)) + (k - (of - 1) / 2) * 0.7 / max(of, 2)
-    value, low, high = np.array(values).T
+    value, low, high = np.array(values).reshape(-1, 3).T
     bars = np.abs(np.nan_to_num(np.stack([value - low, high - value])))
     mark, ink = MARKERS[colour % len(MARKERS)], SERIES[colour % len(SERIES)]
     ax.errorbar(value, at, xerr=bars, fmt=mark, color=ink, ms=4, elinewidth=1.4, label=label)
