@@ -25,9 +25,9 @@ from fastsmart.reward.audiobox.encoder import EncoderWeights, Norm, gates, norma
 
 Linear = Callable[[Tensor], Tensor]  # [R, in] -> [R, out]
 
-# Frames whose way through the convolutions is made at once, measured on two Xeon cores with 2 MiB of cache each: few
-# enough to stay near the cores, many enough for a good matrix product; bytes want fewer, since they pass over it more.
-_CHUNK_FLOAT, _CHUNK_INT8 = 128, 32
+# Frames whose way through the convolutions is made at once: few enough to stay near the cores and to need little room,
+# many enough for a good matrix product. Measured on two Xeon cores with 2 MiB of cache each; the optima are flat.
+_CHUNK_FLOAT, _CHUNK_INT8 = 64, 32
 # The second to the fourth convolution: nine tenths of their work. The last three, which cost little, were the source of
 # most of the error of the scores (random weights).
 _INT8_CONVOLUTIONS = 3
