@@ -78,7 +78,7 @@ def main() -> None:
 
 
 def stream(engine: Any, policy: Policy, settings: SamplingSettings) -> Callable[[int], int]:
-    engine.eos = len(policy.vocab)  # no such token
+    engine.eos = -1  # no such token
     prompts = procedural(policy.vocab, PROMPTS, seed=0).tokens
     return lambda run: sum(len(c.ids) for c in engine.stream(prompts, settings, (run,)))
 

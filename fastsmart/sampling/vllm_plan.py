@@ -106,7 +106,8 @@ def weight_count(size: PolicySize) -> int:
 
 
 def request_fields(settings: SamplingSettings, seed: tuple[int, ...], eos: int) -> dict[str, Any]:
-    """vLLM's sampling parameters of one completion, which has a random stream of its own."""
+    """vLLM's sampling parameters of one completion, which has a random stream of its own; with a negative `eos` nothing
+    but `max_tokens` ends it."""
     return {
         "temperature": settings.temperature,
         "top_k": settings.top_k,
@@ -114,7 +115,7 @@ def request_fields(settings: SamplingSettings, seed: tuple[int, ...], eos: int) 
         "max_tokens": settings.max_tokens,
         "seed": int(np.random.SeedSequence(seed).generate_state(1, np.uint32)[0]),
         "ignore_eos": True,  # vLLM knows no tokenizer; the end is a stop token like any other
-        "stop_token_ids": [eos],
+        "stop_token_ids": [eos] if eos >= 0 else [],
         "logprobs": 0,  # of the token drawn, no others
         "detokenize": False,
     }
