@@ -67,7 +67,7 @@ def _clear_up_after_a_crash(path: Path) -> None:
 def write_atomic(path: str | Path, text: str) -> None:
     """Write a small text file in one step; raises UserError when the disk is full or the place cannot be written."""
     path = Path(path)
-    part = path.with_name(f".{path.name}.part")
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")  # another process may be writing the same
     try:
         with os_errors_as_user_errors(path):
             part.write_text(text, encoding="utf-8")
