@@ -22,7 +22,8 @@ ENVIRONMENT = {
     "VLLM_NO_USAGE_STATS": "1",
     "VLLM_DO_NOT_TRACK": "1",
 }
-SHOW_LOG = "VLLM_LOGGING_LEVEL"  # where the user sets it, vLLM's own log is shown
+SHOW_LOG = "VLLM_LOGGING_LEVEL"  # where the user sets it to show more than errors, vLLM's own log is shown
+QUIET_LEVELS = ("ERROR", "CRITICAL")  # TRL, imported beside us, sets the first
 
 
 @contextmanager
@@ -35,7 +36,7 @@ def undisturbed() -> Iterator[None]:
     devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
     disabled = logging.root.manager.disable
     os.environ.update(ENVIRONMENT)
-    quiet = SHOW_LOG not in os.environ
+    quiet = os.environ.get(SHOW_LOG, "ERROR").upper() in QUIET_LEVELS
     if quiet:
         os.environ["VLLM_CONFIGURE_LOGGING"] = "0"
         logging.getLogger("vllm").setLevel(logging.ERROR)
