@@ -119,7 +119,7 @@ def one_by_one(renderer: Renderer, clips: NoteBatch) -> Callable[[], object]:
     settings = renderer.settings  # type: ignore[attr-defined]
     out = np.empty(longest, np.float32)[: settings.max_samples]
     pieces = [piece_arrays(clips, i) for i in range(len(clips))]
-    return lambda: [renderer.render_into(out, *piece) for piece in pieces]
+    return lambda: [renderer.render_into(out, piece) for piece in pieces]
 
 
 def through(pool: RenderPool, clips: NoteBatch) -> Callable[[], object]:

@@ -30,7 +30,6 @@ import numpy as np
 
 from fastsmart.audio.events import (
     BLOCK,
-    NO_PEDAL,
     PEDAL_DOWN,
     Piece,
     empty_value,
@@ -161,7 +160,7 @@ class FluidSynthRenderer:
     def render(self, notes: NoteBatch, i: int) -> np.ndarray:
         """Piece i as mono float32 [T], the mean of both channels."""
         out = np.empty(self.settings.max_samples, np.float32)
-        return out[: self.render_into(out, *piece_arrays(notes, i))]
+        return out[: self.render_into(out, piece_arrays(notes, i))]
 
     def render_stereo(self, notes: NoteBatch, i: int) -> np.ndarray:
         """Piece i as float32 [T, 2]."""
@@ -171,22 +170,11 @@ class FluidSynthRenderer:
         stereo = np.stack([self._resampled(channel, length) for channel in self._buffer], axis=1)
         return stereo[: finish(stereo, score, self.settings)]
 
-    def render_into(
-        self,
-        out: np.ndarray,
-        onset_s: np.ndarray,
-        duration_s: np.ndarray,
-        pitch: np.ndarray,
-        velocity: np.ndarray,
-        end_s: float,
-        pedal_s: np.ndarray = NO_PEDAL[0],
-        pedal_down: np.ndarray = NO_PEDAL[1],
-    ) -> int:
+    def render_into(self, out: np.ndarray, piece: Piece) -> int:
         """Fill `out`, float32 [max_samples], with one piece, mono, zeros after its end; returns its length T.
 
-        The arrays are those of a `Piece`. A score without notes fills all of `out` with zeros or NaN.
+        A score without notes fills all of `out` with zeros or NaN.
         """
-        piece = Piece(onset_s, duration_s, pitch, velocity, end_s, pedal_s, pedal_down)
         score, length = self._play(piece)
         if length == 0:
             out[:] = empty_value(self.settings)

@@ -16,18 +16,8 @@ if TYPE_CHECKING:
 class Renderer(Protocol):
     """Renders one piece at a time; the same notes give the same samples after any history."""
 
-    def render_into(
-        self,
-        out: np.ndarray,
-        onset_s: np.ndarray,
-        duration_s: np.ndarray,
-        pitch: np.ndarray,
-        velocity: np.ndarray,
-        end_s: float,
-        pedal_s: np.ndarray = NO_PEDAL[0],
-        pedal_down: np.ndarray = NO_PEDAL[1],
-    ) -> int:
-        """Fill `out`, float32 [max_samples], with a `Piece`, mono, zeros after its end; returns its length."""
+    def render_into(self, out: np.ndarray, piece: Piece) -> int:
+        """Fill `out`, float32 [max_samples], with a piece, mono, zeros after its end; returns its length."""
 
     def close(self) -> None:
         """Give back what the renderer owns."""
@@ -67,27 +57,16 @@ class BankRenderer:
     def render(self, notes: NoteBatch, i: int) -> np.ndarray:
         """Piece i as mono float32 [T]."""
         out = np.empty(self.settings.max_samples, np.float32)
-        return out[: self.render_into(out, *piece_arrays(notes, i))]
+        return out[: self.render_into(out, piece_arrays(notes, i))]
 
-    def render_into(
-        self,
-        out: np.ndarray,
-        onset_s: np.ndarray,
-        duration_s: np.ndarray,
-        pitch: np.ndarray,
-        velocity: np.ndarray,
-        end_s: float,
-        pedal_s: np.ndarray = NO_PEDAL[0],
-        pedal_down: np.ndarray = NO_PEDAL[1],
-    ) -> int:
-        """Fill `out`, float32 [max_samples], with a `Piece`, mono, zeros after its end; returns its length."""
-        piece = Piece(onset_s, duration_s, pitch, velocity, end_s, pedal_s, pedal_down)
+    def render_into(self, out: np.ndarray, piece: Piece) -> int:
+        """Fill `out`, float32 [max_samples], with a piece, mono, zeros after its end; returns its length."""
         settings = self.settings
         score, length, heard, start, stop = timing(piece, settings)
         if score == 0:
             out[:] = empty_value(settings)
             return settings.empty_samples
-        pitch, velocity = pitch[heard], velocity[heard]
+        pitch, velocity = piece.pitch[heard], piece.velocity[heard]
         on_demand = np.ones(len(start), bool) if settings.bank == "exact" else self.bank.ensure(pitch, velocity)
         if settings.tail == "cut" and settings.normalize != "loudness" and not on_demand.any():
             self._mix(out, length, (start, stop, pitch, velocity), piece)

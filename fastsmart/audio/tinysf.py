@@ -10,7 +10,7 @@ from types import ModuleType
 
 import numpy as np
 
-from fastsmart.audio.events import NO_PEDAL, PEDAL_DOWN, Piece, empty_value, finish, merge_events, timing
+from fastsmart.audio.events import PEDAL_DOWN, Piece, empty_value, finish, merge_events, timing
 from fastsmart.audio.resample import resample
 from fastsmart.audio.settings import RenderSettings
 from fastsmart.audio.soundfont import find_soundfont
@@ -51,26 +51,15 @@ class TinySoundFontRenderer:
                 f"tinysoundfont cannot use program {settings.program} of the soundfont {soundfont}: {error}"
             ) from error
 
-    def render_into(
-        self,
-        out: np.ndarray,
-        onset_s: np.ndarray,
-        duration_s: np.ndarray,
-        pitch: np.ndarray,
-        velocity: np.ndarray,
-        end_s: float,
-        pedal_s: np.ndarray = NO_PEDAL[0],
-        pedal_down: np.ndarray = NO_PEDAL[1],
-    ) -> int:
-        """Fill `out`, float32 [max_samples], with a `Piece`, mono, zeros after its end; returns its length."""
+    def render_into(self, out: np.ndarray, piece: Piece) -> int:
+        """Fill `out`, float32 [max_samples], with a piece, mono, zeros after its end; returns its length."""
         settings = self.settings
-        piece = Piece(onset_s, duration_s, pitch, velocity, end_s, pedal_s, pedal_down)
         score, length, heard, start, stop = timing(piece, settings)
         if score == 0:
             out[:] = empty_value(settings)
             return settings.empty_samples
-        pedal = np.rint(pedal_s * settings.synth_rate).astype(np.int64), pedal_down
-        events = merge_events(start, stop, pitch[heard], velocity[heard], pedal)
+        pedal = np.rint(piece.pedal_s * settings.synth_rate).astype(np.int64), piece.pedal_down
+        events = merge_events(start, stop, piece.pitch[heard], piece.velocity[heard], pedal)
         last = -(-length * settings.synth_rate // settings.sample_rate)
         parts, now = [], 0
         for at, level, key in zip(*events, strict=True):

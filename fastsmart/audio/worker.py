@@ -69,7 +69,7 @@ def serve(connection: Connection, memory: mmap.mmap) -> None:
             connection.send_bytes(REPORT.pack(READY, 0))
             while True:
                 index, piece = unpack_task(connection.recv_bytes())
-                connection.send_bytes(REPORT.pack(index, renderer.render_into(block[index], *piece)))
+                connection.send_bytes(REPORT.pack(index, renderer.render_into(block[index], piece)))
         except UserError as error:
             connection.send_bytes(REPORT.pack(REFUSED, 0) + str(error).encode())
     except (EOFError, ConnectionError):

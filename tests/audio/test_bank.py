@@ -16,6 +16,7 @@ from tiny_soundfont import write_soundfont
 
 from fastsmart.audio import FluidSynthRenderer, RenderPool, RenderSettings, find_soundfont, list_soundfonts, render
 from fastsmart.audio.bank import LIMIT_VARIABLE, NoteBank, list_banks
+from fastsmart.audio.events import Piece
 from fastsmart.audio.mix import UNFIT
 from fastsmart.audio.renderers import BankRenderer
 from fastsmart.audio.resample import resample
@@ -167,7 +168,7 @@ def test_a_million_notes_of_garbage(renderer: BankRenderer) -> None:
     onset, duration = rng.uniform(-1, 20, m), rng.uniform(0, 3, m)
     out = np.empty(PLAIN.max_samples, np.float32)
     pitch, velocity = rng.integers(0, 256, m).astype(np.uint8), rng.integers(0, 256, m).astype(np.uint8)
-    assert renderer.render_into(out, onset, duration, pitch, velocity, 20.0) == 64000
+    assert renderer.render_into(out, Piece(onset, duration, pitch, velocity, 20.0)) == 64000
     assert np.isfinite(out).all()
     assert out.any()
 

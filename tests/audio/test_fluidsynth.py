@@ -113,6 +113,7 @@ def test_the_same_bits_in_another_process(random_pieces: Pieces) -> None:
     """Each process renders the same seeded piece at the end of a different history."""
     script = """
 import sys, hashlib, numpy as np
+from fastsmart.audio.events import Piece
 from fastsmart.audio.fluidsynth import FluidSynthRenderer
 from fastsmart.audio.settings import RenderSettings
 def arrays(seed):
@@ -123,7 +124,7 @@ settings = RenderSettings(max_seconds=4.0)
 out = np.empty(settings.max_samples, np.float32)
 with FluidSynthRenderer(settings) as renderer:
     for seed in map(int, sys.argv[1:]):
-        renderer.render_into(out, *arrays(seed))
+        renderer.render_into(out, Piece(*arrays(seed)))
 print(hashlib.sha256(out).hexdigest(), float(np.abs(out).max()), 'torch' in sys.modules, 'numba' in sys.modules)
 """
     said = {

@@ -95,14 +95,14 @@ def test_clips_are_those_of_a_renderer_in_a_process_of_its_own(pieces: NoteBatch
     rows = pieces.rows(0)
     script = f"""
 import sys, numpy as np
+from fastsmart.audio.events import Piece
 from fastsmart.audio.fluidsynth import FluidSynthRenderer
 from fastsmart.audio.settings import RenderSettings
 settings = RenderSettings(max_seconds=4.0)
 out = np.empty(settings.max_samples, np.float32)
 arrays = np.frombuffer(sys.stdin.buffer.read()).reshape(4, -1)
-length = FluidSynthRenderer(settings).render_into(
-    out, *arrays[:2], *arrays[2:].astype(np.uint8), {float(pieces.end_s[0])!r}
-)
+piece = Piece(*arrays[:2], *arrays[2:].astype(np.uint8), {float(pieces.end_s[0])!r})
+length = FluidSynthRenderer(settings).render_into(out, piece)
 sys.stdout.buffer.write(out[:length].tobytes())
 """
     columns = (pieces.onset_s, pieces.duration_s, pieces.pitch, pieces.velocity)

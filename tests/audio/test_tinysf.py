@@ -39,7 +39,7 @@ def test_one_note_is_the_packages_own(settings: RenderSettings, pieces_of: Piece
 
 def clip(settings: RenderSettings, notes: NoteBatch, i: int = 0) -> np.ndarray:
     out = np.empty(settings.max_samples, np.float32)
-    return out[: TinySoundFontRenderer(settings).render_into(out, *piece_arrays(notes, i))]
+    return out[: TinySoundFontRenderer(settings).render_into(out, piece_arrays(notes, i))]
 
 
 def test_the_same_bits_after_any_history(settings: RenderSettings, random_pieces: Pieces) -> None:
@@ -47,7 +47,7 @@ def test_the_same_bits_after_any_history(settings: RenderSettings, random_pieces
     first = clip(settings, notes, 2)
     renderer, out = TinySoundFontRenderer(settings), np.empty(settings.max_samples, np.float32)
     for i in (0, 1, 2):
-        length = renderer.render_into(out, *piece_arrays(notes, i))
+        length = renderer.render_into(out, piece_arrays(notes, i))
     np.testing.assert_array_equal(out[:length], first)
 
 

@@ -57,7 +57,7 @@ def test_the_mixdown_is_the_cpus(kernel: str, normalize: str, settings: RenderSe
         again, _ = gpu.render(notes)
         out = np.empty(settings.max_samples, np.float32)
         for i in range(len(notes)):
-            assert cpu.render_into(out, *piece_arrays(notes, i)) == lengths[i]
+            assert cpu.render_into(out, piece_arrays(notes, i)) == lengths[i]
             np.testing.assert_allclose(clips[i].cpu().numpy(), out, rtol=0, atol=1e-5 * max(np.abs(out).max(), 1e-9))
     np.testing.assert_array_equal(clips.cpu().numpy(), again.cpu().numpy())
 
