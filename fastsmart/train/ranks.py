@@ -8,13 +8,16 @@ is no barrier. Without torchrun there is one rank, and nothing here costs anythi
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import timedelta
+from uuid import uuid4
 
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch.distributed.rendezvous import rendezvous
 
 from fastsmart.errors import UserError
 
@@ -98,5 +101,35 @@ def join_ranks() -> Ranks:
             )
         torch.cuda.set_device(ranks.local_rank)
     if not dist.is_initialized():
-        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=TIMEOUT)
+        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        store, rank, world = next(rendezvous("env://", timeout=TIMEOUT))
+        store = of_this_attempt(store, rank, world)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=TIMEOUT)
     return ranks
+
+
+def of_this_attempt(store: dist.Store, rank: int, world: int) -> dist.Store:
+    """The part of a store that belongs to the ranks alive now.
+
+    torchrun (2.13) keeps one store from restart to restart: a rank started again would find the addresses of those that
+    died and wait for them. How often a rank was restarted does not tell attempts apart, as machines count on their
+    own. So each rank introduces itself by a word of its own, rank 0 answers every word it sees with the name of its
+    attempt, and goes on when all the others have got theirs; words of the dead are answered too, and read by nobody.
+    """
+    if rank:
+        word = uuid4().hex
+        store.set(f"rank {rank}", word)
+        attempt = store.get(word).decode()  # waits for the answer
+        store.add(f"{attempt} arrived", 1)
+        return dist.PrefixStore(attempt, store)
+    attempt, answered, deadline = uuid4().hex, set[str](), time.monotonic() + TIMEOUT.total_seconds()
+    while (arrived := store.add(f"{attempt} arrived", 0)) < world - 1:
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"{arrived + 1} of {world} ranks came within {TIMEOUT}")
+        for key in (f"rank {other}" for other in range(1, world)):
+            word = store.get(key).decode() if store.check([key]) else ""
+            if word and word not in answered:
+                store.set(word, attempt)
+                answered.add(word)
+        time.sleep(0.01)
+    return dist.PrefixStore(attempt, store)

@@ -15,6 +15,7 @@ import numpy as np
 import psutil
 import pytest
 import torch
+from processes import started
 from scipy.stats import chi2_contingency
 from vllm_policy import make_vllm_policy
 
@@ -393,23 +394,24 @@ def test_no_process_and_no_complaint_is_left_however_it_ends(vocab, tmp_path, en
         tokens = {"error": "2045", "interrupt": "2000"}[ending]
         command = [sys.executable, "-m", "fastsmart", "sample", "--policy", str(tmp_path / "policy"), "-n", "64"]
         command += ["--engine", "vllm", "--out", str(tmp_path / "songs"), "--max-tokens", tokens]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     seen: dict[int, psutil.Process] = {}
     interrupt_at = float("inf")
-    while process.poll() is None:
-        try:
-            seen |= {child.pid: child for child in psutil.Process(process.pid).children(recursive=True)}
-            loaded = "vllm/_C" in Path(f"/proc/{process.pid}/maps").read_text()
-        except (psutil.NoSuchProcess, ProcessLookupError, FileNotFoundError):
-            break
-        if ending == "interrupt" and loaded:  # vLLM's kernels are there: it starts, and soon it samples
-            interrupt_at = min(interrupt_at, time.monotonic() + 3.0)
-        if time.monotonic() > interrupt_at:
-            process.send_signal(signal.SIGINT)
-            break
-        time.sleep(0.05)
-    _, err = process.communicate(timeout=60)
+    with started(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
+        while process.poll() is None:
+            try:
+                seen |= {child.pid: child for child in psutil.Process(process.pid).children(recursive=True)}
+                loaded = "vllm/_C" in Path(f"/proc/{process.pid}/maps").read_text()
+            except (psutil.NoSuchProcess, ProcessLookupError, FileNotFoundError):
+                break
+            if ending == "interrupt" and loaded:  # vLLM's kernels are there: it starts, and soon it samples
+                interrupt_at = min(interrupt_at, time.monotonic() + 3.0)
+            if time.monotonic() > interrupt_at:
+                process.send_signal(signal.SIGINT)
+                break
+            time.sleep(0.05)
+        _, err = process.communicate(timeout=60)
+        left = [child for child in seen.values() if child.is_running()]
     assert process.returncode == {"success": 0, "error": 2, "interrupt": 130}[ending], err
     assert ("lower sampling.max_tokens" in err) == (ending == "error")
     assert len(err.splitlines()) == (ending == "error"), err
-    assert not [child for child in seen.values() if child.is_running()]
+    assert not left

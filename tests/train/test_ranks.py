@@ -6,12 +6,15 @@ import os
 import signal
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import psutil
 import pytest
 import torch
+import torch.distributed as dist
+from processes import started
 from small_run import SYMBOLIC, comparable, config_for, write_config
 from tiny_policy import make_policy
 
@@ -19,7 +22,7 @@ from fastsmart import UserError
 from fastsmart.files import JsonLines
 from fastsmart.policy.checkpoint import save_policy
 from fastsmart.train.placement import parse_cores, rank_cores, split_cores
-from fastsmart.train.ranks import Ranks
+from fastsmart.train.ranks import Ranks, of_this_attempt
 from fastsmart.train.stations import Stations
 
 TWENTY = {
@@ -93,7 +96,7 @@ def test_and_so_they_are_whatever_is_set(checkpoint, tmp_path, change):
 
 def test_a_rank_killed_under_torchrun_is_started_again_and_the_run_ends_the_same(alone, tmp_path):
     killed, settings = tmp_path / "killed", ["--config", str(alone.parent / "small.toml")]
-    with subprocess.Popen(
+    with started(
         torchrun(killed, *settings, "--resume", "auto", restarts=2),
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
@@ -121,7 +124,7 @@ def test_a_rank_killed_under_torchrun_is_started_again_and_the_run_ends_the_same
 def test_sigterm_to_the_launcher_saves_at_one_step_on_all_ranks(checkpoint, tmp_path):
     many = {"train": {"steps": 5000, "eval_every": 0, "save_every": 0, "prompts": 2, "listen": 0}}
     settings = ["--config", str(write_config(tmp_path, checkpoint, many))]
-    with subprocess.Popen(
+    with started(
         torchrun(tmp_path / "run", *settings), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=environment(),
         text=True,
     ) as agent:  # fmt: skip
@@ -135,6 +138,23 @@ def test_sigterm_to_the_launcher_saves_at_one_step_on_all_ranks(checkpoint, tmp_
     assert "SIGTERM: saved at step" in rest
     (saved,) = (tmp_path / "run" / "checkpoints").glob("step-*")
     assert JsonLines(tmp_path / "run" / "metrics.jsonl").lines()[-1]["step"] == int(saved.name.removeprefix("step-"))
+
+
+def test_ranks_started_again_find_each_other_and_not_the_dead():
+    """torchrun hands every attempt the same store; here two attempts died at different moments before the third."""
+    world, store = 3, dist.HashStore()
+
+    def attempt(alive: range) -> list[dist.Store]:
+        with ThreadPoolExecutor(world) as pool:
+            return list(pool.map(lambda rank: of_this_attempt(store, rank, world), alive))
+
+    for store_of_rank in attempt(range(world)):
+        store_of_rank.set("address", "of the dead")
+    store.set("rank 2", "a word whose rank died before it was answered")
+    stores = attempt(range(world))
+    assert not any(s.check(["address"]) for s in stores)
+    stores[2].set("address", "of rank 2")
+    assert [s.get("address") for s in stores] == [b"of rank 2"] * world
 
 
 def test_shares_cover_everything_once_in_order():

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+from processes import started
 from small_run import SYMBOLIC, command, comparable, config_for, write_config
 
 from fastsmart import UserError, presets, train
@@ -86,15 +87,14 @@ def test_killed_at_a_random_moment_and_resumed_it_writes_the_same_metrics(checkp
     kills = 0
     options = ["--config", str(settings)]
     for _ in range(2):
-        process = subprocess.Popen(command(killed, *options), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-        # some moment after the first line of metrics of this life, so that every life makes some way
-        seen, begun = _size(killed), time.monotonic()
-        while process.poll() is None and _size(killed) <= seen and time.monotonic() - begun < 120:
-            time.sleep(0.02)
-        time.sleep(random.uniform(0.0, 1.5))
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        process.stderr.close()
+        with started(command(killed, *options), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+            # some moment after the first line of metrics of this life, so that every life makes some way
+            seen, begun = _size(killed), time.monotonic()
+            while process.poll() is None and _size(killed) <= seen and time.monotonic() - begun < 120:
+                time.sleep(0.02)
+            time.sleep(random.uniform(0.0, 1.5))
+            process.send_signal(signal.SIGKILL)
+            process.wait()
         kills += process.returncode == -signal.SIGKILL
         options = ["--resume"] if (killed / "config.toml").exists() else options
     subprocess.run(command(killed, *options), check=True, capture_output=True, timeout=300)
@@ -114,13 +114,13 @@ def test_asked_to_stop_it_saves_and_leaves_and_goes_on(checkpoint, tmp_path, num
     out = tmp_path / "run"
     many = {"train": {"steps": 1000, "save_every": 0, "eval_every": 0}}
     settings = write_config(tmp_path, checkpoint, SYMBOLIC, many)
-    process = subprocess.Popen(command(out, "--config", str(settings)), stdout=subprocess.PIPE, text=True)
-    assert process.stdout is not None
-    for line in process.stdout:
-        if line.startswith("step 3/"):
-            break
-    os.kill(process.pid, number)
-    rest, _ = process.communicate(timeout=60)
+    with started(command(out, "--config", str(settings)), stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            if line.startswith("step 3/"):
+                break
+        os.kill(process.pid, number)
+        rest, _ = process.communicate(timeout=60)
     assert process.returncode == 128 + number
     assert "--resume" in rest
     saved = sorted((out / "checkpoints").iterdir())

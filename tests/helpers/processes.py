@@ -1,0 +1,28 @@
+"""Processes that a test starts and that do not outlive it, whatever happens."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import Any
+
+import psutil
+
+
+@contextmanager
+def started(command: list[str], **options: Any) -> Iterator[subprocess.Popen]:
+    """`subprocess.Popen`, of whose process and its descendants none is left after the block."""
+    process = subprocess.Popen(command, **options)
+    try:
+        yield process
+    finally:
+        with suppress(psutil.NoSuchProcess):
+            family = psutil.Process(process.pid)
+            for member in (*family.children(recursive=True), family):
+                with suppress(psutil.NoSuchProcess):
+                    member.kill()
+        process.wait()
+        for stream in (process.stdin, process.stdout, process.stderr):
+            if stream:
+                stream.close()
