@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
-from fastsmart.files import cpu_cores
-from fastsmart.train.provenance import PACKAGES, installed_version, processor
+from fastsmart.files import cpu_cores, processor
+from fastsmart.train.provenance import PACKAGES, installed_version
 
 
 def write_result(path: str | Path, figures: dict[str, Any]) -> None:

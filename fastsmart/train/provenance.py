@@ -13,7 +13,7 @@ import torch
 from fastsmart.audio import find_soundfont, soundfont_hash
 from fastsmart.config import Config
 from fastsmart.errors import UserError
-from fastsmart.files import cpu_cores
+from fastsmart.files import cpu_cores, processor
 from fastsmart.policy.checkpoint import shipped_file, shipped_policies
 from fastsmart.policy.transformer import Policy
 from fastsmart.reward.registry import FROM_STATISTICS
@@ -107,12 +107,3 @@ def installed_version(package: str) -> str | None:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
         return None
-
-
-def processor() -> str:
-    """The processor's own name."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
