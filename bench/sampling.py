@@ -42,7 +42,8 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
         engines.append(make_engine(replace(settings, engine=name), policy, dtype=dtype))
         return {name: draws(engines[-1], prompts, settings)}
 
-    peers, left_out = made({"generate": lambda: generate(policy, prompts, given.tokens, dtype), "vllm": lambda: engine("vllm")}, given)  # fmt: skip
+    makers = {"generate": lambda: generate(policy, prompts, given.tokens, dtype), "vllm": lambda: engine("vllm")}
+    peers, left_out = made(makers, given)
     seconds = interleaved(engine("native") | peers, given.runs, given.device)
     for each in engines:
         each.close()

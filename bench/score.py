@@ -56,9 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any] | None:
     if given.memory:
         own = ["--device", given.device, "--threads", str(given.threads)]
         names = [*given.dtypes, *peers]
-        more["peak_mib_of_one_window"] = {
-            name: peak_in_own_process(__file__, [*own, "--peak", name]) for name in names
-        }
+        more["peak_mib_of_one_window"] = {name: peak_in_own_process(__file__, [*own, "--peak", name]) for name in names}
         print("peak memory, MiB:", {name: f"{mib:.0f}" for name, mib in more["peak_mib_of_one_window"].items()})
     return finish("score", cases, given, **more)
 

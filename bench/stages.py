@@ -108,13 +108,12 @@ def matrix_parameters(policy: Policy) -> int:
 def decoding_work(policy: Policy, rows: int, prompt: int, tokens: int, itemsize: int) -> list[Work]:
     """The least that drawing `tokens` of `rows` sequences takes, `itemsize` bytes a number."""
     size, matrices = policy.size, matrix_parameters(policy)
-    seen = rows * tokens * (prompt + (tokens + 1) / 2)  # keys that all tokens look at, in one layer
+    seen = size.num_layers * rows * tokens * (prompt + (tokens + 1) / 2)  # keys that all tokens look at
     width = size.num_kv_heads * size.head_size
     return [
-        Work("matrix products; weights read once a step", 2e-9 * matrices * rows * tokens, 1e-9 * itemsize * matrices * tokens),
-        Work("attention; keys and values read", 4e-9 * size.num_layers * size.hidden_size * seen,
-             2e-9 * itemsize * size.num_layers * width * seen),
-    ]  # fmt: skip
+        Work("weights times tokens", 2e-9 * matrices * rows * tokens, 1e-9 * itemsize * matrices * tokens),
+        Work("keys and values looked at", 4e-9 * size.hidden_size * seen, 2e-9 * itemsize * width * seen),
+    ]
 
 
 def update_work(policy: Policy, rows: int, length: int) -> list[Work]:

@@ -86,7 +86,7 @@ def measure(stage: str, folder: Path) -> bool:
 
 
 def read_rows(folder: Path) -> dict[str, Row]:
-    """"STAGE CASE" -> its row, of all results in a folder."""
+    """ "STAGE CASE" -> its row, of all results in a folder."""
     rows = {}
     for path in (folder / f"{stage}.json" for stage in STAGES):
         if path.is_file():

@@ -141,9 +141,7 @@ def plain(policy: Policy, rollout: Rollout, advantage: Tensor, dtype: torch.dtyp
     return job
 
 
-def trl(
-    policy: Policy, rollout: Rollout, advantage: Tensor, options: argparse.Namespace, stack: ExitStack
-) -> Job:
+def trl(policy: Policy, rollout: Rollout, advantage: Tensor, options: argparse.Namespace, stack: ExitStack) -> Job:
     from peers.public import PublicTrainer
 
     folder, steps = stack.enter_context(tempfile.TemporaryDirectory()), options.runs + 1

@@ -8,7 +8,7 @@ import harness
 import pytest
 import torch
 from harness import Ceilings, parser
-from stages import decoding_work, made, matrix_parameters, one_pass, parse, played, update_work
+from stages import decoding_work, made, one_pass, parse, phi3, played, update_work
 from tiny_policy import make_policy
 from tiny_soundfont import write_soundfont
 from torch.utils.flop_counter import FlopCounterMode
@@ -167,27 +167,29 @@ def test_pieces_are_always_the_same():
 
 @pytest.fixture
 def counted(vocab):
-    """GFLOP of matrix products that torch itself counts in an update on 2 x 16 tokens, and the policy."""
+    """A policy, and GFLOP that torch itself counts of transformers' twin on 2 x 16 tokens: matrix products of an update
+    with its reference pass, and attention of one pass, of all pairs, also those the mask takes out."""
     policy, ids = make_policy(vocab), torch.zeros(2, 16, dtype=torch.int64)
+    model = phi3(policy)
+    model.set_attn_implementation("eager")  # whose attention is products that torch counts
     with FlopCounterMode(display=False) as counter:
         with torch.no_grad():
-            policy(ids)
-        forward = counter.get_total_flops()
-        policy(ids).sum().backward()
-    counts = counter.get_flop_counts()["Global"]
-    products = sum(n for op, n in counts.items() if "attention" not in str(op) and "bmm" not in str(op))
-    return policy, 1e-9 * products, 1e-9 * forward
+            model(ids)
+        attention = counter.get_flop_counts()["Global"][torch.ops.aten.bmm]
+        model(ids).logits.sum().backward()
+    return policy, 1e-9 * counter.get_flop_counts()["Global"][torch.ops.aten.mm], 1e-9 * attention
 
 
-def test_products_of_an_update_are_those_torch_counts(counted):
-    policy, products, _ = counted
-    assert update_work(policy, 2, 16)[0].gflop == pytest.approx(products)
+def test_an_update_takes_what_torch_counts(counted):
+    policy, products, attention = counted
+    work = update_work(policy, 2, 16)
+    assert work[0].gflop == pytest.approx(products)
+    assert work[1].gflop == pytest.approx(4 * attention / 2, rel=0.1)  # half of all pairs, four times
 
 
-def test_a_drawn_token_takes_a_forward_pass(counted):
-    """Without the prompt, whose last position draws the first token: T tokens are T positions."""
-    policy, _, forward = counted
-    products, attention = (work.gflop for work in decoding_work(policy, 2, 0, 16, 4))
-    assert products == pytest.approx(2e-9 * matrix_parameters(policy) * 2 * 16)
-    whole = forward - products  # attention as torch counts it: all pairs, also those the mask takes out
-    assert whole / 2 < attention < whole
+def test_drawing_a_token_takes_a_forward_pass(counted):
+    """Without the prompt, whose last position draws the first token: 16 tokens are 16 positions."""
+    policy, products, attention = counted
+    work = decoding_work(policy, 2, 0, 16, 4)
+    assert work[0].gflop == pytest.approx(products / 4)
+    assert work[1].gflop == pytest.approx(attention * 17 / 32, rel=0.1)  # 1 + 2 + ... + 16 keys of 16 x 16

@@ -89,7 +89,10 @@ def test_a_case_without_a_baseline_is_mentioned_and_passes(capsys):
     assert "sync has no baseline yet" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("text", ["{", "[1]", '{"this": 3}', '{"this": {"decode": "fast"}}', '{"this": {"decode": null}}'])  # fmt: skip
+BROKEN = ["{", "[1]", '{"this": 3}', '{"this": {"decode": "fast"}}', '{"this": {"decode": null}}']
+
+
+@pytest.mark.parametrize("text", BROKEN)
 def test_a_broken_file_of_baselines_is_one_sentence_and_nothing_is_measured(bench, text):
     bench.baselines.write_text(text)
     with pytest.raises(UserError, match=r"baselines\.json is not a file of baselines") as error:
