@@ -6,6 +6,7 @@ from functools import partial
 
 import harness
 import pytest
+import suite
 import torch
 from harness import Ceilings, parser
 from stages import decoding_work, made, one_pass, parse, phi3, played, update_work
@@ -72,7 +73,10 @@ def test_a_stage_is_measured_beside_its_peers(toy, stage, tmp_path):
     check(toy(stage, *TOY[stage], "--out", str(path)), stage, path)
 
 
-def test_rendering_is_measured_beside_its_peers(toy, tmp_path):
+def test_rendering_is_measured_beside_its_peers(toy, tmp_path, monkeypatch):
+    import render
+
+    monkeypatch.setattr(render, "played", lambda pieces: played(pieces, 24))  # few notes to be stored first
     font, path = write_soundfont(tmp_path / "tiny.sf2"), tmp_path / "result.json"
     options = ["--quick", "--clips", "2", "--soundfont", str(font), "--peer", "fluidsynth", "--peer", "symusic"]
     check(toy("render", *options, "--out", str(path)), "render", path)
@@ -86,6 +90,13 @@ def test_the_rest_of_what_rendering_measures(toy, tmp_path):
     assert figures["fidelity"]["tiny.sf2"]["stored_snr_db"]["median"] > 20
     assert figures["cold"]["keys"] == 88
     assert toy("render", "--clips", "2", "--soundfont", font, "--leak", "8")["leak"]["segments_left"] == 0
+
+
+@pytest.mark.slow
+def test_the_suite_runs_a_script_and_reads_its_result(tmp_path):
+    assert suite.measure("decode", tmp_path)
+    (name,) = suite.read_rows(tmp_path)
+    assert name == "decode 64 x 256"
 
 
 @pytest.mark.slow
