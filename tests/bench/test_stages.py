@@ -13,6 +13,7 @@ from stages import decoding_work, made, one_pass, parse, phi3, played, update_wo
 from tiny_policy import make_policy
 from tiny_soundfont import write_soundfont
 from torch.utils.flop_counter import FlopCounterMode
+from vllm_policy import make_vllm_policy
 
 from fastsmart.reward.audiobox import make_random_weights
 from fastsmart.reward.audiobox.architecture import Size
@@ -47,7 +48,9 @@ def toy(vocab, monkeypatch):
     def call(stage, *options, size=SMALL):
         script = importlib.import_module(stage)
         monkeypatch.setattr(script, "measured_ceilings", lambda *_: Ceilings(100.0, 10.0))
-        monkeypatch.setattr(script, "paper_policy", lambda device: make_policy(vocab, max_positions=64), raising=False)
+        monkeypatch.setattr(
+            script, "paper_policy", lambda device: make_vllm_policy(vocab, max_positions=64), raising=False
+        )
         monkeypatch.setattr(script, "make_random_weights", partial(make_random_weights, size=size), raising=False)
         return script.main(["--runs", "1", "--device", "cpu", "--threads", "2", *options])
 
