@@ -1,6 +1,6 @@
 # Every target sets up what it needs by itself (.ci/setup): .venv, the pinned packages, FluidSynth and a soundfont.
 
-.PHONY: help demo test lint clean
+.PHONY: help demo test bench lint clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-6s %s\n", $$1, $$2 }' Makefile
@@ -13,11 +13,15 @@ test: ## run the tests; make test ARGS="-k decode" runs some
 	@bash .ci/setup test
 	.venv/bin/pytest $(ARGS)
 
-# The tests' tensors are small: spread over many cores they only wait for each other.
-test: export OMP_NUM_THREADS ?= 2
-test: export MKL_NUM_THREADS ?= 2
-test: export OPENBLAS_NUM_THREADS ?= 2
-test: export NUMBA_NUM_THREADS ?= 2
+bench: ## measure every stage on the CPU and compare with earlier runs; make bench ARGS=--accept keeps this one
+	@bash .ci/setup demo
+	.venv/bin/python bench/suite.py $(ARGS)
+
+# Small tensors spread over many cores only wait for each other; what is large in a benchmark sets its own threads.
+test bench: export OMP_NUM_THREADS ?= 2
+test bench: export MKL_NUM_THREADS ?= 2
+test bench: export OPENBLAS_NUM_THREADS ?= 2
+test bench: export NUMBA_NUM_THREADS ?= 2
 test: export MPLBACKEND ?= Agg
 
 lint: ## ruff and mypy

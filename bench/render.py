@@ -1,11 +1,14 @@
 """Rendering, in one interleaved run: the note bank beside FluidSynth, the public pipeline's renderer and symusic.
 
-    python bench/render.py --midi FOLDER --soundfont FluidR3_GM.sf2 --out bench/results/render.json
+    python bench/render.py --peer all --midi FOLDER --soundfont FluidR3_GM.sf2 --out bench/results/render.json
 
-Clips: the middle 10 s window of each of 20 files spread over the folder, mono. Speed is audio seconds a second of one
-core, as the median over the rounds; "pool" is the whole way through the worker processes. Fidelity, for every
-soundfont named: signal-to-noise ratio in dB against FluidSynth (dry, 48 kHz, mixed to mono, resampled), and the RMS
-difference of 80-band log-mel spectra in dB, beside that of tinysoundfont. `--leak N` renders N clips and prints memory.
+Clips: the middle 10 s window of each of 20 files spread over the folder, or pieces of the shipped policy; mono, on one
+core unless the name says "pool", which is the whole way through the worker processes. The public pipeline plays a MIDI
+file with tinysoundfont's sequencer at 48 kHz, after 4 s that flush the synth.
+
+--parts fidelity: for every soundfont named, signal-to-noise ratio in dB against FluidSynth (dry, 48 kHz, mixed to mono,
+resampled), and the RMS difference of 80-band log-mel spectra in dB, beside that of tinysoundfont. --parts cold: a whole
+bank from nothing. --leak N renders N clips and prints memory.
 """
 
 from __future__ import annotations
@@ -15,114 +18,133 @@ import os
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Sequence
+from contextlib import ExitStack, closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
-import symusic
 import torch
-from results import write_result
-from transformers.audio_utils import mel_filter_bank
+from harness import REFERENCE, Job, Work, interleaved, measured_ceilings, parser, report
+from stages import finish, made, one_pass, parse, played, run
 
 from fastsmart.audio import RenderPool, RenderSettings, find_soundfont, render
 from fastsmart.audio.bank import NoteBank, banks_folder
 from fastsmart.audio.building import build_bank, fidelity
-from fastsmart.audio.events import piece_arrays
+from fastsmart.audio.device import DeviceMixer
+from fastsmart.audio.events import piece_arrays, timing
+from fastsmart.audio.mix import pair, plan
 from fastsmart.audio.renderers import Renderer, make_renderer
 from fastsmart.notes import NoteBatch, read_midi
 from fastsmart.reward.windows import cut_windows
+from fastsmart.tokens.decode import decode
 
-CLIPS, SECONDS, RATE_HZ = 20, 10.0, 16000
-
-
-def main() -> None:
-    arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    arguments.add_argument("--midi", required=True, help="folder of MIDI files")
-    arguments.add_argument("--soundfont", action="append", help="repeatable; speed is measured on the first")
-    arguments.add_argument("--rounds", type=int, default=5)
-    arguments.add_argument("--leak", type=int, default=0, metavar="N", help="render N clips instead")
-    arguments.add_argument("--out", default="", help="JSON file for the result")
-    options = arguments.parse_args()
-    fonts = options.soundfont or [str(find_soundfont())]
-    clips = excerpts(Path(options.midi))
-    if options.leak:
-        figures = leak(clips, fonts[0], options.leak)
-    else:
-        figures = {
-            "clips": {"number": len(clips), "mean_notes": float(clips.counts.mean())},
-            "speed": speed(clips, fonts[0], options.rounds),
-            "cold": cold(fonts[0]),
-            "fidelity": {Path(font).name: compare(clips, font) for font in fonts},
-        }
-    if options.out:
-        write_result(options.out, figures)
+SECONDS, RATE_HZ = 10.0, 16000
+PASSES = 10  # over the clips in a turn of the fast ones
+PEERS = ("fluidsynth", "tinysoundfont", "symusic")
+PARTS = ("speed", "cold", "fidelity")
 
 
-def excerpts(folder: Path) -> NoteBatch:
+def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
+    options = parser(__doc__, 5, PEERS)
+    options.add_argument("--midi", help="folder of MIDI files; default: pieces of the shipped policy")
+    options.add_argument("--clips", type=int, default=20, help="20")
+    options.add_argument("--soundfont", action="append", help="repeatable; speed is measured on the first")
+    options.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
+    options.add_argument("--leak", type=int, default=0, metavar="N", help="render N clips instead")
+    options.set_defaults(threads=1)
+    given = parse(options, {"parts": ["speed"]}, arguments)
+    fonts = given.soundfont or [str(find_soundfont())]
+    clips = excerpts(Path(given.midi), given.clips) if given.midi else own_pieces(given.clips)
+    more: dict[str, Any] = {"clips": {"number": len(clips), "mean_notes": float(clips.counts.mean())}}
+    cases: dict[str, Any] = {}
+    if given.leak:
+        return finish("render", cases, given, **more, leak=leak(clips, fonts[0], given.leak))
+    if "speed" in given.parts:
+        cases[f"{len(clips)} clips"], more["left_out"] = speed(clips, fonts[0], given)
+    if "cold" in given.parts:
+        more["cold"] = cold(fonts[0])
+    if "fidelity" in given.parts:
+        more["fidelity"] = {Path(font).name: compare(clips, font) for font in fonts}
+    return finish("render", cases, given, **more)
+
+
+def excerpts(folder: Path, clips: int) -> NoteBatch:
     """The middle window of files spread over a folder."""
     files = sorted(p for p in folder.rglob("*") if p.suffix.lower() in (".mid", ".midi"))
-    files = files[:: max(1, len(files) // CLIPS)][:CLIPS]
+    files = files[:: max(1, len(files) // clips)][:clips]
     windows = [cut_windows(read_midi(path), SECONDS) for path in files]
     return NoteBatch.concat([w.select([len(w) // 2]) for w in windows if len(w)])
 
 
-def speed(clips: NoteBatch, font: str, rounds: int) -> dict[str, Any]:
-    """Audio seconds a second of each contender, round by round, in turn; on one core unless its name says two."""
+def own_pieces(clips: int) -> NoteBatch:
+    """The first ten seconds of pieces of the shipped policy."""
+    rollout, vocab = played(clips)
+    return decode(rollout.sequences(), vocab, SECONDS)
+
+
+def speed(clips: NoteBatch, font: str, options: argparse.Namespace) -> tuple[dict[str, Any], dict[str, str]]:
     settings = RenderSettings(font, max_seconds=SECONDS)
+    batch = NoteBatch.concat([clips] * PASSES)
+    with ExitStack() as stack:
+        stored = stack.enter_context(closing(make_renderer(settings)))
+        jobs, passes = {"bank": one_by_one(stored, batch)}, {"bank": PASSES}
+        if on_gpu := options.device.startswith("cuda"):
+            mixer = stack.enter_context(DeviceMixer(settings, options.device))
+            jobs["bank, on the GPU"], passes["bank, on the GPU"] = lambda: mixer.render(batch), PASSES
+        if not options.quick:
+            exact = stack.enter_context(closing(make_renderer(replace(settings, bank="exact"))))
+            jobs["bank, exact, its notes kept"] = one_by_one(exact, clips)
+        for workers in (1, 2):
+            pool = stack.enter_context(RenderPool(replace(settings, workers=workers), len(batch)))
+            name = f"bank, pool, {workers} process{'es' * (workers > 1)}"
+            jobs[name], passes[name] = through(pool, batch), PASSES
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        files = [folder / f"{i}.mid" for i in range(len(clips))]
+        for i, file in enumerate(files):
+            clips.to_midi(i, file)
+        makers = {
+            "fluidsynth": lambda: fluidsynth(settings, clips),
+            "tinysoundfont": lambda: public(font, files),
+            "symusic": lambda: symusic(font, files),
+        }
+        peers, left_out = made(makers, options)
+        seconds = one_pass(interleaved(jobs | peers, options.runs, options.device), passes)
+    ours = "bank, on the GPU" if on_gpu else "bank"
+    case = report("render", seconds, ours, [work(settings, clips)], measured_ceilings(options.device))
     audio_s = float(np.minimum(clips.end_s, SECONDS).sum())
-    with tempfile.TemporaryDirectory() as folder:
-        scores = []
-        for i in range(len(clips)):
-            clips.to_midi(i, Path(folder) / f"{i}.mid")
-            scores.append(symusic.Score(str(Path(folder) / f"{i}.mid")))
-    direct = symusic.Synthesizer(font, RATE_HZ, 0)
-    repeats = 10  # of the clips in a pass of the fast ones
-    batch = NoteBatch.concat([clips] * repeats)
-    contenders: dict[str, tuple[int, Callable[[], object]]] = {
-        "bank": (repeats, one_by_one(make_renderer(settings), batch)),
-        "bank, exact, its notes kept": (1, one_by_one(make_renderer(replace(settings, bank="exact")), clips)),
-        "fluidsynth, 48 kHz resampled": (1, one_by_one(make_renderer(replace(settings, backend="fluidsynth")), clips)),
-        "tinysoundfont, 48 kHz, 4 s flush (public pipeline)": (
-            1,
-            one_by_one(make_renderer(replace(settings, backend="tinysoundfont", sample_rate=48000)), clips),
-        ),
-        "symusic, 16 kHz mono": (1, lambda: [direct.render(score, stereo=False) for score in scores]),
-    }
-    pools = {workers: RenderPool(replace(settings, workers=workers), len(batch)) for workers in (1, 2)}
-    for workers, pool in pools.items():
-        contenders[f"bank, pool, {workers} process{'es' * (workers > 1)}"] = repeats, through(pool, batch)
-    rates: dict[str, list[float]] = {name: [] for name in contenders}
-    for turn in range(rounds + 1):
-        for name, (times, job) in contenders.items():
-            start = time.perf_counter()
-            job()
-            if turn:  # the first of each is its warm-up
-                rates[name].append(times * audio_s / (time.perf_counter() - start))
-    for pool in pools.values():
-        pool.close()
-    medians = {name: statistics.median(values) for name, values in rates.items()}
-    for name, rate in medians.items():
-        print(f"{name:52} {rate:8.0f} x real time ({min(rates[name]):.0f} - {max(rates[name]):.0f})")
-    ratios = {f"bank / {name}": medians["bank"] / rate for name, rate in medians.items()}
-    two = [b / a for a, b in zip(rates["bank, pool, 1 process"], rates["bank, pool, 2 processes"], strict=True)]
-    ratios["two processes / one"] = statistics.median(two)
-    for name, ratio in ratios.items():
-        print(f"{name:60} {ratio:6.2f}")
-    return {"times_real_time": medians, "rounds": rates, "ratios": ratios}
+    case["times_real_time"] = {n: audio_s / statistics.median(s) for n, s in seconds.items() if n != REFERENCE}
+    for name, rate in case["times_real_time"].items():
+        print(f"  {name}: {rate:.0f} x real time")
+    return case, left_out
 
 
-def one_by_one(renderer: Renderer, clips: NoteBatch) -> Callable[[], object]:
-    longest = int(SECONDS * 48000)
-    settings = renderer.settings  # type: ignore[attr-defined]
-    out = np.empty(longest, np.float32)[: settings.max_samples]
+def work(settings: RenderSettings, clips: NoteBatch) -> Work:
+    """Every sample of a note that is heard is added, times its gain; what is stored of the notes is read once, and
+    every clip is written once."""
+    added, written, stored = 0, 0, {}
+    with NoteBank(settings) as bank:
+        for piece in (piece_arrays(clips, i) for i in range(len(clips))):
+            _, length, heard, start, stop = timing(piece, settings)
+            pitch, velocity = piece.pitch[heard], piece.velocity[heard]
+            bank.ensure(pitch, velocity)
+            pedal_at = np.rint(piece.pedal_s * settings.synth_rate).astype(np.int64)
+            slices = plan(*pair(start, stop, pitch, pedal_at, piece.pedal_down), pitch, velocity, bank.tables)
+            samples = np.minimum(slices.start + slices.length, length) - np.maximum(slices.start, 0)
+            added, written = added + int(samples.clip(min=0).sum()), written + length
+            for wave, n in zip(slices.wave.tolist(), slices.length.tolist(), strict=True):
+                stored[wave] = max(n, stored.get(wave, 0))
+    return Work("notes added up", 2e-9 * added, 1e-9 * (2 * sum(stored.values()) + 4 * written))
+
+
+def one_by_one(renderer: Renderer, clips: NoteBatch) -> Job:
+    out = np.empty(renderer.settings.max_samples, np.float32)  # type: ignore[attr-defined]
     pieces = [piece_arrays(clips, i) for i in range(len(clips))]
     return lambda: [renderer.render_into(out, piece) for piece in pieces]
 
 
-def through(pool: RenderPool, clips: NoteBatch) -> Callable[[], object]:
+def through(pool: RenderPool, clips: NoteBatch) -> Job:
     def job() -> None:
         for i in range(len(clips)):
             pool.submit(i, clips, i)
@@ -132,6 +154,26 @@ def through(pool: RenderPool, clips: NoteBatch) -> Callable[[], object]:
         pool.clear()
 
     return job
+
+
+def fluidsynth(settings: RenderSettings, clips: NoteBatch) -> dict[str, Job]:
+    return {"fluidsynth, 48 kHz resampled": one_by_one(make_renderer(replace(settings, backend="fluidsynth")), clips)}
+
+
+def public(font: str, files: Sequence[Path]) -> dict[str, Job]:
+    """As the authors of SMART render."""
+    from peers.public import Synth
+    from symusic import Score
+
+    synth, scores = Synth(font), [Score(str(file)) for file in files]
+    return {"tinysoundfont, 48 kHz, 4 s flush": lambda: [synth.render_clip(score) for score in scores]}
+
+
+def symusic(font: str, files: Sequence[Path]) -> dict[str, Job]:
+    from symusic import Score, Synthesizer
+
+    synth, scores = Synthesizer(font, RATE_HZ, 0), [Score(str(file)) for file in files]
+    return {"symusic, 16 kHz mono": lambda: [synth.render(score, stereo=False) for score in scores]}
 
 
 def cold(font: str) -> dict[str, Any]:
@@ -176,6 +218,8 @@ def compare(clips: NoteBatch, font: str) -> dict[str, Any]:
 
 def log_mel_distance(one: np.ndarray, other: np.ndarray) -> float:
     """RMS difference in dB of two clips' log-mel spectra: 80 bands, 25 ms windows every 10 ms, down to -80 dB."""
+    from transformers.audio_utils import mel_filter_bank
+
     bands = torch.from_numpy(mel_filter_bank(201, 80, 0.0, 8000.0, RATE_HZ)).float()
     spectra = []
     for clip in (one, other):
@@ -188,6 +232,8 @@ def log_mel_distance(one: np.ndarray, other: np.ndarray) -> float:
 
 def leak(clips: NoteBatch, font: str, number: int) -> dict[str, Any]:
     """Memory of this process and its workers while `number` clips are rendered through one pool."""
+    import psutil
+
     me, memory = psutil.Process(), []
     segments = set(os.listdir("/dev/shm"))
     with RenderPool(RenderSettings(font, max_seconds=SECONDS, workers=2), len(clips)) as pool:
@@ -206,4 +252,4 @@ def leak(clips: NoteBatch, font: str, number: int) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -15,6 +15,8 @@ import torch
 from fastsmart.files import cpu_cores, processor
 from fastsmart.train.provenance import PACKAGES, installed_version
 
+PEERS = ("transformers", "trl", "triton", "tinysoundfont", "liger_kernel")  # beside what fastsmart itself is built on
+
 
 def write_result(path: str | Path, figures: dict[str, Any]) -> None:
     """Write figures as JSON together with where they come from."""
@@ -29,7 +31,7 @@ def write_result(path: str | Path, figures: dict[str, Any]) -> None:
             "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
             "python": platform.python_version(),
         },
-        "packages": {name: version for name in PACKAGES if (version := installed_version(name))},
+        "packages": {name: version for name in (*PACKAGES, *PEERS) if (version := installed_version(name))},
         **figures,
     }
     Path(path).parent.mkdir(parents=True, exist_ok=True)

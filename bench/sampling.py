@@ -1,114 +1,93 @@
-"""Tokens a second of the native sampler, vLLM and transformers' `generate`, in one interleaved run; and how long the
-first two take to take over new weights.
+"""Sampling: the native engine beside transformers' `generate` and vLLM, in one interleaved run.
 
-    python bench/sampling.py --out bench/results/sampling.json
+    python bench/sampling.py --peer all --out bench/results/sampling.json
 
 The policy has the shape of the paper's (4 layers, 512 wide, 2048 feed-forward, 8 heads, 413 tokens) and fresh weights;
-64 sequences of 256 new tokens from four-token prompts, fp32. EOS never ends a piece, so every engine draws as many.
+64 sequences of 256 new tokens from four-token prompts. EOS never ends a piece, so every engine draws as many. Once
+vLLM's worker for CPUs has started it slows the whole process: compare with `generate` in a run of their own.
 """
 
 from __future__ import annotations
 
-import argparse
+import itertools
 import statistics
-import tempfile
-import time
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
-from results import write_result
+from harness import REFERENCE, Job, interleaved, measured_ceilings, parser, report
+from stages import compute_dtype, decoding_work, finish, made, paper_policy, parse, phi3, run
 
-from fastsmart.policy.checkpoint import save_policy
-from fastsmart.policy.transformer import Policy, PolicySize
-from fastsmart.sampling import SamplingSettings, make_engine
+from fastsmart.policy.transformer import Policy
+from fastsmart.sampling import Engine, SamplingSettings, make_engine
 from fastsmart.tokens.prompts import procedural
-from fastsmart.tokens.vocabulary import load_vocabulary
+from fastsmart.tokens.sequences import TokenBatch
 
-PROMPTS, GROUP, NEW_TOKENS = 8, 8, 256
-
-
-def main() -> None:
-    arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    arguments.add_argument("--runs", type=int, default=5, help="counted runs of each engine, in turn")
-    arguments.add_argument("--threads", type=int, default=2)
-    arguments.add_argument("--out", default="", help="JSON file for the result")
-    options = arguments.parse_args()
-    torch.set_num_threads(options.threads)
-    vocab = load_vocabulary("smart")
-    size = PolicySize(len(vocab), 512, 2048, 4, 8, 8)
-    policy = Policy(size, vocab).initialise(torch.Generator().manual_seed(0)).eval()
-    settings = SamplingSettings(group=GROUP, max_tokens=NEW_TOKENS, max_rows=PROMPTS * GROUP)
-    samplers = {name: make_engine(replace(settings, engine=name), policy) for name in ("native", "vllm")}
-    engines = {name: stream(sampler, policy, settings) for name, sampler in samplers.items()}
-    engines["transformers generate"] = generate(policy)
-    seconds: dict[str, list[float]] = {name: [] for name in engines}
-    syncs: dict[str, list[float]] = {name: [] for name in samplers}
-    for run in range(options.runs + 1):
-        for name, draw in engines.items():
-            start = time.perf_counter()
-            tokens = draw(run)
-            if run:  # the first of each is its warm-up
-                seconds[name].append((time.perf_counter() - start) / tokens)
-        for name, sampler in samplers.items():
-            start = time.perf_counter()
-            sampler.load(policy, run)
-            if run:
-                syncs[name].append(time.perf_counter() - start)
-    for sampler in samplers.values():
-        sampler.close()
-    rates = {name: 1.0 / statistics.median(s) for name, s in seconds.items()}
-    for name, rate in rates.items():
-        spread = f"{1 / max(seconds[name]):.0f} - {1 / min(seconds[name]):.0f}"
-        print(f"{name:24} {rate:7.0f} tokens/s (median of {options.runs}; {spread})")
-    ratios = {}
-    for fast, slow in (("native", "transformers generate"), ("vllm", "transformers generate"), ("native", "vllm")):
-        pairs = [s / f for f, s in zip(seconds[fast], seconds[slow], strict=True)]
-        ratios[f"{fast}_over_{slow.removeprefix('transformers ')}"] = pairs
-        print(f"{fast} / {slow}, pair by pair: {statistics.median(pairs):.2f} ({min(pairs):.2f} - {max(pairs):.2f})")
-    for name, each in syncs.items():
-        print(
-            f"{name} takes over {policy.num_parameters / 1e6:.1f} M weights in {statistics.median(each) * 1e3:.0f} ms"
-        )
-    if options.out:
-        write_result(
-            options.out, {"tokens_per_s": rates, "seconds_per_token": seconds, **ratios, "seconds_per_sync": syncs}
-        )
+PEERS = ("generate", "vllm")
+GROUP = 8
 
 
-def stream(engine: Any, policy: Policy, settings: SamplingSettings) -> Callable[[int], int]:
+def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
+    options = parser(__doc__, 5, PEERS)
+    options.add_argument("--prompts", type=int, default=8, help=f"of which {GROUP} sequences each are drawn (8)")
+    options.add_argument("--tokens", type=int, default=256, help="new ones of each sequence (256)")
+    given = parse(options, {"tokens": 64, "runs": 5}, arguments)
+    policy, dtype = paper_policy(given.device), compute_dtype(given.device)
+    rows, prompts = given.prompts * GROUP, procedural(policy.vocab, given.prompts, seed=0).tokens
+    settings = SamplingSettings(group=GROUP, max_tokens=given.tokens, max_rows=rows)
+    engines: list[Engine] = []
+
+    def engine(name: str) -> dict[str, Job]:
+        engines.append(make_engine(replace(settings, engine=name), policy, dtype=dtype))
+        return {name: draws(engines[-1], prompts, settings)}
+
+    makers = {"generate": lambda: generate(policy, prompts, given.tokens, dtype), "vllm": lambda: engine("vllm")}
+    peers, left_out = made(makers, given)
+    seconds = interleaved(engine("native") | peers, given.runs, given.device)
+    for each in engines:
+        each.close()
+    work = decoding_work(policy, rows, 4, given.tokens, dtype.itemsize)
+    case = report("sampling", seconds, "native", work, measured_ceilings(given.device, dtype))
+    rates = {name: rows * given.tokens / statistics.median(s) for name, s in seconds.items() if name != REFERENCE}
+    print("  tokens/s:", ", ".join(f"{name} {rate:.0f}" for name, rate in rates.items()))
+    shape = f"{rows} x {given.tokens}"
+    return finish("sampling", {shape: case | {"tokens_per_s": rates}}, given, left_out=left_out, dtype=str(dtype))
+
+
+def draws(engine: Any, prompts: TokenBatch, settings: SamplingSettings) -> Job:
     engine.eos = -1  # no such token
-    prompts = procedural(policy.vocab, PROMPTS, seed=0).tokens
-    return lambda run: sum(len(c.ids) for c in engine.stream(prompts, settings, (run,)))
+    seeds = itertools.count()
+
+    def job() -> None:
+        drawn = sum(len(c.ids) for c in engine.stream(prompts, settings, (next(seeds),)))
+        assert drawn == len(prompts) * settings.group * settings.max_tokens
+
+    return job
 
 
-def generate(policy: Policy) -> Callable[[int], int]:
-    from transformers import Phi3ForCausalLM
-
-    with tempfile.TemporaryDirectory() as folder:
-        save_policy(policy, folder)
-        model = Phi3ForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    prompts = procedural(policy.vocab, PROMPTS, seed=0).tokens
-    ids = torch.stack([torch.from_numpy(prompts.row(i // GROUP)).long() for i in range(PROMPTS * GROUP)])
+def generate(policy: Policy, prompts: TokenBatch, tokens: int, dtype: torch.dtype) -> dict[str, Job]:
+    model = phi3(policy, dtype)
+    ids = torch.stack([torch.from_numpy(row).long() for row in prompts for _ in range(GROUP)]).to(policy.device)
+    seeds = itertools.count()
 
     @torch.no_grad()
-    def draw(run: int) -> int:
-        torch.manual_seed(run)
+    def job() -> None:
+        torch.manual_seed(next(seeds))
         out = model.generate(
             ids,
             attention_mask=torch.ones_like(ids),
             do_sample=True,
             top_k=0,
             temperature=1.0,
-            min_new_tokens=NEW_TOKENS,
-            max_new_tokens=NEW_TOKENS,
+            min_new_tokens=tokens,
+            max_new_tokens=tokens,
             pad_token_id=policy.vocab.pad_id,
         )
-        return out[:, ids.shape[1] :].numel()
+        assert out.shape == (len(ids), ids.shape[1] + tokens)
 
-    return draw
+    return {"transformers generate": job}
 
 
 if __name__ == "__main__":
-    main()
+    run(main)
