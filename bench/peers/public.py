@@ -2,8 +2,8 @@
 
 TRL's GRPOTrainer with transformers' generate; MidiTok decodes; symusic writes each score to a temporary MIDI file;
 tinysoundfont's Synth and Sequencer play it, 48 kHz stereo, after four seconds played into the void; the
-audiobox_aesthetics predictor scores all clips of the step. Their own settings: groups of 8, learning rate 1e-4, KL 0.04,
-one iteration. The stages are functions and small classes, to be measured one by one too.
+audiobox_aesthetics predictor scores all clips of the step. Their own settings: groups of 8, learning rate 1e-4,
+KL 0.04, one iteration. The stages are functions and small classes, to be measured one by one too.
 
 What it takes over from TRL 1.16 as its users get it, where that costs time: gradient checkpointing (on: a second
 forward pass within the update), loss "dapo" with the reference model's log-probs, entropies for the log, whole rows
