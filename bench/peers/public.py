@@ -6,15 +6,14 @@ audiobox_aesthetics predictor scores all clips of the step. Their own settings: 
 KL 0.04, one iteration. The stages are functions and small classes, to be measured one by one too.
 
 What it takes over from TRL 1.16 as its users get it, where that costs time: gradient checkpointing (on: a second
-forward pass within the update), loss "dapo" with the reference model's log-probs, entropies for the log, whole rows
-padded to the longest, one forward pass for the whole batch, AdamW with weight decay as transformers makes it, its
-progress log. What is not as its users get it, in its favour or so that both sides do the same work:
-* float32 as ours, not TRL's bf16, which is no faster on CPUs without matrix units for it
+forward pass within the update), loss "dapo" with a KL term corrected by the ratio, entropies for the log, one forward
+pass for the whole batch. What is not as its users get it, in its favour or so that both sides do the same work:
+* float32 on both sides, not TRL's mixed bf16
 * full vocabulary, TRL's present default (the authors' runs had its older one, 50 tokens)
 * no token ends a piece: EOS is one that the policy does not have
 * a score is played up to 10 s only; the authors' script plays it to its end and cuts the sound
 * clips are scored ten at a time, as the predictor's own command line does; the authors' script scores the whole step at
-  once, for which 32 clips take many GB
+  once, where a single tensor behind the first convolution takes 2 GB
 * torchaudio, which the predictor wants for resampling, has no build that goes with every torch: where it is missing,
   a stand-in convolves with the same filter
 
@@ -57,7 +56,7 @@ SCORED_AT_ONCE = 10
 NEVER = "EOS_Never"  # a token beyond the policy's own
 STAGES = ("sample", "decode", "render", "score", "update")
 
-Seconds = defaultdict  # stage -> seconds
+Seconds = defaultdict[str, float]  # by stage
 Reward = Callable[[Sequence[Sequence[int]]], list[float]]  # prompts with their completions, N -> N
 
 
@@ -70,7 +69,7 @@ def clock(seconds: Seconds, stage: str) -> Iterator[None]:
 
 
 def decode_midi(tokenizer: REMI, ids: Sequence[int]) -> symusic.Score:
-    """A prompt and its completion as a score, by MidiTok."""
+    """A prompt and its completion, Python ints, as a score, by MidiTok."""
     return tokenizer.decode([list(ids)])
 
 
