@@ -1,9 +1,9 @@
 # Every target sets up what it needs by itself (.ci/setup): .venv, the pinned packages, FluidSynth and a soundfont.
 
-.PHONY: help demo test bench lint clean
+.PHONY: help demo test bench bench-peers lint clean
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-6s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' Makefile
 
 demo: ## train the shipped piano model on how it sounds; hear it in runs/demo/listen
 	@bash .ci/setup demo
@@ -23,6 +23,10 @@ test bench: export MKL_NUM_THREADS ?= 2
 test bench: export OPENBLAS_NUM_THREADS ?= 2
 test bench: export NUMBA_NUM_THREADS ?= 2
 test: export MPLBACKEND ?= Agg
+
+bench-peers: ## install what bench/ measures against
+	@bash .ci/setup test
+	.venv/bin/python -P -m pip install -q --no-deps -r bench/peers/requirements.txt
 
 lint: ## ruff and mypy
 	@bash .ci/setup lint

@@ -12,13 +12,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from small_audiobox import SMALL, write_small_audiobox
 from token_sources import write_piece
 
 from fastsmart.audio import AudioBatch, render
 from fastsmart.notes import read_midi
 from fastsmart.reward import Clips, load_reward
 from fastsmart.reward.audiobox import make_random_weights
-from fastsmart.reward.audiobox.architecture import Size
 
 aes = pytest.importorskip("audiobox_aesthetics.model.aes")
 
@@ -28,23 +28,12 @@ pytestmark = [  # upstream's own
 ]
 RATE = 16_000
 AXES = ("CE", "CU", "PC", "PQ")
-SMALL = Size(channels=16, width=32, ffn=64, heads=4, layers=2, pos_taps=16, pos_groups=4, head_layers=3)
 
 
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """A checkpoint of a small network, which upstream then takes for the published one."""
-    change = {
-        "encoder_layers": SMALL.layers,
-        "encoder_embed_dim": SMALL.width,
-        "encoder_ffn_embed_dim": SMALL.ffn,
-        "encoder_attention_heads": SMALL.heads,
-        "conv_feature_layers": "[(16,10,5)] + [(16,3,2)] * 4 + [(16,2,2)] * 2",
-        "conv_pos": SMALL.pos_taps,
-        "conv_pos_groups": SMALL.pos_groups,
-    }
-    monkeypatch.setattr(aes, "DEFAULT_AUDIO_CFG", aes.WavLMConfig(vars(aes.DEFAULT_AUDIO_CFG) | change))
-    return make_random_weights(tmp_path / "checkpoint.pt", size=SMALL)
+    return write_small_audiobox(tmp_path / "checkpoint.pt", monkeypatch)
 
 
 @pytest.fixture

@@ -1,0 +1,44 @@
+"""The benchmark of the whole step, at toy size."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+from small_audiobox import write_small_audiobox
+from tiny_policy import make_policy
+from tiny_soundfont import write_soundfont
+
+pytest.importorskip("trl", reason="TRL is a development dependency: pip install -e .[dev]")
+import step
+from harness import Ceilings
+
+from fastsmart.tokens.vocabulary import Vocabulary
+
+
+@pytest.mark.slow
+def test_all_contenders_take_their_steps(
+    vocab: Vocabulary, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr(step, "playing_policy", lambda size: make_policy(vocab))
+    monkeypatch.setattr(step, "make_random_weights", lambda path: write_small_audiobox(path, monkeypatch))
+    monkeypatch.setattr(step, "measured_ceilings", lambda device: Ceilings(1.0, 1.0))
+    out, font = tmp_path / "step.json", write_soundfont(tmp_path / "tiny.sf2")
+    size = ["--prompts", "2", "--group", "2", "--tokens", "16", "--runs", "2"]
+    monkeypatch.setattr(sys, "argv", ["step.py", "--peer", "all", "--soundfont", str(font), "--out", str(out), *size])
+    step.main()
+    figures = json.loads(out.read_text())
+    assert figures["clips"]["number"] == 4
+    assert set(figures["stages"]) == set(step.STAGES)
+    assert figures["stages"]["whole"]["floor_s"] > 0
+    for stage, stage_figures in figures["stages"].items():
+        names = set(stage_figures["contenders"])
+        ours = {"fastsmart float32", "fastsmart int8"}
+        overlapped = {f"{name}, overlapped" for name in ours} if stage == "whole" else set()
+        peers = {} if stage == "sync" else step.PEERS
+        assert names == {step.REFERENCE, *ours, *overlapped, *peers}
+        for contender in stage_figures["contenders"].values():
+            assert len(contender["each_s"]) == 2
+            assert contender["min_s"] > 0
+    assert figures["public_over"]["whole"]["public"] == [1.0, 1.0, 1.0]
+    assert capsys.readouterr().out.splitlines()[-1].startswith("fastsmart int8, overlapped")
