@@ -277,25 +277,34 @@ def show(lines: Sequence[dict[str, Any]]) -> None:
 
 
 def picture(lines: Sequence[dict[str, Any]], crossings: dict[str, float]) -> Figure:
-    """A panel for each axis: what was measured as points, the model as lines."""
+    """A panel for each axis: what was measured as points, the model as lines, proportional growth dotted."""
     from matplotlib.figure import Figure
-    from matplotlib.ticker import NullLocator
+    from matplotlib.ticker import LogLocator, NullFormatter, NullLocator, StrMethodFormatter
 
-    figure = Figure(figsize=(10, 8), layout="constrained")
+    figure = Figure(figsize=(10, 8.2), layout="constrained")
+    figure.suptitle("points: measured;  lines: the model;  numbers: exponent fitted to the points", fontsize=10)
     for ax, axis in zip(figure.subplots(2, 2).ravel(), LABELS, strict=True):
-        ends = []
-        for line in (line for line in lines if line["axis"] == axis):
+        here = [line for line in lines if line["axis"] == axis]
+        sizes = max((line["sizes"] for line in here), key=len)
+        low = 0.4 * min(line["seconds"][0] for line in here if line["stage"] != "decode")
+        guide = [low * (size / sizes[0]) ** (-1 if axis == "workers" else 1) for size in sizes]
+        ax.plot(sizes, guide, color=SOFT, linewidth=1, linestyle=(0, (1, 2)))
+        ends = [(guide[-1], "proportional", SOFT)]
+        for line in here:
             k = STAGES.index(line["stage"])
-            ax.plot(line["sizes"], line["model_s"], "-", color=SERIES[k], linewidth=1.4)
+            ax.plot(line["sizes"], line["model_s"], "-", color=SERIES[k], linewidth=1.3)
             ax.plot(line["sizes"], line["seconds"], MARKERS[k], color=SERIES[k], markersize=5.5)
-            ends.append((line["seconds"][-1], f"{line['stage']}  {line['exponent']:.2f}", SERIES[k]))
-        sizes = max((line["sizes"] for line in lines if line["axis"] == axis), key=len)
+            ends.append((line["seconds"][-1], f"{line['stage']} {line['exponent']:.2f}", SERIES[k]))
         ax.set(xscale="log", yscale="log", xlabel=LABELS[axis], ylabel="seconds")
-        ax.set_xticks(sizes, [str(size) for size in sizes])
+        ax.set_xticks(sizes, [f"{size:,}" for size in sizes])
         ax.xaxis.set_minor_locator(NullLocator())
+        bottom, top = ax.get_ylim()
+        ax.yaxis.set_major_locator(LogLocator(subs=(1.0,) if top > 100 * bottom else (1.0, 2.0, 5.0)))
+        ax.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        ax.yaxis.set_minor_formatter(NullFormatter())
         label_ends(ax, sizes[-1], ends)
         if axis in crossings and sizes[0] < crossings[axis] < sizes[-1]:
-            ax.axvline(crossings[axis], color=SOFT, linewidth=1, linestyle=(0, (3, 3)))
+            ax.axvline(crossings[axis], color=SOFT, linewidth=1, linestyle=(0, (4, 3)))
             ax.annotate(
                 "keys and values leave the last cache", (crossings[axis], 0.02), xycoords=ax.get_xaxis_transform(),
                 xytext=(4, 0), textcoords="offset points", color=SOFT, fontsize=8,
