@@ -2,7 +2,7 @@
 
     python bench/growth.py --out bench/results/growth.json --picture docs/growth.svg
 
-From one base point, the shape of the shipped policy (4 layers, 256 wide) with 64 completions of 128 tokens, one thing
+From one base point, the shape of the shipped policy (4 layers, 256 wide) with 32 completions of 128 tokens, one thing
 at a time is varied; all points take turns, and a point's time is the median of its runs. Clips are not cut at 10 s
 here, so that they grow with their tokens. Scoring is by the demo's formula rewards.
 
@@ -46,7 +46,7 @@ from fastsmart.study.report import draw, standalone
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-BASE = Job(width=256, layers=4, clips=64, tokens=128)
+BASE = Job(width=256, layers=4, clips=32, tokens=128)
 AXES = {
     "clips": (8, 16, 32, 64, 128, 256, 512),
     "tokens": (64, 128, 256, 512, 1024),
