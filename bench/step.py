@@ -29,7 +29,8 @@ import torch
 from harness import REFERENCE, Work, chosen_peers, interleaved, measured_ceilings, parser, report
 from policies import PAPER, playing_policy
 from results import write_result
-from scaling import AUDIOBOX_GFLOP_PER_S, Job, sampling_terms, update_terms
+from score import GFLOP as WINDOW_GFLOP
+from stages import decoding_work, update_work
 
 from fastsmart.audio import find_soundfont
 from fastsmart.audio.building import build_bank
@@ -53,7 +54,7 @@ from fastsmart.train.stations import Rollouts, Stations
 PEERS = ("public", "public-without-checkpointing")
 STAGES = ("sample", "decode", "render", "score", "update", "sync", "whole")
 OURS = "fastsmart float32"
-AUDIO_HZ = 16_000
+AUDIO_HZ, PROMPT = 16_000, 4
 NOTE_BYTES, ID_BYTES, WAVE_BYTES, SAMPLE_BYTES = 26, 4, 2, 4  # of the arrays that hold them
 
 Times = dict[str, float]  # stage -> seconds
@@ -92,7 +93,7 @@ def measured(options: argparse.Namespace) -> dict[str, Any]:
         jobs = {name: noted(contender.step, taken[name]) for name, contender in contenders.items()}
         whole = interleaved(jobs, options.runs, options.device)
         notes = contenders[OURS].notes
-    work = floors(Job(PAPER.hidden_size, PAPER.num_layers, len(notes), options.tokens), policy, notes)
+    work = floors(policy, options.tokens, notes)
     print(f"{len(notes)} clips of {notes.counts.mean():.1f} notes and {clip_s(notes).mean():.2f} s on average")
     stages = {}
     for stage in STAGES:
@@ -199,30 +200,17 @@ def clip_s(notes: NoteBatch) -> np.ndarray:
     return np.minimum(notes.end_s, 10.0)
 
 
-def floors(job: Job, policy: Policy, notes: NoteBatch) -> dict[str, list[Work]]:
-    """What each stage has to do at least.
-
-    A step of sampling reads all weights, which no cache of a small machine holds, and the keys and values so far;
-    attention, causal, needs half of the square that `scaling` counts; Audiobox need not listen beyond a clip's end.
-    """
-    _, products, cache, _ = sampling_terms(job)
-    update, attention, adam = update_terms(job)
-    passed = job.clips * job.tokens
+def floors(policy: Policy, tokens: int, notes: NoteBatch) -> dict[str, list[Work]]:
+    """What each stage has to do at least; Audiobox need not listen beyond a clip's end."""
+    clips = len(notes)
     heard = AUDIO_HZ * float(np.minimum(notes.duration_s, 10.0 - notes.onset_s).sum())
-    clips = AUDIO_HZ * float(clip_s(notes).sum())
+    clips_s = float(clip_s(notes).sum())
     works = {
-        "sample": [
-            Work("matrix products and their weights", products, 4e-9 * job.matrix * job.tokens),
-            Work("attention over keys and values", cache / 4, cache),  # 4 operations for 16 bytes
-        ],
-        "decode": [Work("ids and notes", 0.0, 1e-9 * (ID_BYTES * passed + NOTE_BYTES * len(notes.pitch)))],
-        "render": [Work("notes mixed", 2e-9 * heard, 1e-9 * (WAVE_BYTES * heard + SAMPLE_BYTES * clips))],
-        "score": [Work("Audiobox", AUDIOBOX_GFLOP_PER_S * float(clip_s(notes).sum()))],
-        "update": [
-            Work("matrix products", update),
-            Work("attention", attention / 2),
-            Work("AdamW", 0.0, adam),
-        ],
+        "sample": decoding_work(policy, clips, PROMPT, tokens, 4),
+        "decode": [Work("ids and notes", 0.0, 1e-9 * (ID_BYTES * clips * tokens + NOTE_BYTES * len(notes.pitch)))],
+        "render": [Work("notes mixed", 2e-9 * heard, 1e-9 * (WAVE_BYTES * heard + SAMPLE_BYTES * AUDIO_HZ * clips_s))],
+        "score": [Work("Audiobox", WINDOW_GFLOP * clips_s / 10.0)],
+        "update": update_work(policy, clips, PROMPT + tokens - 1),
         "sync": [Work("weights read and written", 0.0, 8e-9 * policy.num_parameters)],
     }
     return {**works, "whole": [work for stage in works.values() for work in stage]}
