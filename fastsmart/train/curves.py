@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,8 +13,11 @@ if TYPE_CHECKING:
 
 
 def draw_curves(lines: list[dict[str, Any]], path: Path) -> None:
-    """Write the picture of `curves`, where there is a step to show; raises UserError if it cannot be written."""
-    figure = curves(lines)
+    """Write the picture of `curves`, where there is a step to show and matplotlib to draw it.
+
+    Raises UserError if it cannot be written.
+    """
+    figure = curves(lines) if find_spec("matplotlib") else None
     if figure:
         with os_errors_as_user_errors(path):
             figure.savefig(path, dpi=110)
