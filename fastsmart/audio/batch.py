@@ -51,7 +51,7 @@ class DeviceAudio(AudioBatch):
         self.on_device: Tensor
 
     @cached_property
-    def samples(self) -> np.ndarray:  # type: ignore[override]
+    def samples(self) -> np.ndarray:
         return self.on_device.cpu().numpy()
 
 

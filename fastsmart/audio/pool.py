@@ -290,7 +290,7 @@ class RenderPool:
 
 
 def check_backend(settings: RenderSettings) -> None:
-    """Raises UserError when this machine lacks what the backend needs; a bank that is there plays without FluidSynth."""
+    """Raises UserError when this machine lacks what the backend needs; a stored bank plays without FluidSynth."""
     if settings.backend == "tinysoundfont":
         tinysoundfont_module()
         return

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +16,10 @@ def draw_curves(lines: list[dict[str, Any]], path: Path) -> None:
 
     Raises UserError if it cannot be written.
     """
-    figure = curves(lines) if find_spec("matplotlib") else None
+    try:
+        figure = curves(lines)
+    except ImportError:
+        return
     if figure:
         with os_errors_as_user_errors(path):
             figure.savefig(path, dpi=110)

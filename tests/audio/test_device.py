@@ -16,6 +16,7 @@ from fastsmart.audio.device import DeviceRenderer
 from fastsmart.errors import UserError
 from fastsmart.notes import NoteBatch
 
+pytest.importorskip("fluidsynth", reason="FluidSynth is not installed", exc_type=ImportError)
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 Pieces = Callable[..., NoteBatch]
 

@@ -8,9 +8,11 @@ import shutil
 import pytest
 import torch
 from small_run import comparable, config_for
+from synthetic_piano import write_piano
 from tiny_soundfont import write_soundfont
 
 from fastsmart import UserError, train
+from fastsmart.audio import RenderSettings
 from fastsmart.config import Config, updated
 from fastsmart.files import JsonLines
 from fastsmart.policy.checkpoint import load_policy
@@ -118,8 +120,11 @@ def test_clips_mixed_on_the_policys_device_are_worth_the_same(checkpoint, tmp_pa
 
 @pytest.mark.gpu
 def test_on_a_gpu_clips_are_mixed_there(checkpoint, tmp_path):
-    run(checkpoint, tmp_path / "gpu", "overlap", SHORT)
-    run(checkpoint, tmp_path / "pool", "overlap", SHORT, {"audio": {"mixdown": "cpu"}})
+    """With formula rewards, which fetch the audio; from a bank that needs no FluidSynth."""
+    font = write_piano(tmp_path, RenderSettings(max_seconds=1.5)).soundfont
+    for name, mixdown in (("gpu", "auto"), ("pool", "cpu")):
+        audio = {"audio": {"soundfont": font, "max_seconds": 1.5, "mixdown": mixdown}}
+        run(checkpoint, tmp_path / name, "overlap", SHORT, audio)
     gpu, pool = (JsonLines(tmp_path / name / "metrics.jsonl").lines() for name in ("gpu", "pool"))
     assert gpu[1]["time"]["gpu_mixed"] == 16
     assert gpu[1]["terms"] == pytest.approx(pool[1]["terms"], abs=1e-4)
