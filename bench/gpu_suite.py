@@ -96,7 +96,7 @@ def parts(device: str, quick: bool) -> list[Part]:
         Part("gpu tests", tests, 150.0, gpu=True, needs=("pytest", "hypothesis")),
         script("paper_run", 150.0),
         script("mixdown", 60.0),
-        script("sampling", 60.0),
+        script("sampling", 90.0),
         script("score", 90.0),
         script("logprob", 90.0),
         script("update", 60.0),
