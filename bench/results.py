@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import platform
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -20,10 +21,13 @@ PEERS = ("transformers", "trl", "triton", "tinysoundfont", "liger_kernel")  # be
 
 def write_result(path: str | Path, figures: dict[str, Any]) -> None:
     """Write figures as JSON together with where they come from."""
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    commit = ""
+    if shutil.which("git"):
+        words = ["git", "rev-parse", "--short", "HEAD"]
+        commit = subprocess.run(words, capture_output=True, text=True, check=False).stdout.strip()
     record = {
         "command": shlex.join(["python", *sys.argv]),
-        "commit": commit.stdout.strip(),
+        "commit": commit,
         "machine": {
             "processor": processor(),
             "cores": cpu_cores(),

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import tomllib
 import types
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
-
-import tomli_w
 
 from fastsmart.audio.settings import RenderSettings
 from fastsmart.errors import UserError
@@ -133,7 +132,29 @@ def updated(config: Any, tree: Mapping[str, Any], where: str = "") -> Any:
 
 def to_toml(config: Config) -> str:
     """The resolved config as TOML; `read_config` gives the same config back."""
-    return tomli_w.dumps(_plain(asdict(config)))
+    return "\n".join(_tables(_plain(asdict(config)), ""))
+
+
+def _tables(tree: Mapping[str, Any], name: str) -> Iterator[str]:
+    """A table of TOML, and the tables within it."""
+    if name:
+        own = [f"{_key(key)} = {_value(value)}\n" for key, value in tree.items() if not isinstance(value, Mapping)]
+        yield f"[{name}]\n" + "".join(own)
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from _tables(value, f"{name}.{_key(key)}" if name else _key(key))
+
+
+def _key(key: str) -> str:
+    return key if key.isascii() and key.replace("-", "_").isidentifier() else _value(key)
+
+
+def _value(value: Any) -> str:
+    if isinstance(value, list):
+        return "[" + ", ".join(map(_value, value)) + "]"
+    if isinstance(value, str):  # strings of JSON are TOML's, but for one character
+        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+    return repr(value).lower() if isinstance(value, bool) else repr(value)
 
 
 def _plain(value: Any) -> Any:

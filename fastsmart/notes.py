@@ -8,11 +8,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import mido
 import numpy as np
 
 from fastsmart.errors import UserError
+
+if TYPE_CHECKING:
+    import mido  # imported where files are read and written: training needs none
 
 DEFAULT_BPM = 120.0
 MIDI_TICKS_PER_BEAT = 480  # of the files we write; a multiple of every resolution the tokenizer uses
@@ -174,6 +177,8 @@ class NoteBatch:
 
         Raises UserError when the file cannot be written.
         """
+        import mido
+
         scale = MIDI_TICKS_PER_BEAT // self.ticks_per_beat
         if scale * self.ticks_per_beat != MIDI_TICKS_PER_BEAT:
             scale = 1
@@ -220,6 +225,8 @@ def read_midi(path: str | Path, max_seconds: float | None = None) -> NoteBatch:
 
     Raises UserError naming the file when it is missing, truncated or not MIDI.
     """
+    import mido
+
     try:
         file = mido.MidiFile(str(path))
     except OSError as error:

@@ -79,7 +79,8 @@ class NoteBank:
     Owns a memory map, and FluidSynth once a note is missing: a context manager, or call `close`. Not for several
     threads at once.
 
-    Raises UserError when the soundfont cannot be used or the cache folder cannot be written.
+    Raises UserError when the soundfont cannot be used or the cache folder cannot be written; without FluidSynth, when
+    a note is asked for that is not there.
     """
 
     def __init__(self, settings: RenderSettings) -> None:
@@ -93,7 +94,7 @@ class NoteBank:
         identity = {
             "format": FORMAT,
             "soundfont": soundfont_hash(self.soundfont),
-            "fluidsynth": load_library().fluid_version_str().decode(),
+            "fluidsynth": _synth_version(),
             "gain": GAIN,
             "sample_rate": settings.sample_rate,
             "program": settings.program,
@@ -142,6 +143,16 @@ class NoteBank:
                 self._obtain(key, level)
             entry = self.tables.note_of[pitch, velocity]
         return entry == UNFIT
+
+    def stored(self, pitch: np.ndarray, velocity: np.ndarray) -> bool:
+        """Whether all these notes, [M] keys and velocities, are stored; those that others stored are found too."""
+        missing = self.tables.note_of[pitch, velocity] == MISSING
+        if missing.any():
+            self._read_index()
+            for note in zip(pitch[missing].tolist(), velocity[missing].tolist(), strict=True):
+                if not self._take(*note):
+                    return False
+        return bool((self.tables.note_of[pitch, velocity] >= SILENT).all())
 
     def on_demand(self, key: int, velocity: int, phase: int, held: int) -> tuple[np.ndarray, float]:
         """A note as FluidSynth plays it, released after `held` blocks, at the bank's rate, and the gain it needs.
@@ -349,6 +360,14 @@ def make_room(keep: Path, limit: int) -> None:
             continue
         shutil.rmtree(bank.path, ignore_errors=True)
         total -= bank.bytes
+
+
+def _synth_version() -> str | None:
+    """Of FluidSynth; None where there is none, which is enough for notes that are stored."""
+    try:
+        return load_library().fluid_version_str().decode()
+    except UserError:
+        return None
 
 
 def _lines(raw: bytes) -> Iterator[dict[str, Any]]:

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from fastsmart.errors import UserError
+
+if TYPE_CHECKING:  # the pool's workers start faster without it
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -33,6 +38,21 @@ class AudioBatch:
     def to_wav(self, i: int, path: str | Path) -> None:
         """Write clip i as 16-bit WAV; raises UserError when the file cannot be written."""
         write_wav(path, self.clip(i), self.sample_rate)
+
+
+class DeviceAudio(AudioBatch):
+    """Clips on a device, for a reward that listens there; `samples` is the copy that others get when they ask.
+
+    on_device : float32 [N, T] as `samples`
+    """
+
+    def __init__(self, on_device: Tensor, lengths: np.ndarray, sample_rate: int) -> None:
+        vars(self).update(on_device=on_device, lengths=lengths, sample_rate=sample_rate)
+        self.on_device: Tensor
+
+    @cached_property
+    def samples(self) -> np.ndarray:
+        return self.on_device.cpu().numpy()
 
 
 def write_wav(path: str | Path, samples: np.ndarray, sample_rate: int) -> None:

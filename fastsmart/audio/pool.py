@@ -71,10 +71,7 @@ class RenderPool:
     """
 
     def __init__(self, settings: RenderSettings, capacity: int, quarantine: Path | None = None) -> None:
-        if settings.backend == "tinysoundfont":  # say what is missing here, not in a worker
-            tinysoundfont_module()
-        else:
-            load_library()
+        check_backend(settings)  # say what is missing here, not in a worker
         self.soundfont = find_soundfont(settings.soundfont)
         self.settings = settings
         self.capacity = capacity
@@ -290,6 +287,23 @@ class RenderPool:
         process = start_worker("fastsmart.audio.worker", theirs.fileno(), self._memory_fd)
         theirs.close()
         return _Worker(process, ours)
+
+
+def check_backend(settings: RenderSettings) -> None:
+    """Raises UserError when this machine lacks what the backend needs; a stored bank plays without FluidSynth."""
+    if settings.backend == "tinysoundfont":
+        tinysoundfont_module()
+        return
+    try:
+        load_library()
+    except UserError:
+        if settings.backend != "bank":
+            raise
+        from fastsmart.audio.bank import NoteBank  # not above: only a bank needs the compiler's libraries
+
+        with NoteBank(settings) as bank:
+            if not bank.info.notes:
+                raise
 
 
 def _kill(worker: _Worker) -> None:

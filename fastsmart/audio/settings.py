@@ -16,7 +16,7 @@ EMPTY_S = 1.0  # the paper's length of a score without notes
 
 @dataclass(frozen=True)
 class RenderSettings:
-    """How scores are rendered; all but `workers` and `clip_timeout_s` change the audio, hence the reward.
+    """How scores are rendered; all but the last three change the audio, hence the reward.
 
     soundfont      : path of an SF2 or SF3 file; "" = `FASTSMART_SOUNDFONT`, else the first one installed
     backend        : "bank" mixes stored notes (see `fastsmart.audio.bank`), "fluidsynth" is the reference renderer,
@@ -35,6 +35,8 @@ class RenderSettings:
     program        : General MIDI program of bank 0, 0-127; 0 is the piano
     workers        : processes of the pool; 0 = one a core
     clip_timeout_s : a clip that takes longer is taken to hang: its worker is replaced and the clip tried once more
+    mixdown        : where stored notes become clips in training: "cpu", the pool; "gpu", that of the policy, so that
+                     the audio is where the scorer is; "auto", there if there is one and the other settings allow it
 
     Raises UserError naming the key (`audio.tail` …) when a value cannot be used.
     """
@@ -53,6 +55,7 @@ class RenderSettings:
     program: int = 0
     workers: int = 0
     clip_timeout_s: float = 60.0
+    mixdown: str = "auto"
 
     def __post_init__(self) -> None:
         for key, allowed in _CHOICES.items():
@@ -73,6 +76,11 @@ class RenderSettings:
                 raise UserError(f"audio.{key} needs audio.backend = 'fluidsynth': {self.backend} renders dry")
         if self.backend == "bank":
             self._check_bank()
+        if self.mixdown == "gpu" and not self.mixes_on_gpu:
+            raise UserError(
+                "audio.mixdown = 'gpu' needs audio.backend = 'bank', audio.bank = 'stored', audio.tail = 'cut' and "
+                "audio.normalize = 'peak' or 'none'"
+            )
 
     def _check_bank(self) -> None:
         # with more phases a note would have to be stored too often; all usual rates have one, three or five
@@ -86,6 +94,11 @@ class RenderSettings:
                 f"audio.max_seconds = {self.max_seconds:g} is longer than the notes of a bank, {LONGEST_BANK_S} s with "
                 "the release: choose audio.backend = 'fluidsynth'"
             )
+
+    @property
+    def mixes_on_gpu(self) -> bool:
+        """Whether a GPU can mix such clips: what a note does after its end, and loudness, only the CPU computes."""
+        return (self.backend, self.bank, self.tail) == ("bank", "stored", "cut") and self.normalize != "loudness"
 
     @property
     def synth_rate(self) -> int:
@@ -117,6 +130,7 @@ _CHOICES = {
     "tail": ("cut", "release"),
     "normalize": ("peak", "loudness", "none"),
     "empty": ("silence", "nan"),
+    "mixdown": ("auto", "cpu", "gpu"),
 }
 _WHOLE = ("sample_rate", "program", "workers")
 _RANGES = {  # the rates are FluidSynth's own limits

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from packaging.version import Version
 
 from fastsmart.errors import UserError
 
@@ -17,7 +16,7 @@ if TYPE_CHECKING:
     from fastsmart.policy.transformer import PolicySize
     from fastsmart.sampling.rollout import SamplingSettings
 
-OLDEST, TOO_NEW = Version("0.32"), Version("0.34")  # the releases fastsmart is written for: 0.32 and 0.33
+OLDEST, TOO_NEW = "0.32", "0.34"  # the releases fastsmart is written for: 0.32 and 0.33
 WANTED = f"vllm>={OLDEST},<{TOO_NEW}"
 PROMPT_ROOM = 64  # prompt tokens the KV cache is sized for; longer prompts fit too, with fewer sequences side by side
 MAX_TRANSFER_BYTES = 2**30  # vLLM's own default for a packed buffer
@@ -131,7 +130,9 @@ def check_version(found: str | None) -> None:
     """Raises UserError when there is no vLLM, or one fastsmart was not written for."""
     if found is None:
         raise UserError(f"--engine vllm needs vLLM: pip install '{WANTED}', or use --engine native")
-    if not OLDEST <= Version(Version(found).base_version) < TOO_NEW:
+    from packaging.version import Version
+
+    if not Version(OLDEST) <= Version(Version(found).base_version) < Version(TOO_NEW):
         raise UserError(f"vLLM {found} is not one fastsmart works with: pip install '{WANTED}', or use --engine native")
 
 

@@ -27,10 +27,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
-from scipy import sparse
-from scipy.spatial.distance import pdist, squareform
 
 from fastsmart.notes import NoteBatch
 from fastsmart.study.ngrams import (
@@ -45,6 +44,9 @@ from fastsmart.study.resampling import JACKKNIFE_GROUPS, Draws, jackknife_draws,
 from fastsmart.tokens.dataset import TokenDataset
 from fastsmart.tokens.decode import decode
 from fastsmart.tokens.sequences import TokenBatch
+
+if TYPE_CHECKING:
+    from scipy import sparse
 
 NGRAM = 4  # tokens, about one note
 BAR_SIXTEENTHS = 32  # bins of the onset histogram; a longer bar goes on in the last
@@ -87,6 +89,8 @@ class TrainingSet:
         tokens = TokenBatch(np.asarray(dataset.ids, np.int32), dataset.offsets)
         found = figures(decode(tokens, dataset.vocab))
         keys, row = np.unique(found.key, return_inverse=True)
+        from scipy import sparse  # not above: training, which measures distances only, does without
+
         ones = np.ones(len(row), np.float32)
         pieces = sparse.csr_matrix((ones, (row, found.owner)), shape=(len(keys), len(dataset)))
         pieces.data[:] = 1.0  # how often is of no interest
@@ -94,6 +98,8 @@ class TrainingSet:
 
     def distance(self, windows: Windows) -> np.ndarray:
         """`training_distance` of each output from its figures, float64 [N]; NaN for an output without figures."""
+        from scipy import sparse
+
         at = np.minimum(np.searchsorted(self.figures, windows.key), len(self.figures) - 1)
         known = self.figures[at] == windows.key
         ones = np.ones(known.sum(), np.float32)
@@ -195,7 +201,7 @@ def move_histograms(notes: NoteBatch) -> np.ndarray:
 
 def total_variation(rows: np.ndarray) -> np.ndarray:
     """Half the L1 distance of every two rows, float64 [N, N]: the share of notes that would have to move."""
-    return squareform(pdist(rows, "cityblock") / 2)
+    return np.stack([np.abs(rows - row).sum(axis=1) / 2 for row in rows])
 
 
 def vendi_score(kernel: np.ndarray) -> float:

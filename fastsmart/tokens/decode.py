@@ -27,7 +27,7 @@ from numba import njit
 from fastsmart.errors import UserError
 from fastsmart.notes import NoteBatch
 from fastsmart.tokens.sequences import TokenBatch
-from fastsmart.tokens.vocabulary import Vocabulary
+from fastsmart.tokens.vocabulary import Vocabulary, derived
 
 # Kinds of token. OTHER takes no time and changes nothing.
 OTHER, BAR, POSITION, PITCH, VELOCITY, DURATION, TEMPO, TIME_SIGNATURE = range(8)
@@ -60,6 +60,14 @@ class _Tables(NamedTuple):
 
 @lru_cache(maxsize=8)
 def _tables(vocab: Vocabulary) -> _Tables:
+    if stored := derived(vocab.description):
+        kind, value, *numbers = stored["decode"]
+        return _Tables(np.array(kind, np.uint8), np.array(value, np.int32), *numbers)
+    return tables_of_miditok(vocab)
+
+
+def tables_of_miditok(vocab: Vocabulary) -> _Tables:
+    """The tables as MidiTok has them."""
     from miditok.constants import TIME_SIGNATURE as COMMON_TIME
     from miditok.utils import compute_ticks_per_bar
     from symusic import Tempo, TimeSignature

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from fastsmart.errors import UserError
 
@@ -95,10 +95,9 @@ def load_vocabulary(source: str | Path = "smart") -> Vocabulary:
     if params.get("model") is not None or params.get("has_bpe"):
         raise UserError(f"{name} has merged tokens (BPE, Unigram or WordPiece); fastsmart decodes plain REMI")
     try:
-        by_text = _tokenizer(text).vocab
+        tokens = _tokens(text)
     except (TypeError, ValueError, KeyError, AttributeError) as error:
         raise UserError(f"{name} is not a tokenizer MidiTok can build: {error}") from error
-    tokens = tuple(sorted(by_text, key=by_text.__getitem__))
     special = {t.split("_")[0] for t in params["config"].get("special_tokens", [])}
     unknown = {t.split("_")[0] for t in tokens} - set(MUSIC_TYPES) - special
     missing = {"PAD", "BOS", "EOS", "Bar", "Position", "Pitch", "Velocity", "Duration"} - {
@@ -110,6 +109,23 @@ def load_vocabulary(source: str | Path = "smart") -> Vocabulary:
     return Vocabulary(tokens, text)
 
 
+def derived(description: str) -> dict[str, Any] | None:
+    """What MidiTok makes of a preset, stored, as importing it takes a second; None where `description` is another's.
+
+    tokens : texts in id order; decode : the tables of `fastsmart.tokens.decode`
+    """
+    name = next((name for name in PRESETS if description == _preset(f"{name}.json")), None)
+    return json.loads(_preset(f"{name}.derived.json")) if name else None
+
+
+def _tokens(description: str) -> tuple[str, ...]:
+    """The texts of a MidiTok JSON's tokens in id order."""
+    if stored := derived(description):
+        return tuple(stored["tokens"])
+    by_text = _tokenizer(description).vocab
+    return tuple(sorted(by_text, key=by_text.__getitem__))
+
+
 def _tokenizer(description: str) -> REMI:
     from miditok import REMI
 
@@ -119,10 +135,13 @@ def _tokenizer(description: str) -> REMI:
         return REMI(params=path)
 
 
+def _preset(name: str) -> str:
+    return (resources.files("fastsmart.tokens") / "presets" / name).read_text(encoding="utf-8")
+
+
 def _read(source: str | Path) -> tuple[str, str]:
     if str(source) in PRESETS:
-        preset = resources.files("fastsmart.tokens") / "presets" / f"{source}.json"
-        return preset.read_text(encoding="utf-8"), f"preset {source}"
+        return _preset(f"{source}.json"), f"preset {source}"
     path = Path(source)
     if path.is_dir():
         path = path / TOKENIZER_FILE

@@ -12,8 +12,14 @@ if TYPE_CHECKING:
 
 
 def draw_curves(lines: list[dict[str, Any]], path: Path) -> None:
-    """Write the picture of `curves`, where there is a step to show; raises UserError if it cannot be written."""
-    figure = curves(lines)
+    """Write the picture of `curves`, where there is a step to show and matplotlib to draw it.
+
+    Raises UserError if it cannot be written.
+    """
+    try:
+        figure = curves(lines)
+    except ImportError:
+        return
     if figure:
         with os_errors_as_user_errors(path):
             figure.savefig(path, dpi=110)

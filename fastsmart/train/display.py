@@ -5,14 +5,12 @@ from __future__ import annotations
 import sys
 import time
 from pathlib import Path
-from typing import Any, Protocol
-
-from rich.console import Console, Group
-from rich.live import Live
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
+from typing import TYPE_CHECKING, Any, Protocol
 
 from fastsmart.config import Config
+
+if TYPE_CHECKING:
+    from rich.console import Group  # imported where there is a terminal
 
 _STAGES = ("sample", "decode", "render", "score", "wait", "update", "reduce", "sync")
 
@@ -76,6 +74,10 @@ class Terminal(Silent):
     """A live view: the step bar with the time left, the stage under way, the last step's numbers and evaluations."""
 
     def __init__(self) -> None:
+        from rich.console import Console
+        from rich.live import Live
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
         self.console = Console(file=sys.stdout)
         self.steps = Progress(
             TextColumn("training"), BarColumn(), MofNCompleteColumn(), TextColumn("steps, left"), TimeRemainingColumn()
@@ -110,6 +112,9 @@ class Terminal(Silent):
         self.console.print(text, highlight=False)
 
     def _view(self) -> Group:
+        from rich.console import Group
+        from rich.table import Table
+
         table = Table.grid(padding=(0, 3))
         if self.last:
             table.add_row(summary(self.last))

@@ -37,6 +37,8 @@ class Learner:
     def __init__(self, config: Config, checkpoints: Checkpoints, ranks: Ranks) -> None:
         self.config, self.ranks, self.knobs = config, ranks, config.train
         self.device, self.dtype = resolved_device(config.policy), resolved_dtype(config.policy)
+        if self.device.index is not None:
+            torch.cuda.set_device(self.device)  # where Triton's kernels run
         choose_kernel(config.grpo.kernel, self.device)  # refuses now what could not run after the first rollout
         source, vocabulary = config.policy.source, config.policy.vocabulary
         self.reference = load_policy(source, device=self.device, vocabulary=vocabulary)

@@ -86,7 +86,7 @@ def train(
         collections_at_steps() as collect,
     ):
         trace, rollouts = stations.trace, Rollouts(stations, record.stage)
-        record.start(learner.step, provenance(config, learner.reference, statistics, stations.pool is not None))
+        record.start(learner.step, provenance(config, learner.reference, statistics, stations.renders_with))
         check_engine(stations.engine, sampler, config, version, learner.dtype)
         if learner.step == 0:
             summary = hear_held_out(stations, record, "before")

@@ -80,13 +80,14 @@ def timing(
     """Seconds of the step and of each stage on this rank, idle shares of its resources, and the rates people ask for.
 
     Stages that run side by side add up to more than the step. `tokens_per_s` is the rate of this rank's sampler,
-    `clips_per_s` that of all ranks' steps with their `clips`.
+    `clips_per_s` that of all ranks' steps with their `clips`. `gpu_mixed` of this rank's clips were mixed on its GPU.
     """
     return {
         "step": total,
         **seconds,
         "tokens_per_s": int(performance.rollout.lengths.sum()) / max(performance.sample_s, 1e-9),
         "clips_per_s": clips / max(total, 1e-9),
+        "gpu_mixed": performance.gpu_mixed,
         "idle": idle,
     }
 

@@ -15,6 +15,7 @@ from queue import Empty, SimpleQueue
 from typing import Protocol
 
 import numpy as np
+import torch
 
 from fastsmart.audio import AudioBatch
 from fastsmart.notes import NoteBatch
@@ -31,7 +32,7 @@ Inbox = SimpleQueue  # of completions, of scores that are there, and None when n
 
 
 class Renderer(Protocol):
-    """Renders up to a batch of clips at a time, in any order; see `fastsmart.audio.RenderPool`."""
+    """Renders up to a batch of clips at a time, in any order: a `RenderPool` or a `DeviceRenderer`."""
 
     def submit(self, index: int, notes: NoteBatch) -> None: ...
     def poll(self, timeout_s: float = 0.0) -> list[int]: ...
@@ -154,8 +155,13 @@ class Stages:
 
 
 def started_thread(name: str) -> ThreadPoolExecutor:
-    """One thread that is there already, on the cores of the thread that calls this."""
-    executor = ThreadPoolExecutor(1, name)
+    """One thread that is there already, on the cores and the GPU of the thread that calls this."""
+    on_gpu = torch.cuda.is_initialized()
+    executor = (
+        ThreadPoolExecutor(1, name, torch.cuda.set_device, (torch.cuda.current_device(),))
+        if on_gpu
+        else ThreadPoolExecutor(1, name)
+    )
     executor.submit(int).result()
     return executor
 
@@ -203,7 +209,13 @@ class _Batch:
 
     def clips(self, chunk: range) -> Clips:
         notes = NoteBatch.concat([self.pieces[i] for i in chunk])
-        return Clips(notes, self.renderer.gather(chunk) if self.renderer else None)
+        if self.renderer is None:
+            return Clips(notes)
+        start_s = time.perf_counter()
+        audio = self.renderer.gather(chunk)
+        if not self.rendering:  # else it is within a span that has not ended
+            self.trace.add("render", start_s, time.perf_counter())
+        return Clips(notes, audio)
 
     def result(self, scores: Sequence[Scores]) -> Performed:
         if self.renderer:

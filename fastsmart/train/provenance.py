@@ -63,18 +63,22 @@ def statistics_path(config: Config) -> Path | str:
     return ""
 
 
-def provenance(config: Config, policy: Policy, statistics: Path | str, renders: bool) -> dict[str, Any]:
-    """What the numbers of a run depend on; `inputs` are the files a resumed run must find unchanged."""
+def provenance(config: Config, policy: Policy, statistics: Path | str, mixdown: str) -> dict[str, Any]:
+    """What the numbers of a run depend on; `inputs` are the files a resumed run must find unchanged.
+
+    mixdown : where clips are mixed, "gpu" or "cpu"; "" where none are rendered
+    """
     inputs: dict[str, dict[str, str]] = {"policy": {"path": config.policy.source, "sha256": weights_hash(policy)}}
     if statistics:
         inputs["statistics"] = {"path": str(statistics), "sha256": file_hash(statistics)}
-    if renders:
+    if mixdown:
         soundfont = find_soundfont(config.audio.soundfont)
         inputs["soundfont"] = {"path": str(soundfont), "sha256": soundfont_hash(soundfont)}
     return {
         "inputs": inputs,
         "parameters": policy.num_parameters,
         "device": str(resolved_device(config.policy)),
+        "mixdown": mixdown,
         **machine(),
     }
 

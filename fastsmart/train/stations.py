@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from fastsmart.audio import RenderPool
+from fastsmart.audio.device import DeviceRenderer
 from fastsmart.config import Config
 from fastsmart.errors import UserError
 from fastsmart.notes import NoteBatch
@@ -30,12 +31,17 @@ TRAINING_STREAM = 0  # second number of the seed; evaluation draws from stream 1
 
 @dataclass(frozen=True)
 class Performance:
-    """What came of a batch of prompts: N completions, their notes, what they were worth; and how long sampling took."""
+    """What came of a batch of prompts: N completions, their notes, what they were worth.
+
+    sample_s  : how long sampling took, seconds
+    gpu_mixed : clips that were mixed on the GPU
+    """
 
     rollout: Rollout
     notes: NoteBatch
     scores: Scores
     sample_s: float
+    gpu_mixed: int = 0
 
 
 class Stations:
@@ -66,10 +72,14 @@ class Stations:
         self.reward = RewardMix(config.reward, statistics, str(policy.device))
         self.engine = make_engine(config.sampling, policy, version, dtype, self.batch)
         self.pool: RenderPool | None = None
+        self.mixer: DeviceRenderer | None = None
         with helpers_apart(policy.device) as self.rejoin_cores:
             if self.reward.needs_audio:
                 self.pool = RenderPool(config.audio, self.batch, quarantine)
-            self.stages = Stages(self.pool, self.reward, config.train.pipeline != "off", self.trace)
+                if mixes_on_gpu(config, policy.device):
+                    self.mixer = DeviceRenderer(self.pool, policy.device)
+            overlap = config.train.pipeline != "off"
+            self.stages = Stages(self.mixer or self.pool, self.reward, overlap, self.trace)
             self.drawing = started_thread("rollout")
 
     def perform(
@@ -92,12 +102,14 @@ class Stations:
             whole = np.concatenate([prompts.row(i // group), completion.ids])
             return decode(TokenBatch.pack([whole]), self.vocab, self.config.audio.max_seconds)
 
+        mixed = self.mixer.mixed if self.mixer else 0
         stream = self.engine.stream(prompts, settings, seed, first)
         made = self.stages.run(stream, decoded, len(prompts) * group, chunk, first, progress)
         for pid, start_s, end_s in self.pool.take_work() if self.pool else []:
             self.trace.add("clip", start_s, end_s, lane=f"render worker {pid}")
         rollout = Rollout.gather(made.completions, prompts, group, first)
-        return Performance(rollout, made.notes, made.scores, made.sample_s)
+        mixed = self.mixer.mixed - mixed if self.mixer else 0
+        return Performance(rollout, made.notes, made.scores, made.sample_s, mixed)
 
     def perform_step(self, step: int, progress: Progress | None = None) -> Performance:
         """This rank's share of a step's batch: prompts and random numbers are those of the step, whoever draws them."""
@@ -109,10 +121,17 @@ class Stations:
         seed = (config.train.seed, TRAINING_STREAM, step)
         return self.perform(prompts, config.sampling, seed, progress, share.start * config.sampling.group)
 
+    @property
+    def renders_with(self) -> str:
+        """What mixes the clips, "gpu" or "cpu"; "" where no reward listens."""
+        return "gpu" if self.mixer else "cpu" if self.pool else ""
+
     def close(self) -> None:
         self.stages.closing = True
         self.drawing.shutdown()
         self.stages.close()
+        if self.mixer:
+            self.mixer.close()
         if self.pool:
             self.pool.close()
         self.engine.close()
@@ -123,6 +142,14 @@ class Stations:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def mixes_on_gpu(config: Config, device: torch.device) -> bool:
+    """Whether the clips of a run whose policy is on this device are mixed there; raises UserError if it is no GPU."""
+    on_gpu = device.type == "cuda"
+    if config.audio.mixdown == "gpu" and not on_gpu:
+        raise UserError(f"audio.mixdown = 'gpu' needs policy.device = 'cuda', not {device}; choose 'auto'")
+    return on_gpu and config.audio.mixdown != "cpu" and config.audio.mixes_on_gpu
 
 
 class Rollouts:

@@ -14,6 +14,7 @@ from fastsmart.audio.renderers import BankRenderer
 from fastsmart.errors import UserError
 from fastsmart.notes import NoteBatch, Pedals
 
+pytest.importorskip("fluidsynth", reason="FluidSynth is not installed", exc_type=ImportError)
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 

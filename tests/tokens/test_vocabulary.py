@@ -9,7 +9,8 @@ import pytest
 from miditok import REMI, TokenizerConfig
 
 from fastsmart.errors import UserError
-from fastsmart.tokens.vocabulary import TOKENIZER_FILE, load_vocabulary
+from fastsmart.tokens.decode import tables_of_miditok
+from fastsmart.tokens.vocabulary import TOKENIZER_FILE, derived, load_vocabulary
 
 SMART = load_vocabulary("smart")
 
@@ -29,6 +30,13 @@ def test_preset_smart_is_the_papers_configuration_id_by_id():
         use_pitchdrum_tokens=False,
     )
     assert dict(REMI(config).vocab) == {token: i for i, token in enumerate(SMART.tokens)}
+
+
+def test_what_is_stored_of_a_preset_is_what_miditok_makes_of_it():
+    made = SMART.tokenizer.vocab
+    tables = [x.tolist() if hasattr(x, "tolist") else x for x in tables_of_miditok(SMART)]
+    wanted = {"tokens": sorted(made, key=made.__getitem__), "decode": tables}
+    assert derived(SMART.description) == wanted, f"write this to presets/smart.derived.json: {json.dumps(wanted)}"
 
 
 def test_preset_smart_has_413_tokens_of_the_published_kinds():

@@ -8,13 +8,17 @@ import shutil
 import pytest
 import torch
 from small_run import comparable, config_for
+from synthetic_piano import write_piano
+from tiny_soundfont import write_soundfont
 
 from fastsmart import UserError, train
+from fastsmart.audio import RenderSettings
 from fastsmart.config import Config, updated
 from fastsmart.files import JsonLines
 from fastsmart.policy.checkpoint import load_policy
 
 MANY = {"train": {"prompts": 4, "score_batch": 4, "steps": 5, "eval_every": 3, "eval_prompts": 7, "save_every": 1}}
+SHORT = {"sampling": {"max_tokens": 30}, "train": {"steps": 1, "eval_prompts": 2, "listen": 0}}
 
 
 def run(checkpoint, out, pipeline, *changes):
@@ -96,3 +100,36 @@ def test_one_step_off_refuses_a_ratio_that_takes_it_for_on_policy():
         updated(Config(), {"train": {"pipeline": "one-step-off"}, "grpo": {"ratio": "one"}})
     with pytest.raises(UserError, match=r"train\.max_staleness is 0"):
         updated(Config(), {"train": {"max_staleness": 0}})
+
+
+def test_clips_mixed_on_the_policys_device_are_worth_the_same(checkpoint, tmp_path, monkeypatch):
+    """On a CPU by the kernel's twin; a line of metrics, and the provenance, say where clips have been mixed."""
+    font = {"audio": {"soundfont": str(write_soundfont(tmp_path / "tiny.sf2")), "max_seconds": 1.5}}
+    run(checkpoint, tmp_path / "pool", "overlap", SHORT, font)
+    monkeypatch.setattr("fastsmart.train.stations.mixes_on_gpu", lambda config, device: True)
+    run(checkpoint, tmp_path / "off", "off", SHORT, font)
+    run(checkpoint, tmp_path / "overlap", "overlap", SHORT, font)
+    assert comparable(tmp_path / "off") == comparable(tmp_path / "overlap")
+    lines = {name: JsonLines(tmp_path / name / "metrics.jsonl").lines() for name in ("pool", "overlap")}
+    for pool, gpu in zip(lines["pool"], lines["overlap"], strict=True):
+        assert pool.get("terms") == pytest.approx(gpu.get("terms"), abs=1e-5)
+        assert (pool["time"].get("gpu_mixed", 0), gpu["time"].get("gpu_mixed", 16)) == (0, 16)
+    for name, mixdown in (("pool", "cpu"), ("overlap", "gpu")):
+        assert json.loads((tmp_path / name / "run.json").read_text())["mixdown"] == mixdown
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_clips_are_mixed_there(checkpoint, tmp_path):
+    """With formula rewards, which fetch the audio; from a bank that needs no FluidSynth."""
+    font = write_piano(tmp_path, RenderSettings(max_seconds=1.5)).soundfont
+    for name, mixdown in (("gpu", "auto"), ("pool", "cpu")):
+        audio = {"audio": {"soundfont": font, "max_seconds": 1.5, "mixdown": mixdown}}
+        run(checkpoint, tmp_path / name, "overlap", SHORT, audio)
+    gpu, pool = (JsonLines(tmp_path / name / "metrics.jsonl").lines() for name in ("gpu", "pool"))
+    assert gpu[1]["time"]["gpu_mixed"] == 16
+    assert gpu[1]["terms"] == pytest.approx(pool[1]["terms"], abs=1e-4)
+
+
+def test_a_mixdown_on_a_gpu_needs_one(checkpoint, tmp_path):
+    with pytest.raises(UserError, match=r"audio\.mixdown = 'gpu' needs policy\.device"):
+        run(checkpoint, tmp_path / "run", "overlap", {"audio": {"mixdown": "gpu"}, "policy": {"device": "cpu"}})

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fastsmart.kernels.attention import gated_attention
 from fastsmart.kernels.convolution import convolution_gelu
+from fastsmart.recording import recorded
 from fastsmart.reward.audiobox.architecture import FRAMES, NORM_EPS, STRIDES, WINDOW, frames_of
 from fastsmart.reward.audiobox.encoder import EncoderWeights, LayerWeights, Norm, gates, normalised_first
 
@@ -55,21 +56,21 @@ class BatchEncoder:
         ]
         self.graphs: dict[int, _Graph] = {}
 
-    def __call__(self, windows: Sequence[np.ndarray]) -> Tensor:
+    def __call__(self, windows: Sequence[np.ndarray | Tensor]) -> Tensor:
         """Mean over the frames of the input of every layer and the output of the last, float32 [B, L + 1, D].
 
-        windows : the real samples of each window, float32 [S], 0 < S <= 160,000
+        windows : the real samples of each window, float32 [S], 0 < S <= 160,000, all arrays or all on this device
         """
         means = []
         for first in range(0, len(windows), self.batch_size):
             batch = windows[first : first + self.batch_size]
-            means.append(self._recorded(batch) if self.device.type == "cuda" else self.forward(*_padded(batch)))
+            means.append(self._recorded(batch) if self.device.type == "cuda" else self.forward(*_padded(batch, 0)))
         return torch.cat(means)
 
-    def _recorded(self, windows: Sequence[np.ndarray]) -> Tensor:
+    def _recorded(self, windows: Sequence[np.ndarray | Tensor]) -> Tensor:
         """A batch through the graph of the next power of two; copies overlap what the GPU still computes."""
         rows = min(1 << (len(windows) - 1).bit_length(), self.batch_size)
-        samples, frames = (t.to(self.device, non_blocking=True) for t in _padded(windows, rows, pin=True))
+        samples, frames = (t.to(self.device, non_blocking=True) for t in _padded(windows, rows))
         if rows not in self.graphs:
             self.graphs[rows] = _Graph(self, samples, frames)
         return self.graphs[rows](samples, frames)[: len(windows)]
@@ -115,14 +116,7 @@ class _Graph:
 
     def __init__(self, encoder: BatchEncoder, samples: Tensor, frames: Tensor) -> None:
         self.samples, self.frames = samples.clone(), frames.clone()
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):  # libraries choose their algorithms and Triton compiles before the recording
-            encoder.forward(self.samples, self.frames)
-        torch.cuda.current_stream().wait_stream(side)
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
-            self.means = encoder.forward(self.samples, self.frames)
+        self.graph, self.means = recorded(lambda: encoder.forward(self.samples, self.frames))
 
     def __call__(self, samples: Tensor, frames: Tensor) -> Tensor:
         self.samples.copy_(samples)
@@ -131,13 +125,19 @@ class _Graph:
         return self.means.clone()
 
 
-def _padded(windows: Sequence[np.ndarray], rows: int = 0, pin: bool = False) -> tuple[Tensor, Tensor]:
-    """Samples [B, 160000], zero-padded, and frames that count [B]; at least `rows` of them, page-locked if asked."""
-    rows = max(rows, len(windows))
-    samples = torch.zeros(rows, WINDOW, pin_memory=pin)
+def _padded(windows: Sequence[np.ndarray | Tensor], rows: int) -> tuple[Tensor, Tensor]:
+    """Samples [B, 160000], zero-padded, where the windows are, and frames that count [B]; at least `rows` of them.
+
+    What is on the host is page-locked where there is a GPU that it can be copied to.
+    """
+    rows, pin = max(rows, len(windows)), torch.cuda.is_available()
+    if isinstance(windows[0], Tensor):
+        samples = torch.zeros(rows, WINDOW, device=windows[0].device)
+    else:
+        samples = torch.zeros(rows, WINDOW, pin_memory=pin)
     frames = torch.ones(rows, dtype=torch.int32, pin_memory=pin)
     for i, window in enumerate(windows):
-        samples[i, : len(window)] = torch.tensor(window)
+        samples[i, : len(window)] = torch.as_tensor(window)
         frames[i] = frames_of(len(window))
     return samples, frames
 

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
+from fastsmart.audio.batch import DeviceAudio
 from fastsmart.errors import UserError
 from fastsmart.reward.audiobox.architecture import SAMPLE_RATE, WINDOW
 from fastsmart.reward.audiobox.cpu import CpuEncoder
@@ -99,9 +101,15 @@ class AudioboxReward:
         audio = heard(clips, self.name)
         if audio.sample_rate != SAMPLE_RATE:
             raise UserError(f"Audiobox listens at 16000 Hz, these clips are at {audio.sample_rate} Hz; render at 16000")
-        lost = np.array([not np.isfinite(audio.clip(i)).all() for i in range(len(audio))], bool)
+        samples: np.ndarray | torch.Tensor
+        if isinstance(audio, DeviceAudio) and isinstance(self.encoder, BatchEncoder):
+            samples = audio.on_device.to(self.device)
+            lost = ~samples.isfinite().all(dim=1).cpu().numpy()
+        else:
+            samples = audio.samples
+            lost = np.array([not np.isfinite(audio.clip(i)).all() for i in range(len(audio))], bool)
         windows = [(i, at) for i in np.flatnonzero(~lost) for at in range(0, int(audio.lengths[i]), WINDOW)]
-        heard_samples = [audio.samples[i, at : min(at + WINDOW, int(audio.lengths[i]))] for i, at in windows]
+        heard_samples: list[Any] = [samples[i, at : min(at + WINDOW, int(audio.lengths[i]))] for i, at in windows]
         rated = np.zeros((0, len(AUDIOBOX_AXES)))
         if windows:
             rated = self.heads(self.encoder(heard_samples)).cpu().numpy().astype(np.float64)
