@@ -44,6 +44,7 @@ def parser() -> argparse.ArgumentParser:
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _pretrain(commands.add_parser("pretrain", help="train a base policy on a folder of MIDI files"))
     _train(commands.add_parser("train", help="tune a policy on a reward"))
+    _profile(commands.add_parser("profile", help="a few steps of a run under torch's profiler, as one page"))
     _sample(commands.add_parser("sample", help="let a policy play: MIDI and WAV files"))
     _render(commands.add_parser("render", help="MIDI files to WAV or FLAC, 48 kHz stereo"))
     _score(commands.add_parser("score", help="reward of MIDI and audio files, as JSON lines"))
@@ -68,13 +69,7 @@ def _train(p: argparse.ArgumentParser) -> None:
         "Tune a policy. Settings come from the preset, then the config file, then each --set, in this order."
     )
     _settings(p)
-    p.add_argument("--engine", help="native or vllm; short for --set sampling.engine=...")
-    p.add_argument(
-        "--async",
-        dest="pipeline",
-        choices=["off", "overlap", "one-step-off"],
-        help="what runs side by side; short for --set train.pipeline=...",
-    )
+    _engine_and_pipeline(p)
     p.add_argument("--out", default="", help="folder of the run")
     p.add_argument(
         "--resume",
@@ -84,6 +79,28 @@ def _train(p: argparse.ArgumentParser) -> None:
         help="go on with the run in --out; with 'auto', start it where there is none",
     )
     p.add_argument("--dry-run", action="store_true", help="print the resolved run and leave")
+
+
+def _engine_and_pipeline(p: argparse.ArgumentParser) -> None:
+    p.add_argument("--engine", help="native or vllm; short for --set sampling.engine=...")
+    p.add_argument(
+        "--async",
+        dest="pipeline",
+        choices=["off", "overlap", "one-step-off"],
+        help="what runs side by side; short for --set train.pipeline=...",
+    )
+
+
+def _profile(p: argparse.ArgumentParser) -> None:
+    p.description = (
+        "Take the first steps of a run under torch's profiler and write OUT/profile.html (costs, stages, operators, "
+        "idle gaps, memory), profile.json (all figures) and trace.json (for ui.perfetto.dev)."
+    )
+    _settings(p)
+    _engine_and_pipeline(p)
+    p.add_argument("--out", required=True, help="folder of the profile; one that is there is replaced")
+    p.add_argument("--steps", type=int, default=3, help="to profile; default 3")
+    p.add_argument("--warmup", type=int, default=2, help="steps before, without the profiler; default 2")
 
 
 def _top(p: argparse.ArgumentParser) -> None:

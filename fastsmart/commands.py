@@ -21,17 +21,11 @@ AUDIO_SUFFIXES = (".wav", ".flac")
 
 
 def train(options: argparse.Namespace) -> int:
-    from fastsmart.config import Config, assigned, read_config, to_toml
-    from fastsmart.presets import load_preset
+    from fastsmart.config import to_toml
     from fastsmart.train.folder import RunFolder
     from fastsmart.train.ranks import join_ranks
 
-    config = load_preset(options.preset) if options.preset else Config()
-    if options.config:
-        config = read_config(options.config, config)
-    sets = options.set + ([f"sampling.engine={options.engine}"] if options.engine else [])
-    sets += [f"train.pipeline={options.pipeline}"] if options.pipeline else []
-    config = assigned(config, sets)
+    config, chosen = _run_config(options)
     if options.dry_run:
         print(to_toml(config), end="")
         if config.sampling.engine == "vllm" and not config.sampling.vllm.server:
@@ -42,13 +36,13 @@ def train(options: argparse.Namespace) -> int:
     ranks = join_ranks()
     resume = options.resume == "yes" or (options.resume == "auto" and RunFolder.begun(options.out))
     resume = bool(ranks.same(resume))  # rank 0 may be about to start the run
-    if resume and (options.preset or options.config or sets) and RunFolder.reopen(options.out).config != config:
+    if resume and chosen and RunFolder.reopen(options.out).config != config:
         raise UserError(
             f"{options.out} holds a run with other settings; leave out --preset, --config, --set, --engine and --async "
             "to go on with its own config.toml, or choose another --out"
         )
-    if not resume and not config.reward.terms:
-        raise UserError("reward.terms names no reward; start from --preset demo or add --set reward.terms.consonance=1")
+    if not resume:
+        _need_reward(config)
 
     from fastsmart.train.display import Plain, Terminal
     from fastsmart.train.loop import train as run_training
@@ -60,6 +54,41 @@ def train(options: argparse.Namespace) -> int:
         print(table.read_text(encoding="utf-8"))
         print(f"listen to {run.path / 'listen'}, look at {run.path / 'curves.png'}")
     return run.exit_code
+
+
+def profile(options: argparse.Namespace) -> int:
+    config, _ = _run_config(options)
+    _need_reward(config)
+
+    from fastsmart.progress import bar
+    from fastsmart.study.profile import write_page
+    from fastsmart.train.profile import profile as run_profile
+
+    with bar("profiling") as show:
+        found = run_profile(config, options.out, options.steps, options.warmup, show)
+    page = write_page(found, Path(options.out) / "profile.html")
+    for cost in found["costs"]:
+        print(f"{cost['share']:.0%} of a step  {cost['what']}")
+    print(f"open {page} in a browser, and {page.with_name('trace.json')} at ui.perfetto.dev")
+    return 0
+
+
+def _run_config(options: argparse.Namespace) -> tuple[Config, bool]:
+    """The config of preset, file and options, in this order, and whether there was any of them."""
+    from fastsmart.config import Config, assigned, read_config
+    from fastsmart.presets import load_preset
+
+    config = load_preset(options.preset) if options.preset else Config()
+    if options.config:
+        config = read_config(options.config, config)
+    sets = options.set + ([f"sampling.engine={options.engine}"] if options.engine else [])
+    sets += [f"train.pipeline={options.pipeline}"] if options.pipeline else []
+    return assigned(config, sets), bool(options.preset or options.config or sets)
+
+
+def _need_reward(config: Config) -> None:
+    if not config.reward.terms:
+        raise UserError("reward.terms names no reward; start from --preset demo or add --set reward.terms.consonance=1")
 
 
 def vllm_memory(config: Config) -> str:

@@ -31,7 +31,8 @@ def one_sentence(error: str) -> bool:
 
 
 @pytest.mark.parametrize(
-    "command", ["pretrain", "train", "sample", "render", "score", "evaluate", "report", "listen", "sweep", "doctor"]
+    "command",
+    ["pretrain", "train", "profile", "sample", "render", "score", "evaluate", "report", "listen", "sweep", "doctor"],
 )
 def test_every_command_explains_itself(command):
     shown = subprocess.run(

@@ -78,13 +78,14 @@ def write_report(
 def render_page(template: str, script: str, **values: Any) -> str:
     """A page of `pages/` with its style and script inside, under a policy that lets it load nothing from elsewhere.
 
+    script : "" for a page without
     A value called `notes` is put in as JSON that cannot end its script element.
     """
     from jinja2 import Environment, PackageLoader, StrictUndefined
     from markupsafe import Markup
 
     folder = resources.files("fastsmart.study") / "pages"
-    code = (folder / script).read_text(encoding="utf-8")
+    code = (folder / script).read_text(encoding="utf-8") if script else ""
     digest = base64.b64encode(hashlib.sha256(code.encode()).digest()).decode()
     policy = (
         f"default-src 'none'; img-src data:; media-src data: blob:; style-src 'unsafe-inline'; "

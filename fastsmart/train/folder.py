@@ -5,6 +5,8 @@ run.json         what it ran with: versions, machine   listen/                  
 metrics.jsonl    one line a step                       before_after.md            features and rewards
 curves.png       the metrics as curves                 trace.json                 who did what when, for ui.perfetto.dev
 live.json        while it runs: for `fastsmart top`    failed/                    clips and batches worth a look
+
+The folder of a profile is marked by its profile.json: it looks like a run's, but nothing can go on from it.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ METRICS_FILE = "metrics.jsonl"
 PROVENANCE_FILE = "run.json"
 TRACE_FILE = "trace.json"
 LIVE_FILE = "live.json"
+PROFILE_FILE = "profile.json"
 
 
 class RunFolder:
@@ -55,6 +58,7 @@ class RunFolder:
     def create(path: str | Path, config: Config) -> RunFolder:
         """A new run; raises UserError when the folder cannot be written or already holds one."""
         path = Path(path)
+        _refuse_profile(path)
         if RunFolder.begun(path):
             raise UserError(f"{path} already holds a run; add --resume to go on with it, or choose another --out")
         make_folder(path)
@@ -65,10 +69,23 @@ class RunFolder:
     def reopen(path: str | Path) -> RunFolder:
         """A run to go on with; raises UserError when there is none, or the folder cannot be written."""
         path = Path(path)
+        _refuse_profile(path)
         if not (path / CONFIG_FILE).exists():
             raise UserError(f"no run to resume in {path}; leave out --resume to start one")
         make_folder(path)
         return RunFolder(path, read_config(path / CONFIG_FILE))
+
+    @staticmethod
+    def for_profile(path: str | Path, config: Config) -> RunFolder:
+        """For a profile, in place of one that was there; raises UserError where there is anything else."""
+        path = Path(path)
+        if not (path / PROFILE_FILE).exists() and path.is_dir() and any(path.iterdir()):
+            raise UserError(f"{path} holds something else than a profile; choose another --out")
+        make_folder(path)
+        write_atomic(path / PROFILE_FILE, "{}\n")  # the mark; the figures come when they have been taken
+        write_atomic(path / CONFIG_FILE, to_toml(config))
+        write_atomic(path / METRICS_FILE, "")
+        return RunFolder(path, config)
 
     def write_provenance(self, record: dict) -> None:
         """Write run.json, or hold what is there against it: a run goes on only with the inputs it began with.
@@ -89,6 +106,11 @@ class RunFolder:
 
     def write(self, name: str, text: str) -> None:
         write_atomic(self.path / name, text)
+
+
+def _refuse_profile(path: Path) -> None:
+    if (path / PROFILE_FILE).exists():
+        raise UserError(f"{path} holds a profile, not a run; choose another folder")
 
 
 def _named(value: dict | None) -> str:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import signal
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,6 +33,7 @@ from fastsmart.train.provenance import provenance, statistics_path
 from fastsmart.train.ranks import Ranks, join_ranks
 from fastsmart.train.record import Record
 from fastsmart.train.stations import Performance, Rollouts, Stations
+from fastsmart.train.update import Update
 
 MAX_SKIPPED = 3  # steps in a row whose gradient is not finite before a run gives up
 
@@ -72,54 +75,87 @@ def train(
     finite three steps in a row.
     """
     ranks = ranks or join_ranks()
-    take_cores(ranks)
     folder = RunFolder.open(out, config, resume, ranks)
     config, knobs = folder.config, folder.config.train
-    torch.set_num_threads(knobs.threads or cpu_cores())
-    learner = Learner(config, folder.checkpoints, ranks)
-    (sampler, version), statistics = learner.sampler_weights(), statistics_path(config)
 
     with (
         stop_signals() as stop,
-        Stations(config, sampler, statistics, learner.dtype, version, folder.path / "failed", ranks) as stations,
-        Record(folder, stations, display) as record,
+        at_work(folder, ranks, display) as (learner, stations, record),
         collections_at_steps() as collect,
     ):
         trace, rollouts = stations.trace, Rollouts(stations, record.stage)
-        record.start(learner.step, provenance(config, learner.reference, statistics, stations.renders_with))
-        check_engine(stations.engine, sampler, config, version, learner.dtype)
         if learner.step == 0:
             summary = hear_held_out(stations, record, "before")
             record.line({"step": 0, "eval": summary, "time": {"evaluate": trace.take_apart()}}, rollouts)
         while learner.step < knobs.steps and not asked_to_stop(stop, ranks):
-            start = time.perf_counter()
-            performance = rollouts.take(learner.step, learner.policy)
-            batch = Batch.gather(performance, knobs.prompts, ranks)
-            advantage = advantages(batch, config)
-            with trace("update"):
-                change = learner.learn(performance, batch, advantage, trace)
-            step, reward = learner.step, None
-            line = metrics(step, batch, advantage, change)
-            line["time"] = timing(*trace.take(), time.perf_counter() - start, performance, len(advantage))
+            taken = take_step(learner, stations, rollouts)
+            step, reward, line = learner.step, None, taken.line
             if step == knobs.steps or (knobs.eval_every and step % knobs.eval_every == 0):
                 rollouts.sync(learner.policy, step)
                 line["eval"] = hear_held_out(stations, record, "after" if step == knobs.steps else "")
                 line["time"]["evaluate"] = trace.take_apart()
                 reward = line["eval"]["reward"]["mean"]
             record.line(line, rollouts)
-            if batch.version == step - 1 and unhealthy(change, config, learner.dtype):
+            if taken.batch.version == step - 1 and unhealthy(taken.change, config, learner.dtype):
                 rollouts.sync(learner.policy, step)
-                warning = health_warning(stations.engine, learner.policy, config, change, learner.dtype)
+                warning = health_warning(stations.engine, learner.policy, config, taken.change, learner.dtype)
                 record.note(f"step {step}: {warning}")
             if record.better(reward) or (knobs.save_every and step % knobs.save_every == 0):
                 record.save(learner.snapshot(reward))
             if learner.skipped >= MAX_SKIPPED:
-                give_up(record, learner, performance, advantage[batch.mine.start : batch.mine.stop])
+                give_up(record, learner, taken)
             collect(step)
         if learner.step > record.saved:
             record.save(learner.snapshot())
         record.finish()
         return conclude(folder, record, learner, stop)
+
+
+@contextmanager
+def at_work(
+    folder: RunFolder, ranks: Ranks, display: Display | None = None
+) -> Iterator[tuple[Learner, Stations, Record]]:
+    """Who does the work of a run, ready for its next step; the engine has been checked to hold the policy's weights."""
+    config = folder.config
+    take_cores(ranks)
+    torch.set_num_threads(config.train.threads or cpu_cores())
+    learner = Learner(config, folder.checkpoints, ranks)
+    (sampler, version), statistics = learner.sampler_weights(), statistics_path(config)
+    with (
+        Stations(config, sampler, statistics, learner.dtype, version, folder.path / "failed", ranks) as stations,
+        Record(folder, stations, display) as record,
+    ):
+        record.start(learner.step, provenance(config, learner.reference, statistics, stations.renders_with))
+        check_engine(stations.engine, sampler, config, version, learner.dtype)
+        yield learner, stations, record
+
+
+@dataclass(frozen=True)
+class Taken:
+    """A step that has been taken.
+
+    advantage : float32 [N], of the completions of all ranks
+    line      : of metrics, without what is still to come: held-out evaluation and health
+    """
+
+    performance: Performance
+    batch: Batch
+    advantage: torch.Tensor
+    change: Update
+    line: dict[str, Any]
+
+
+def take_step(learner: Learner, stations: Stations, rollouts: Rollouts) -> Taken:
+    """Have the next batch performed, and learn from it."""
+    config, trace, start = learner.config, stations.trace, time.perf_counter()
+    performance = rollouts.take(learner.step, learner.policy)
+    batch = Batch.gather(performance, config.train.prompts, learner.ranks)
+    advantage = advantages(batch, config)
+    with trace("update"):
+        change = learner.learn(performance, batch, advantage, trace)
+    line = metrics(learner.step, batch, advantage, change)
+    line["time"] = timing(*trace.take(), time.perf_counter() - start, performance, len(advantage))
+    return Taken(performance, batch, advantage, change, line)
 
 
 def asked_to_stop(stop: StopRequest, ranks: Ranks) -> bool:
@@ -143,16 +179,17 @@ def hear_held_out(stations: Stations, record: Record, label: str) -> dict[str, A
     return summary
 
 
-def give_up(record: Record, learner: Learner, performance: Performance, advantage: torch.Tensor) -> None:
+def give_up(record: Record, learner: Learner, taken: Taken) -> None:
     """Save the policy, which is still finite, and the batch that is not; raises UserError saying so."""
     record.save(learner.snapshot())
     record.finish()
-    rollout, rank = performance.rollout, learner.ranks.rank
+    rollout, mine, rank = taken.performance.rollout, taken.batch.mine, learner.ranks.rank
     path = record.folder.path / "failed" / f"step-{learner.step:06d}-rank-{rank}.npz"
     with os_errors_as_user_errors(path):
         path.parent.mkdir(exist_ok=True)
-        terms = {f"term_{name}": values for name, values in performance.scores.terms.items()}
-        arrays: dict[str, Any] = {**vars(rollout), **terms, "advantage": advantage.numpy()}
+        terms = {f"term_{name}": values for name, values in taken.performance.scores.terms.items()}
+        advantage = taken.advantage[mine.start : mine.stop].numpy()
+        arrays: dict[str, Any] = {**vars(rollout), **terms, "advantage": advantage}
         np.savez(path, **arrays)
     raise UserError(
         f"the gradient was not finite {MAX_SKIPPED} steps in a row, so nothing has been learnt since step "

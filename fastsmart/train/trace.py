@@ -32,12 +32,16 @@ MERGE_S = 1e-4  # spans of one kind this close together are one: 64 draws of a t
 
 @dataclass(slots=True)
 class Span:
-    """One stage at work, in seconds of `time.perf_counter`, which on Linux are those of `time.monotonic`."""
+    """One stage at work, in seconds of `time.perf_counter`, which on Linux are those of `time.monotonic`.
+
+    thread : the system's number of the thread that has told
+    """
 
     stage: str
     lane: str
     start_s: float
     end_s: float
+    thread: int
 
 
 class Trace:
@@ -89,7 +93,7 @@ class Trace:
             if last and last.stage == stage and start_s - last.end_s < MERGE_S:
                 last.end_s = end_s
             else:
-                self._last[lane] = Span(stage, lane, start_s, end_s)
+                self._last[lane] = Span(stage, lane, start_s, end_s, threading.get_native_id())
                 self.spans.append(self._last[lane])
 
     def take(self) -> tuple[dict[str, float], dict[str, float]]:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor
+from torch.profiler import record_function
 
 from fastsmart.errors import UserError
 from fastsmart.grpo.fused import fused_policy_loss
@@ -93,6 +94,7 @@ def micro_batches(rollout: Rollout, size: int, device: torch.device) -> Iterator
         )
 
 
+@record_function("forward")
 def completion_logprobs(
     policy: Policy, batch: Packed, temperature: float, dtype: torch.dtype, kernel: str = "auto"
 ) -> LogProb:
@@ -104,6 +106,7 @@ def completion_logprobs(
     return logprob(picked, policy.lm_head.weight, batch.ids, temperature, kernel)
 
 
+@record_function("reference")
 @torch.no_grad()
 def reference_logprobs(
     reference: Policy, batches: Sequence[Packed], temperature: float, dtype: torch.dtype, kernel: str = "auto"
