@@ -166,6 +166,7 @@ def test_it_agrees_at_full_size(full_size: Path, upstream: Callable, rendered: n
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)
 def test_it_agrees_at_full_size_on_two_hundred_clips(
     full_size: Path, upstream: Callable, rendered: np.ndarray, record_property: Callable
 ) -> None:
