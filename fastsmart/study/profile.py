@@ -135,13 +135,13 @@ def _dashed(place: tuple[float, float], width: float) -> Any:
 def _operator(row: dict[str, Any]) -> dict[str, str]:
     calls = row["calls"]
     return {
-        "name": row["name"],
+        "name": row["name"].removeprefix("aten::"),
         "place": f"{row['stage']}, {row['phase']}" if row["phase"] else row["stage"],
         "ms": f"{1e3 * row['seconds']:.1f}",
         "share": _share(row),
         "calls": f"{calls:,.0f}" if calls else "–",
         "each": f"{1e6 * row['seconds'] / calls:.1f}" if calls else "–",
-        "shapes": shorten(row["shapes"][1:-1], 64, placeholder=" …") or "–",
+        "shapes": shorten(row["shapes"][1:-1], 40, placeholder=" …") or "–",
     }
 
 
