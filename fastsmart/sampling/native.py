@@ -17,6 +17,7 @@ from torch import Tensor
 from fastsmart.files import processor
 from fastsmart.kernels.sample import UNDEFINED, sample_tokens
 from fastsmart.policy.transformer import Policy
+from fastsmart.sampling.cache import LayerCache
 from fastsmart.sampling.rollout import Completion, SamplingSettings, check_prompts, not_finite
 from fastsmart.tokens.sequences import TokenBatch
 
@@ -80,7 +81,7 @@ class NativeEngine:
 
     def __init__(self, policy: Policy, version: int = 0, dtype: torch.dtype = torch.float32) -> None:
         self.dtype = dtype
-        self.memory: list[Tensor] = []
+        self.memory: list[LayerCache] = []
         self.load(policy, version)
 
     @torch.no_grad()
@@ -177,24 +178,24 @@ class NativeEngine:
                 return
             if running.mean() <= _COMPACT_BELOW:
                 keep = torch.from_numpy(np.flatnonzero(running)).to(device)
-                cache = [kv[:, keep] for kv in cache]
+                cache = [layer.rows(keep) for layer in cache]
                 drawn, logprobs, uniform, token = (t[keep] for t in (drawn, logprobs, uniform, token))
                 left = None if left is None else left[keep]
                 row_of, running = row_of[running], running[running]
             hidden = self._forward(token[:, None], cache, longest + step, left)
 
-    def _cache(self, rows: int, slots: int) -> list[Tensor]:
-        """Keys and values [2, R, K, S, E] of every layer, uninitialised; the last call's memory where its shape fits.
+    def _cache(self, rows: int, slots: int) -> list[LayerCache]:
+        """That of every layer, uninitialised; the last call's memory where its shape fits.
 
         The caller puts it back into `memory` when done, so that two streams at once do not share it.
         """
-        shape = (2, rows, self.size.num_kv_heads, slots, self.size.head_size)
+        shape = (rows, self.size.num_kv_heads, slots, self.size.head_size)
         memory, self.memory = self.memory, []
-        if memory and memory[0].shape == shape:
+        if memory and memory[0].kv.shape[1:] == shape:
             return memory
-        return [torch.empty(shape, dtype=self.dtype, device=self.embed.device) for _ in self.layers]
+        return [LayerCache.empty(shape, self.dtype, self.embed.device) for _ in self.layers]
 
-    def _forward(self, ids: Tensor, cache: list[Tensor], start: int, left: Tensor | None) -> Tensor:
+    def _forward(self, ids: Tensor, cache: list[LayerCache], start: int, left: Tensor | None) -> Tensor:
         """Normalised hidden states float32 [R, D] after the last of ids [R, T], which take the slots from `start` on.
 
         left : int64 [R], slots of padding before each prompt; None where there are none
@@ -212,18 +213,13 @@ class NativeEngine:
                 seen = (seen & ((slot >= left[:, None, None]) | (slot == slot[start:, None])))[:, None]
         turn = turn.unsqueeze(-2)
         x = F.embedding(ids.flatten(), self.embed)
-        for layer, kv in zip(self.layers, cache, strict=True):
+        for layer, kept in zip(self.layers, cache, strict=True):
             qkv = layer.qkv(self._normalised(x)).view(rows, width, heads + 2 * kv_heads, size.head_size)
             _rotate(qkv[:, :, : heads + kv_heads], turn)
-            new = qkv[:, :, heads:].view(rows, width, 2, kv_heads, size.head_size)
-            kv[:, :, :, start:end] = new.permute(2, 0, 3, 1, 4)
-            keys, values = kv.flatten(1, 2)[:, :, :end]  # [R K, end, E]
+            kept.put(qkv[:, :, heads:].view(rows, width, 2, kv_heads, size.head_size), start)
             # the query heads of a key head stand side by side: [R K, H / K T, E]
             q = qkv[:, :, :heads].transpose(1, 2).reshape(rows * kv_heads, -1, size.head_size)
-            scores = torch.bmm(q, keys.transpose(1, 2))  # reads the cache faster than scaled_dot_product_attention
-            if seen is not None:
-                scores = scores.view(rows, heads, width, end).masked_fill(~seen, -torch.inf).view(scores.shape)
-            y = torch.bmm(scores.softmax(-1), values)
+            y = kept.attend(q, end, seen)
             y = y.view(rows, heads, width, size.head_size).transpose(1, 2)
             x += layer.out(y.reshape(rows * width, -1))
             gate, up = layer.gate_up(self._normalised(x)).chunk(2, dim=-1)
