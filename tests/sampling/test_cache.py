@@ -10,7 +10,7 @@ R, K, E, S = 3, 2, 8, 3 * BLOCK + 5
 
 
 def filled(end: int, prompt: int) -> tuple[LayerCache, torch.Tensor]:
-    """A cache whose first `end` slots came as a prompt and then one by one, and what it was given, [R, end, 2, K, E]."""
+    """A cache whose first `end` slots came as a prompt and then one by one; what it was given, [R, end, 2, K, E]."""
     cache = LayerCache.empty((R, K, S, E), torch.float32, torch.device("cpu"))
     cache.kv.fill_(torch.nan)
     assert cache.turned is not None
