@@ -175,6 +175,11 @@ def processor() -> str:
         return platform.processor() or platform.machine()
 
 
+def mkl_knows_processor() -> bool:
+    """Whether MKL has products of its own for this processor; for others than Intel's it keeps to those of AVX2."""
+    return "Intel" in processor()
+
+
 def cache_folder(name: str) -> Path:
     """Where what can be made again is kept: FASTSMART_CACHE, else XDG_CACHE_HOME/fastsmart, else ~/.cache/fastsmart."""
     home = os.environ.get("FASTSMART_CACHE")

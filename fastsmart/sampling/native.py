@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastsmart.files import processor
+from fastsmart.files import mkl_knows_processor
 from fastsmart.kernels.sample import UNDEFINED, sample_tokens
 from fastsmart.policy.transformer import Policy
 from fastsmart.sampling.cache import LayerCache
@@ -57,7 +57,7 @@ def _packing_library(weight: Tensor) -> str:
     """Whose packed products serve this weight best: "mkl", "mkldnn" (oneDNN), or "" for nobody's."""
     if weight.device.type != "cpu" or weight.dtype != torch.float32:
         return ""
-    if torch.backends.mkl.is_available() and "Intel" in processor():
+    if torch.backends.mkl.is_available() and mkl_knows_processor():
         return "mkl"
     return "mkldnn" if torch.backends.mkldnn.is_available() else ""
 

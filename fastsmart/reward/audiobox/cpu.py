@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastsmart.errors import UserError
+from fastsmart.files import mkl_knows_processor
 from fastsmart.reward.audiobox.architecture import FIELD, FRAMES, HOP, KERNELS, NORM_EPS, STRIDES, frames_of
 from fastsmart.reward.audiobox.encoder import EncoderWeights, Norm, gates, normalised_first
 
@@ -160,14 +161,28 @@ class _FloatConvolution:
     def __init__(self, weight: Tensor) -> None:
         channels = len(weight)
         self.kernel = weight.shape[1] // channels
-        self.pair = weight[:, : 2 * channels].t().contiguous()
-        self.third = weight[:, 2 * channels :].t().contiguous()
+        self.packed = torch.backends.mkldnn.is_available() and not mkl_knows_processor()
+        self.pair = self._laid_out(weight[:, : 2 * channels])
+        self.third = self._laid_out(weight[:, 2 * channels :]) if self.kernel == 3 else None
+
+    def _laid_out(self, weight: Tensor) -> Tensor:
+        if self.packed:
+            return torch.ops.mkldnn._reorder_linear_weight(weight.contiguous())
+        return weight.t().contiguous()
 
     def __call__(self, x: Tensor) -> Tensor:
         rows, channels = (len(x) - self.kernel) // 2 + 1, x.shape[1]
-        y = x.as_strided((rows, 2 * channels), (2 * channels, 1)) @ self.pair
-        if self.kernel == 3:
-            y.addmm_(x.as_strided((rows, channels), (2 * channels, 1), 2 * channels), self.third)
+        pairs = x.as_strided((rows, 2 * channels), (2 * channels, 1))
+        if self.packed:
+            y = torch.ops.mkldnn._linear_pointwise(pairs, self.pair, None, "none", [], "")
+        else:
+            y = pairs @ self.pair
+        if self.third is not None:
+            thirds = x.as_strided((rows, channels), (2 * channels, 1), 2 * channels)
+            if self.packed:
+                y = torch.ops.mkldnn._linear_pointwise.binary(thirds, y, self.third, None, "add")
+            else:
+                y.addmm_(thirds, self.third)
         return torch.ops.aten.gelu_(y)
 
 
