@@ -26,7 +26,6 @@ import importlib.util
 import os
 import sys
 import tempfile
-import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
@@ -43,6 +42,7 @@ import tinysoundfont
 import torch
 import torch.nn.functional as F
 from datasets import Dataset
+from greenlet import getcurrent, greenlet
 from miditok import REMI
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, PrinterCallback, TrainerCallback
@@ -168,7 +168,8 @@ class PublicTrainer:
     completions : ids that are taken for drawn, the same in every step, to measure the update alone; None = generate
     options    : of GRPOConfig
 
-    `trainer.train()` runs in a thread, which waits wherever a step begins until `step` lets it go on. Call `close`.
+    `trainer.train()` runs in a coroutine of the same thread, so that all contenders share one team of OpenMP helpers;
+    it waits wherever a step begins until `step` lets it go on. Call `close`.
     """
 
     def __init__(
@@ -223,22 +224,22 @@ class PublicTrainer:
         )
         self.trainer.seconds = seconds
         self.trainer.remove_callback(PrinterCallback)
-        self.waiting, self.may_go = threading.Semaphore(0), threading.Semaphore(0)
         self.closed = False
         self.error: BaseException | None = None
-        self._thread = threading.Thread(target=self._train, name="public pipeline")
-        self._thread.start()
-        self._wait()
+        self.outside = getcurrent()
+        self._training = greenlet(self._train)
+        self._go_on()
 
     def _train(self) -> None:
         try:
             self.trainer.train()
         except BaseException as error:  # raised by `step`; on closing, a SystemExit of `_Turns`
             self.error = error
-        self.waiting.release()
 
-    def _wait(self) -> None:
-        self.waiting.acquire()
+    def _go_on(self) -> None:
+        """Until the next step begins, or training ends."""
+        self.outside = getcurrent()
+        self._training.switch()
         if self.error:
             raise self.error
 
@@ -246,16 +247,15 @@ class PublicTrainer:
         """One step of training; seconds of sample, of what the reward counts, of update (all the rest), and whole."""
         self.seconds.clear()
         start = time.perf_counter()
-        self.may_go.release()
-        self._wait()
+        self._go_on()
         whole = time.perf_counter() - start
         return {**self.seconds, "update": whole - sum(self.seconds.values()), "whole": whole}
 
     def close(self) -> None:
         """End training, where it waits."""
         self.closed = True
-        self.may_go.release()
-        self._thread.join()
+        if not self._training.dead:
+            self._training.switch()
         self._folder.cleanup()
 
 
@@ -274,7 +274,6 @@ class _Turns(TrainerCallback):
         self.turns = turns
 
     def on_step_begin(self, *_: Any, **__: Any) -> None:
-        self.turns.waiting.release()
-        self.turns.may_go.acquire()
+        self.turns.outside.switch()
         if self.turns.closed:
             raise SystemExit

@@ -58,7 +58,7 @@ class Stages:
     overlap  : completions are decoded and rendered in a thread of their own as they come, and scored in another as soon
                as a chunk is whole; else one stage begins when the one before has ended
 
-    Owns two threads: call `close`. A batch that is being sampled in another thread then is given up at its next
+    Owns a thread: call `close`. A batch that is being sampled in another thread then is given up at its next
     completion once `closing` is set.
     """
 
@@ -67,9 +67,7 @@ class Stages:
     ) -> None:
         self.renderer, self.score, self.overlap, self.trace = renderer, score, overlap, trace
         self.closing = False
-        # threads that stay: each that computes with OpenMP keeps a team of helpers
         self.rendering = started_thread("render")
-        self.scoring = started_thread("score")
 
     def run(
         self,
@@ -124,11 +122,22 @@ class Stages:
             yield completion
 
     def _render_and_score(self, batch: _Batch, inbox: Inbox) -> Performed:
-        """The rendering thread: from the inbox to the renderer, from there to the scoring thread."""
+        """The rendering thread: from the inbox to the renderer, from there to the scoring thread.
+
+        That one ends with its batch. A thread that has computed with GNU OpenMP keeps helpers, and where all threads
+        have more of them than there are cores, every helper goes to sleep between two operators: a sampler on two cores
+        then takes a fifth longer.
+        """
+        with started_thread("score") as scoring:
+            scores = self._scored(batch, inbox, scoring)
+        return batch.result(scores)
+
+    def _scored(self, batch: _Batch, inbox: Inbox, scoring: ThreadPoolExecutor) -> list[Scores]:
+        """The scores of every chunk, made by the scoring thread as soon as the chunk is whole and there is room."""
         scores: list[Future[Scores]] = []
         while len(scores) < len(batch.chunks):
             if batch.whole(len(scores)) and sum(not score.done() for score in scores) < DEPTH:
-                scores.append(self.scoring.submit(self._score, batch.clips(batch.chunks[len(scores)])))
+                scores.append(scoring.submit(self._score, batch.clips(batch.chunks[len(scores)])))
                 scores[-1].add_done_callback(inbox.put)  # wakes this thread: there is room again
                 continue
             try:
@@ -142,16 +151,15 @@ class Stages:
                 batch.take_in(item)
             elif isinstance(item, Future):
                 item.result()  # raises now what would else be found when all have been sampled
-        return batch.result([score.result() for score in scores])
+        return [score.result() for score in scores]
 
     def _score(self, clips: Clips) -> Scores:
         with self.trace("score"):
             return self.score(clips)
 
     def close(self) -> None:
-        """End the threads."""
+        """End the thread."""
         self.rendering.shutdown()
-        self.scoring.shutdown()
 
 
 def started_thread(name: str) -> ThreadPoolExecutor:

@@ -70,13 +70,16 @@ def test_it_sounds_like_fluidsynth_on_the_installed_piano(random_pieces: Pieces)
     assert np.median(found) > 55.0
 
 
-@pytest.mark.parametrize("name", ["FluidR3_GM.sf2", "TimGM6mb.sf2", "MuseScore_General_Lite.sf3"])
-def test_it_sounds_like_fluidsynth_on_other_pianos(name: str, random_pieces: Pieces) -> None:
+@pytest.mark.parametrize(
+    ("name", "least_db"), [("FluidR3_GM.sf2", 45.0), ("TimGM6mb.sf2", 35.0), ("MuseScore_General_Lite.sf3", 30.0)]
+)
+def test_it_sounds_like_fluidsynth_on_other_pianos(name: str, least_db: float, random_pieces: Pieces) -> None:
+    """Crowded keys again; MuseScore's filter moves at release, which stored notes only come near."""
     font = next((path for path in list_soundfonts() if path.resolve().name == name), None)
     if font is None:
         pytest.skip(f"{name} is not installed")
     found = fidelities(replace(PLAIN, soundfont=str(font)), random_pieces(1, seed=4))
-    assert min(found) > 35.0
+    assert min(found) > least_db
 
 
 @pytest.mark.parametrize("rate", [8000, 22050, 24000, 44100, 48000])

@@ -89,7 +89,7 @@ def test_its_update_can_be_measured_alone(vocab: Vocabulary, checkpoint: Path) -
     assert seen == completions
 
 
-def test_what_goes_wrong_in_its_thread_is_raised(vocab: Vocabulary, checkpoint: Path) -> None:
+def test_what_goes_wrong_in_training_is_raised(vocab: Vocabulary, checkpoint: Path) -> None:
     def reward(pieces):
         raise ArithmeticError("no")
 
