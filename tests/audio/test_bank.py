@@ -71,7 +71,17 @@ def test_it_sounds_like_fluidsynth_on_the_installed_piano(random_pieces: Pieces)
 
 
 @pytest.mark.parametrize(
-    ("name", "least_db"), [("FluidR3_GM.sf2", 45.0), ("TimGM6mb.sf2", 35.0), ("MuseScore_General_Lite.sf3", 30.0)]
+    ("name", "least_db"),
+    [
+        ("FluidR3_GM.sf2", 45.0),
+        ("TimGM6mb.sf2", 35.0),
+        ("MuseScore_General_Lite.sf3", 30.0),
+        pytest.param(
+            "MuseScore_General_Lite.sf3",
+            35.0,
+            marks=pytest.mark.xfail(reason="34.1 dB on keys this crowded", strict=True),
+        ),
+    ],
 )
 def test_it_sounds_like_fluidsynth_on_other_pianos(name: str, least_db: float, random_pieces: Pieces) -> None:
     """Crowded keys again; MuseScore's filter moves at release, which stored notes only come near."""
