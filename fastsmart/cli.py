@@ -1,4 +1,4 @@
-"""The command line: one subcommand a job. The jobs themselves are in `fastsmart.commands`."""
+"""The command line: one subcommand a job. Their bodies are in `fastsmart.commands`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Writing so that a reader never finds half of it: to a temporary name, then renamed."""
+"""Files: written so that a reader never finds half of one, to a temporary name, then renamed; and where they are."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import os
 import platform
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
@@ -186,3 +186,22 @@ def cache_folder(name: str) -> Path:
     if not home:
         home = os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "fastsmart")
     return Path(home) / name
+
+
+def files_below(names: Iterable[str], suffixes: tuple[str, ...]) -> list[tuple[Path, Path]]:
+    """The files named, and those of the right kind below the folders named, each with its path below the folder.
+
+    Raises UserError when there are none.
+    """
+    found: list[tuple[Path, Path]] = []
+    for name in names:
+        path = Path(name)
+        if path.is_dir():
+            found += sorted((p, p.relative_to(path)) for p in path.rglob("*") if p.suffix.lower() in suffixes)
+        elif path.exists():
+            found.append((path, Path(path.name)))
+        else:
+            raise UserError(f"no file {name}")
+    if not found:
+        raise UserError(f"no files ({', '.join(suffixes)}) in {', '.join(names)}")
+    return found

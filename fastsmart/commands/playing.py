@@ -1,0 +1,123 @@
+"""The bodies of sample, render and score."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from fastsmart.errors import UserError
+from fastsmart.files import files_below
+from fastsmart.notes import MIDI_SUFFIXES
+
+AUDIO_SUFFIXES = (".wav", ".flac")
+
+
+def sample(options: argparse.Namespace) -> int:
+    from fastsmart import decode, load_policy, prompts
+    from fastsmart import sample as draw
+    from fastsmart.files import make_folder
+    from fastsmart.policy.state import policy_source
+
+    policy = load_policy(policy_source(options.policy), vocabulary=options.vocabulary)
+    asked = prompts.procedural(
+        policy.vocab,
+        options.number,
+        seed=options.seed,
+        time_signatures=options.time_signature or ["4/4"],
+        tempo_range=tuple(options.tempo),
+    )
+    out = make_folder(options.out)
+    rollout = draw(
+        policy,
+        asked,
+        1,
+        options.max_tokens,
+        options.temperature,
+        options.seed,
+        options.engine,
+        options.top_k,
+        options.top_p,
+    )
+    notes = decode(rollout.sequences(), policy.vocab)
+    for i in range(len(notes)):
+        path = out / f"{i + 1:03d}.mid"
+        notes.to_midi(i, path)
+        if options.wav:
+            _render_one(notes, i, path.with_suffix(".wav"), options.soundfont)
+        print(f"{path}  {asked.text(i)}: {int(notes.counts[i])} notes, {notes.end_s[i]:.1f} s")
+    return 0
+
+
+def render(options: argparse.Namespace) -> int:
+    from fastsmart.audio import RenderSettings, render_files
+    from fastsmart.files import make_folder
+    from fastsmart.notes import read_midi
+    from fastsmart.progress import bar
+
+    jobs = [
+        (path, (Path(options.out) / below if options.out else path).with_suffix(".flac" if options.flac else ".wav"))
+        for path, below in files_below(options.files, MIDI_SUFFIXES)
+    ]
+    for folder in {target.parent for _, target in jobs}:
+        make_folder(folder)
+    settings = RenderSettings(options.soundfont, "fluidsynth", reverb=options.reverb, workers=options.workers)
+    failed = 0
+    with bar("rendering") as show:
+        for done, ((_, target), (_, error)) in enumerate(
+            zip(jobs, render_files(jobs, settings, read_midi), strict=True), start=1
+        ):
+            if error is None:
+                print(target, flush=True)
+            else:  # this file's fault: the others go on
+                print(f"fastsmart: {error}", file=sys.stderr)
+                failed += 1
+            show(done, len(jobs))
+    return 2 if failed else 0
+
+
+def score(options: argparse.Namespace) -> int:
+    from fastsmart.files import os_errors_as_user_errors, write_atomic
+    from fastsmart.progress import bar
+    from fastsmart.reward import RewardSettings
+    from fastsmart.study.scoring import FileScorer, scored_before
+
+    settings = RewardSettings(
+        terms=dict.fromkeys(options.reward, 1.0),
+        audiobox_checkpoint=options.checkpoint,
+        audiobox_dtype=options.dtype,
+        clap_model=options.clap_model,
+        clap_prompt=options.clap_prompt,
+        clap_classes=tuple(options.clap_class),
+        clap_class=options.clap_class[0] if options.clap_class else "",
+    )
+    files = [str(path) for path, _ in files_below(options.files, MIDI_SUFFIXES + AUDIO_SUFFIXES)]
+    out, before = Path(options.out) if options.out else None, {}
+    if out and out.exists():
+        if not options.resume:
+            raise UserError(f"{out} exists; go on with it with --resume, or choose another --out")
+        before = scored_before(out, options.reward)
+    scorer = FileScorer(settings, options.statistics, options.soundfont, options.max_seconds, options.device)
+    if scorer.random:
+        print("fastsmart: the weights of audiobox are random, its scores mean nothing", file=sys.stderr)
+    if out:
+        write_atomic(out, "".join(json.dumps(before[path]) + "\n" for path in files if path in before))
+    left, failed = [path for path in files if path not in before], 0
+    with bar("scoring") as show:
+        for done, line in enumerate(scorer(left), len(files) - len(left) + 1):
+            failed += "error" in line
+            if out:
+                with os_errors_as_user_errors(out), open(out, "a", encoding="utf-8") as sink:
+                    sink.write(json.dumps(line) + "\n")
+            else:
+                print(json.dumps(line), flush=True)
+            show(done, len(files))
+    return 2 if failed else 0
+
+
+def _render_one(notes: Any, i: int, path: Path, soundfont: str) -> None:
+    from fastsmart.audio import RenderSettings, render_file
+
+    render_file(notes.select([i]), 0, path, RenderSettings(soundfont))

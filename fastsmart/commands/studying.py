@@ -1,0 +1,149 @@
+"""The bodies of evaluate, report, listen and sweep."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from fastsmart.errors import UserError
+from fastsmart.files import files_below
+
+if TYPE_CHECKING:
+    from fastsmart.config import Config
+
+
+def evaluate(options: argparse.Namespace) -> int:
+    from fastsmart.progress import stages
+    from fastsmart.study.evaluate import evaluate as run_evaluation
+
+    config, policies = _study_config(options), options.policy
+    if len(policies) == 1 and _is_run(policies[0]):
+        policies = [config.policy.source, *policies]
+    with stages() as show:
+        found = run_evaluation(
+            policies,
+            options.out,
+            config,
+            options.prompts,
+            options.best_of,
+            options.soundfont,
+            options.training_set,
+            show,
+        )
+    print(found.text())
+    print(f"all of it is in {found.path / 'metrics.csv'}; as a page: fastsmart report {found.path}")
+    return 0
+
+
+def report(options: argparse.Namespace) -> int:
+    from fastsmart.progress import stages
+    from fastsmart.study.evaluate import evaluate as run_evaluation
+    from fastsmart.study.evaluation import EVALUATION_FILE, Evaluation
+    from fastsmart.study.report import write_report
+    from fastsmart.train.folder import RunFolder
+
+    source = Path(options.source)
+    with stages() as show:
+        if (source / EVALUATION_FILE).is_file():
+            found = Evaluation.open(source)
+        elif _is_run(options.source):
+            config, folder = RunFolder.reopen(source).config, source / "evaluation"
+            policies = [config.policy.source, options.source]
+            found = run_evaluation(
+                policies, folder, config, options.prompts, options.best_of, (), options.training_set, show
+            )
+        else:
+            raise UserError(f"{source} is neither a run nor an evaluation; name a folder that train or evaluate made")
+        page = write_report(found, options.out or source / "report.html", options.players, show)
+    print(f"open {page} in a browser")
+    return 0
+
+
+def sweep(options: argparse.Namespace) -> int:
+    from fastsmart.study.sweep import read_sweep
+
+    plan = read_sweep(options.sweep)
+    if options.dry_run:
+        for number, (name, config) in enumerate(plan.runs.items()):
+            print(f"{number}  {name}: {config.train.steps} steps")
+        return 0
+
+    from fastsmart.progress import stages
+    from fastsmart.study.sweep import run_sweep
+    from fastsmart.train.display import Plain
+
+    with stages() as show:
+        exit_code = run_sweep(plan, options.out, options.index, options.training_set, Plain, show)
+    if exit_code == 0:
+        print(f"runs, evaluation, figures/frontier.svg and report.html are in {options.out}")
+    return exit_code
+
+
+def listen(options: argparse.Namespace) -> int:
+    return {"make": _listen_make, "analyse": _listen_analyse, "power": _listen_power}[options.job](options)
+
+
+def _listen_make(options: argparse.Namespace) -> int:
+    from fastsmart.progress import stages
+    from fastsmart.study.evaluation import Evaluation
+    from fastsmart.study.listening import ListeningSettings, make_test
+
+    settings = ListeningSettings(
+        options.design, options.prompts, options.seconds, options.checks, options.repeats, options.question
+    )
+    with stages() as show:
+        page, key = make_test(Evaluation.open(options.evaluation), options.out, settings, options.policy, show)
+    print(f"send {page} to listeners; keep {key}, and analyse with: fastsmart listen analyse ANSWERS --key {key}")
+    return 0
+
+
+def _listen_analyse(options: argparse.Namespace) -> int:
+    from fastsmart.files import write_atomic
+    from fastsmart.study.ratings import analyse, as_text, read_answers
+
+    files = [path for path, _ in files_below(options.answers, (".json",)) if path.name != Path(options.key).name]
+    result = analyse(read_answers(files, options.key, options.keep_inattentive))
+    print(as_text(result))
+    if options.out:
+        write_atomic(options.out, json.dumps(result, indent=1) + "\n")
+    return 0
+
+
+def _listen_power(options: argparse.Namespace) -> int:
+    from fastsmart.study.mixed import choice_power, rating_power
+    from fastsmart.study.ratings import LISTENERS
+
+    for listeners in LISTENERS:
+        if options.design == "rating":
+            spread = {"residual": options.sd, "clip": options.clip_sd}
+            power = rating_power(options.effect, spread, listeners, options.prompts)
+        else:
+            power = choice_power(options.effect, listeners, options.prompts)
+        print(f"{listeners:3d} listeners: {power:.0%}")
+    return 0
+
+
+def _study_config(options: argparse.Namespace) -> Config:
+    """The config asked for; that of the first run among the policies where none was; else the demo's."""
+    from fastsmart.config import Config, assigned, read_config
+    from fastsmart.presets import load_preset
+    from fastsmart.train.folder import CONFIG_FILE
+
+    runs = [Path(_source(p)) / CONFIG_FILE for p in options.policy if _is_run(p)]
+    if options.preset or options.config:
+        config = load_preset(options.preset) if options.preset else Config()
+    else:
+        config = read_config(runs[0]) if runs else load_preset("demo")
+    if options.config:
+        config = read_config(options.config, config)
+    return assigned(config, options.set)
+
+
+def _source(policy: str) -> str:
+    return policy.partition("=")[2] or policy
+
+
+def _is_run(policy: str) -> bool:
+    return (Path(_source(policy)) / "config.toml").is_file()

@@ -1,0 +1,180 @@
+"""The bodies of pretrain, train, profile and top."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fastsmart.errors import UserError
+
+if TYPE_CHECKING:
+    from fastsmart.config import Config
+
+
+def pretrain(options: argparse.Namespace) -> int:
+    import torch
+
+    from fastsmart.files import cpu_cores
+    from fastsmart.policy.crops import CropSettings
+    from fastsmart.policy.pretrain import PretrainSettings
+    from fastsmart.policy.pretrain import pretrain as run_pretraining
+    from fastsmart.policy.transformer import PolicySize
+    from fastsmart.progress import bar
+    from fastsmart.stopping import stop_signals
+    from fastsmart.study.card import STATISTICS_FILE, real_statistics, write_release
+    from fastsmart.tokens.dataset import TokenDataset, encode_folder
+    from fastsmart.tokens.vocabulary import load_vocabulary
+
+    vocab, out = load_vocabulary(options.vocabulary), Path(options.out)
+    torch.set_num_threads(options.threads or cpu_cores())
+    if (out / "dataset").is_dir():
+        dataset = TokenDataset.open(out / "dataset")
+        if dataset.source != str(Path(options.midi).resolve()) or dataset.vocab.tokens != vocab.tokens:
+            raise UserError(f"{out / 'dataset'} was encoded from {dataset.source}; choose another --out, or remove it")
+    else:
+        with bar("encoding") as show:
+            dataset = encode_folder(options.midi, out / "dataset", vocab, 0, lambda done, total, _: show(done, total))
+    for name, reason in dataset.damaged:
+        print(f"left out {name}: {reason}", file=sys.stderr)
+    print(f"{len(dataset)} pieces, {dataset.offsets[-1]:,} tokens, {len(dataset.damaged)} damaged files left out")
+    given = {
+        key: value
+        for key in ("steps", "batch", "learning_rate", "patience", "eval_every", "seed", "device")
+        if (value := getattr(options, key)) is not None
+    }
+    settings = PretrainSettings(compile=options.compile, **given)
+    if options.length:
+        settings = replace(settings, crop=CropSettings(length=options.length))
+    size = PolicySize(len(vocab), options.hidden, options.ffn, options.layers, options.heads, options.heads)
+
+    try:
+        statistics = real_statistics(dataset, settings, options.name)
+    except UserError as error:
+        statistics = None
+        print(f"the release will have no {STATISTICS_FILE}: {error}", file=sys.stderr)
+
+    def report(line: dict[str, Any]) -> None:
+        show(line["step"], settings.steps)
+        if "valid_loss" in line:
+            rate, losses = line["tokens_per_s"], (line["train_loss"], line["valid_loss"])
+            print(
+                f"step {line['step']}  training {losses[0]:.3f}  validation {losses[1]:.3f}  {rate:.0f} tokens/s",
+                flush=True,
+            )
+
+    with stop_signals() as stop, bar("training") as show:
+        result = run_pretraining(dataset, size, settings, out, options.resume, stop, report)
+    if stop:
+        print(f"saved at step {result.step}; go on with --resume")
+        return stop.exit_code
+    command = shlex.join(["fastsmart", *sys.argv[1:]])
+    print(write_release(result, dataset, settings, statistics, out / "release", options.name, options.licence, command))
+    return 0
+
+
+def train(options: argparse.Namespace) -> int:
+    from fastsmart.config import to_toml
+    from fastsmart.train.folder import RunFolder
+    from fastsmart.train.ranks import join_ranks
+
+    config, chosen = _run_config(options)
+    if options.dry_run:
+        print(to_toml(config), end="")
+        if config.sampling.engine == "vllm" and not config.sampling.vllm.server:
+            print(f"\n# {vllm_memory(config)}")
+        return 0
+    if not options.out:
+        raise UserError("name the folder of the run with --out, for example --out runs/demo")
+    ranks = join_ranks()
+    resume = options.resume == "yes" or (options.resume == "auto" and RunFolder.begun(options.out))
+    resume = bool(ranks.same(resume))  # rank 0 may be about to start the run
+    if resume and chosen and RunFolder.reopen(options.out).config != config:
+        raise UserError(
+            f"{options.out} holds a run with other settings; leave out --preset, --config, --set, --engine and --async "
+            "to go on with its own config.toml, or choose another --out"
+        )
+    if not resume:
+        _need_reward(config)
+
+    from fastsmart.train.display import Plain, Terminal
+    from fastsmart.train.loop import train as run_training
+
+    run = run_training(config, options.out, resume, Terminal() if sys.stdout.isatty() else Plain(), ranks)
+    ranks.close()
+    table = run.path / "before_after.md"
+    if run.after and ranks.leader:
+        print(table.read_text(encoding="utf-8"))
+        print(f"listen to {run.path / 'listen'}, look at {run.path / 'curves.png'}")
+    return run.exit_code
+
+
+def profile(options: argparse.Namespace) -> int:
+    config, _ = _run_config(options)
+    _need_reward(config)
+
+    from fastsmart.progress import bar
+    from fastsmart.study.profile import write_page
+    from fastsmart.train.profile import profile as run_profile
+
+    with bar("profiling") as show:
+        found = run_profile(config, options.out, options.steps, options.warmup, show)
+    page = write_page(found, Path(options.out) / "profile.html")
+    for cost in found["costs"]:
+        print(f"{cost['share']:.0%} of a step  {cost['what']}")
+    print(f"open {page} in a browser, and {page.with_name('trace.json')} at ui.perfetto.dev")
+    return 0
+
+
+def top(options: argparse.Namespace) -> int:
+    import time
+
+    from rich.console import Console
+    from rich.live import Live
+
+    from fastsmart.train.top import Top
+
+    view, console = Top(options.run), Console()
+    if options.once or not console.is_terminal or view.ended:
+        console.print(view.render(), highlight=False)
+        return 0
+    with Live(view.render(), console=console, auto_refresh=False, screen=True) as live:
+        while not view.ended:
+            time.sleep(1.0)
+            live.update(view.render(), refresh=True)
+    console.print(view.render(), highlight=False)
+    return 0
+
+
+def _run_config(options: argparse.Namespace) -> tuple[Config, bool]:
+    """The config of preset, file and options, in this order, and whether there was any of them."""
+    from fastsmart.config import Config, assigned, read_config
+    from fastsmart.presets import load_preset
+
+    config = load_preset(options.preset) if options.preset else Config()
+    if options.config:
+        config = read_config(options.config, config)
+    sets = options.set + ([f"sampling.engine={options.engine}"] if options.engine else [])
+    sets += [f"train.pipeline={options.pipeline}"] if options.pipeline else []
+    return assigned(config, sets), bool(options.preset or options.config or sets)
+
+
+def _need_reward(config: Config) -> None:
+    if not config.reward.terms:
+        raise UserError("reward.terms names no reward; start from --preset demo or add --set reward.terms.consonance=1")
+
+
+def vllm_memory(config: Config) -> str:
+    """What vLLM will hold in this process, computed from the policy's config.json."""
+    from fastsmart.policy.checkpoint import policy_size
+    from fastsmart.sampling.vllm_plan import plan
+    from fastsmart.train.provenance import resolved_device, resolved_dtype
+
+    completions = config.train.prompts * config.sampling.group
+    rows = min(config.sampling.max_rows, completions)
+    dtype, device = resolved_dtype(config.policy), resolved_device(config.policy)
+    sampling = replace(config.sampling, max_rows=rows)
+    return str(plan(policy_size(config.policy.source), sampling, dtype.itemsize, device.type == "cuda"))
