@@ -26,13 +26,16 @@ from fastsmart.policy.transformer import Policy, PolicySize
 from fastsmart.reward.audiobox import gpu
 from fastsmart.reward.audiobox.architecture import FRAMES, WINDOW, Size, encoder_shapes
 from fastsmart.reward.audiobox.encoder import encoder_weights
-from fastsmart.sampling import SamplingSettings, native
+from fastsmart.sampling import SamplingSettings, draw, fixed, native
 from fastsmart.tokens.prompts import procedural
 from fastsmart.tokens.vocabulary import load_vocabulary
 from fastsmart.train.update import Packed, completion_logprobs
 
 FREE = {"empty", "empty_like", "empty_strided", "new_empty", "_unsafe_view", "lift_fresh", "device", "promote_types"}
 FREE |= {"_record_function_enter_new", "_record_function_exit"}  # marks for a profiler
+
+OURS = [(gpu, "gated_attention"), (gpu, "convolution_gelu"), (draw, "sample_tokens")]
+OURS += [(fixed, name) for name in ("add_normalised", "attend_next", "gated")]
 
 
 class Operators(TorchDispatchMode):
@@ -78,7 +81,7 @@ def counting() -> Iterator[list[Work]]:
     flops = FlopCounterMode(display=False, custom_mapping=CPU_ONLY)
     operators = Operators(flops)
     with ExitStack() as patched:
-        for module, name in ((gpu, "gated_attention"), (gpu, "convolution_gelu"), (native, "sample_tokens")):
+        for module, name in OURS:
             patched.enter_context(patch.object(module, name, operators.as_kernel(getattr(module, name))))
         patched.enter_context(patch.object(logprob, "CHUNK_ELEMENTS", logprob.GPU_CHUNK_ELEMENTS))
         patched.enter_context(flops)
@@ -131,11 +134,11 @@ def audiobox_work(windows: int, dtype: torch.dtype = torch.bfloat16) -> list[Wor
     return work
 
 
-def sampling_work(job: Job, dtype: torch.dtype = torch.bfloat16) -> list[Work]:
-    """The native sampler, really run, so for small jobs only."""
+def sampling_work(job: Job, dtype: torch.dtype = torch.bfloat16, on_fixed: bool = False) -> list[Work]:
+    """The native sampler, really run, so for small jobs only; `on_fixed` as where a step is recorded and replayed."""
     vocab = load_vocabulary("smart")
     with patch.object(native, "_packing_library", lambda weight: ""):  # as on a GPU
-        engine = native.NativeEngine(Policy(make_size(job), vocab), dtype=dtype)
+        engine = native.NativeEngine(Policy(make_size(job), vocab), dtype=dtype, on_fixed=on_fixed)
     engine.eos = -1  # no such token
     prompts, settings = procedural(vocab, job.clips // GROUP, seed=0).tokens, SamplingSettings(max_tokens=job.tokens)
     list(engine.stream(prompts, settings, (0,)))  # makes the cache
@@ -144,11 +147,11 @@ def sampling_work(job: Job, dtype: torch.dtype = torch.bfloat16) -> list[Work]:
     return work
 
 
-def decode_kernels() -> tuple[int, int]:
+def decode_kernels(on_fixed: bool = True) -> tuple[int, int]:
     """Kernels of a decode step: of a layer, and of all else."""
 
     def step(layers: int) -> int:
-        shorter, longer = (len(sampling_work(Job(64, layers, GROUP, tokens))) for tokens in (8, 9))
+        shorter, longer = (len(sampling_work(Job(64, layers, GROUP, tokens), on_fixed=on_fixed)) for tokens in (8, 9))
         return longer - shorter
 
     one, two = step(1), step(2)

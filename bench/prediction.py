@@ -59,11 +59,11 @@ class Stage:
         return max(self.busy_s(node), self.launch_s(node)) + self.beside_s
 
 
-def stages(job: Job, node: Node, graph: bool = False) -> list[Stage]:
-    """The four stages of a rank's share of a step; `graph`: the sampler records a decode step as one."""
+def stages(job: Job, node: Node, graph: bool = True) -> list[Stage]:
+    """The four stages of a rank's share of a step; `graph`: as it is, a decode step being recorded and replayed."""
     score = counted_score(job.clips)
     learn = [*counted_update(job), Work("AdamW", gbyte=update_terms(job)[2])]
-    a_layer, beside = counted_decode()
+    a_layer, beside = counted_decode(graph)
     return [
         Stage("sample", sampling(job), job.tokens * (a_layer * job.layers + beside), graph),
         Stage("render", mixing(job.clips), 4, beside_s=job.clips * node.clip_render_ms * 1e-3),
@@ -91,10 +91,9 @@ def one_gpu(job: Job, node: Node) -> list[dict[str, Any]]:
     print(f"\n{job}, one H200: predicted, not measured\n")
     print("| stage | GFLOP | GB | floor, ms | kernels | launches, ms | expected, ms | share of floor |")
     print("|---|---|---|---|---|---|---|---|")
-    plain, (graphed, *_) = stages(job, node), stages(job, node, graph=True)
-    rows = [row("sample", plain[0], node), row("sample, in a CUDA graph", graphed, node)]
-    rows += [row(stage.name, stage, node) for stage in plain[1:]]
-    for name, chosen in (("step", plain), ("step, sampled in a CUDA graph", [graphed, *plain[1:]])):
+    steps, (launched, *_) = stages(job, node), stages(job, node, graph=False)
+    rows = [row(stage.name, stage, node) for stage in steps] + [row("sample, cuda_graph = false", launched, node)]
+    for name, chosen in (("step", steps), ("step, cuda_graph = false", [launched, *steps[1:]])):
         floor = sum(REACHABLE.floor_s(stage.work) for stage in chosen)
         expected = sum(stage.expected_s(node) for stage in chosen)
         print(f"| {name} | | | {1e3 * floor:.1f} | | | {1e3 * expected:.1f} | {floor / expected:.0%} |")

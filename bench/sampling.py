@@ -44,7 +44,11 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
 
     makers = {"generate": lambda: generate(policy, prompts, given.tokens, dtype), "vllm": lambda: engine("vllm")}
     peers, left_out = made(makers, given)
-    seconds = interleaved(engine("native") | peers, given.runs, given.device)
+    own = engine("native")
+    if given.device == "cuda":
+        engines.append(make_engine(settings, policy, dtype=dtype))
+        own["native, no graph"] = draws(engines[-1], prompts, replace(settings, cuda_graph=False))
+    seconds = interleaved(own | peers, given.runs, given.device)
     for each in engines:
         each.close()
     work = decoding_work(policy, rows, 4, given.tokens, dtype.itemsize)

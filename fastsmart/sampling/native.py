@@ -1,4 +1,6 @@
-"""fastsmart's own sampler: a static KV cache, one small matrix product after the other, finished rows compacted away.
+"""fastsmart's own sampler: a static KV cache and one small matrix product after the other.
+
+On a CPU finished rows are compacted away; on a GPU a decode step is recorded and replayed (`fastsmart.sampling.fixed`).
 
 Shape letters: R rows decoded side by side, T new tokens of each, S cache slots, D hidden size, K key/value heads,
 E head size, V vocabulary.
@@ -8,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,12 +18,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastsmart.files import mkl_knows_processor
-from fastsmart.kernels.sample import UNDEFINED, sample_tokens
+from fastsmart.kernels.sample import UNDEFINED
 from fastsmart.policy.transformer import Policy
 from fastsmart.sampling.cache import LayerCache
+from fastsmart.sampling.draw import draw
+from fastsmart.sampling.fixed import FixedBatch
 from fastsmart.sampling.rollout import Completion, SamplingSettings, check_prompts, not_finite
 from fastsmart.tokens.sequences import TokenBatch
 
+_FIXED_SLOTS = 64  # a fixed batch has a multiple of so many, to serve prompts of other lengths too
+_FIXED_KEPT = 4  # batches whose memory and graphs are kept: those of training and evaluation, whole and their rests
 _COMPACT_BELOW = 0.75  # share of rows still running at which the finished ones are dropped from the cache
 
 
@@ -39,6 +46,11 @@ class _Matrix:
         self.weight = weight.contiguous() if self.library else weight.t().contiguous()
         self.packed: Tensor | None = None
         self.rows = 0
+
+    def load(self, weight: Tensor) -> None:
+        """Take over another weight of the same shape, where the old one is: graphs go on reading there."""
+        self.weight.copy_(weight if self.library else weight.t())
+        self.packed, self.rows = None, 0
 
     def __call__(self, x: Tensor) -> Tensor:
         """x [R, in] -> [R, out]."""
@@ -73,42 +85,56 @@ class _LayerWeights:
     down: _Matrix
 
 
+def _arranged(policy: Policy, dtype: torch.dtype) -> Iterator[Tensor]:
+    """The embedding, the matrices of every layer in the order of `_LayerWeights`, the head; some are the policy's."""
+    size, model = policy.size, policy.model
+    yield model.embed_tokens.weight.to(dtype)
+    pairs = torch.arange(size.head_size, device=policy.device).view(2, -1).t().flatten()  # 0, E/2, 1, E/2 + 1, ...
+    turned = (size.num_heads + size.num_kv_heads) * size.head_size
+    for layer in model.layers:
+        qkv = layer.self_attn.qkv_proj.weight * layer.input_layernorm.weight
+        qkv[: size.num_heads * size.head_size] *= size.head_size**-0.5  # the scale of the scores
+        qk = qkv[:turned].unflatten(0, (-1, size.head_size))[:, pairs].flatten(0, 1)
+        gate_up = layer.mlp.gate_up_proj.weight * layer.post_attention_layernorm.weight
+        for weight in (
+            torch.cat([qk, qkv[turned:]]),
+            layer.self_attn.o_proj.weight,
+            gate_up,
+            layer.mlp.down_proj.weight,
+        ):
+            yield weight.to(dtype)
+    yield (policy.lm_head.weight * model.norm.weight).float()
+
+
 class NativeEngine:
     """Samples from a copy of a policy's weights, on the policy's device; the head and the log-softmax are float32.
 
-    dtype : of the other matrix products and the KV cache
+    dtype    : of the other matrix products and the KV cache
+    on_fixed : whether to decode in memory that never moves, on a GPU by replaying graphs of it; None = on a GPU, where
+               `SamplingSettings.cuda_graph` is on
     """
 
-    def __init__(self, policy: Policy, version: int = 0, dtype: torch.dtype = torch.float32) -> None:
-        self.dtype = dtype
+    def __init__(
+        self, policy: Policy, version: int = 0, dtype: torch.dtype = torch.float32, on_fixed: bool | None = None
+    ) -> None:
+        self.version, self.dtype, self.on_fixed = version, dtype, on_fixed
+        self.size, self.eos = policy.size, policy.vocab.eos_id
+        self.epsilon = torch.tensor(self.size.rms_norm_eps, device=policy.device)
+        self.turn = torch.complex(policy.model.cos.float(), policy.model.sin.float())  # [positions, E / 2]
         self.memory: list[LayerCache] = []
-        self.load(policy, version)
+        self.fixed: dict[tuple[Any, ...], FixedBatch] = {}
+        with torch.no_grad():
+            self.embed, *weights = (weight.clone() for weight in _arranged(policy, dtype))
+        *matrices, self.head = map(_Matrix, weights)
+        self.layers = [_LayerWeights(*matrices[i : i + 4]) for i in range(0, len(matrices), 4)]
 
     @torch.no_grad()
     def load(self, policy: Policy, version: int) -> None:
-        size = self.size = policy.size
-        self.eos = policy.vocab.eos_id
-        self.epsilon = torch.tensor(size.rms_norm_eps, device=policy.device)
         self.version = version
-        self.embed = policy.model.embed_tokens.weight.detach().to(self.dtype, copy=True)
-        pairs = torch.arange(size.head_size, device=policy.device).view(2, -1).t().flatten()  # 0, E/2, 1, E/2 + 1, ...
-        turned = (size.num_heads + size.num_kv_heads) * size.head_size
-        self.layers = []
-        for layer in policy.model.layers:
-            qkv = layer.self_attn.qkv_proj.weight * layer.input_layernorm.weight
-            qkv[: size.num_heads * size.head_size] *= size.head_size**-0.5  # the scale of the scores
-            qk = qkv[:turned].unflatten(0, (-1, size.head_size))[:, pairs].flatten(0, 1)
-            gate_up = layer.mlp.gate_up_proj.weight * layer.post_attention_layernorm.weight
-            self.layers.append(
-                _LayerWeights(
-                    qkv=self._matrix(torch.cat([qk, qkv[turned:]])),
-                    out=self._matrix(layer.self_attn.o_proj.weight),
-                    gate_up=self._matrix(gate_up),
-                    down=self._matrix(layer.mlp.down_proj.weight),
-                )
-            )
-        self.head = _Matrix((policy.lm_head.weight * policy.model.norm.weight).detach().float())
-        self.turn = torch.complex(policy.model.cos.float(), policy.model.sin.float())  # [positions, E / 2]
+        embed, *weights = _arranged(policy, self.dtype)
+        self.embed.copy_(embed)
+        for matrix, weight in zip(self._matrices(), weights, strict=True):
+            matrix.load(weight)
 
     def first_difference(self, policy: Policy) -> str | None:
         fresh = NativeEngine(policy, self.version, self.dtype)
@@ -117,21 +143,21 @@ class NativeEngine:
                 return name
         return None
 
+    def _matrices(self) -> Iterator[_Matrix]:
+        for layer in self.layers:
+            yield from (layer.qkv, layer.out, layer.gate_up, layer.down)
+        yield self.head
+
     def _named_weights(self) -> Iterator[tuple[str, Tensor]]:
         """What is held, under the policy's name for it and in the policy's order; a norm is in the matrix it feeds."""
+        names = ["self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj"]
+        of_layers = [f"model.layers.{i}.{name}.weight" for i in range(len(self.layers)) for name in names]
         yield "model.embed_tokens.weight", self.embed
-        for i, layer in enumerate(self.layers):
-            yield f"model.layers.{i}.self_attn.qkv_proj.weight", layer.qkv.weight
-            yield f"model.layers.{i}.self_attn.o_proj.weight", layer.out.weight
-            yield f"model.layers.{i}.mlp.gate_up_proj.weight", layer.gate_up.weight
-            yield f"model.layers.{i}.mlp.down_proj.weight", layer.down.weight
-        yield "lm_head.weight", self.head.weight
-
-    def _matrix(self, weight: Tensor) -> _Matrix:
-        return _Matrix(weight.detach().to(self.dtype, copy=True))
+        for name, matrix in zip([*of_layers, "lm_head.weight"], self._matrices(), strict=True):
+            yield name, matrix.weight
 
     def close(self) -> None:
-        self.layers, self.memory = [], []
+        self.layers, self.memory, self.fixed = [], [], {}
 
     @torch.inference_mode()
     def stream(
@@ -139,20 +165,21 @@ class NativeEngine:
     ) -> Iterator[Completion]:
         check_prompts(prompts, settings, self.size.max_positions)
         total = len(prompts) * settings.group
+        on_fixed = self.on_fixed
+        if on_fixed is None:
+            on_fixed = settings.cuda_graph and self.embed.device.type == "cuda"
+        decode = self._decode_fixed if on_fixed else self._decode
         for start in range(0, total, settings.max_rows):
             index = np.arange(start, min(start + settings.max_rows, total))
             rows = [prompts.row(int(i) // settings.group) for i in index]
-            yield from self._decode(rows, index + first, settings, seed)
+            yield from decode(rows, index + first, settings, seed)
 
     def _decode(
         self, prompts: list[np.ndarray], index: np.ndarray, settings: SamplingSettings, seed: tuple[int, ...]
     ) -> Iterator[Completion]:
-        device, longest = self.embed.device, max(len(p) for p in prompts)
-        # Prompts end at the same slot: padding stands on the left and is masked
-        ids = torch.tensor([[0] * (longest - len(p)) + p.tolist() for p in prompts], device=device)
-        left: Tensor | None = torch.tensor([longest - len(p) for p in prompts], device=device)
-        if min(len(p) for p in prompts) == longest:
-            left = None
+        device = self.embed.device
+        ids, left = _left_padded(prompts, device)
+        longest = ids.shape[1]
         slots = longest + settings.max_tokens
         uniform = torch.from_numpy(_uniform(seed, index, settings.max_tokens)).to(device)
         cache = memory = self._cache(len(prompts), slots)
@@ -160,12 +187,14 @@ class NativeEngine:
         logprobs = torch.zeros(len(prompts), settings.max_tokens, device=device)
         row_of = np.arange(len(prompts))  # place among the prompts of each row in the cache
         running = np.ones(len(prompts), bool)  # of the rows in the cache
-        hidden = self._forward(ids, cache, 0, left)
+        hidden = self.forward(ids, cache, 0, left)
         for step in range(settings.max_tokens):
             token, logprob = draw(self.head(hidden), uniform[:, step], settings)
             drawn[:, step], logprobs[:, step] = token, logprob
-            last = step + 1 == settings.max_tokens
-            for row in np.flatnonzero(running & ((token.cpu().numpy() == self.eos) | last)):
+            seen, last = token.cpu().numpy(), step + 1 == settings.max_tokens
+            if (seen == UNDEFINED).any():
+                raise not_finite()
+            for row in np.flatnonzero(running & ((seen == self.eos) | last)):
                 running[row] = False
                 yield Completion(
                     int(index[row_of[row]]),
@@ -182,7 +211,36 @@ class NativeEngine:
                 drawn, logprobs, uniform, token = (t[keep] for t in (drawn, logprobs, uniform, token))
                 left = None if left is None else left[keep]
                 row_of, running = row_of[running], running[running]
-            hidden = self._forward(token[:, None], cache, longest + step, left)
+            hidden = self.forward(token[:, None], cache, longest + step, left)
+
+    def _decode_fixed(
+        self, prompts: list[np.ndarray], index: np.ndarray, settings: SamplingSettings, seed: tuple[int, ...]
+    ) -> Iterator[Completion]:
+        """The same in memory that never moves; rows that have ended go on, and nobody looks at what they draw."""
+        ids, left = _left_padded(prompts, self.embed.device)
+        slots = -(-(ids.shape[1] + settings.max_tokens) // _FIXED_SLOTS) * _FIXED_SLOTS
+        key = (len(prompts), slots, settings.max_tokens, settings.temperature, settings.top_k, settings.top_p)
+        batch = self.fixed.pop(key, None)
+        if batch is None:
+            batch = FixedBatch(self, len(prompts), slots, settings)
+        batch.begin(ids, left, _uniform(seed, index, settings.max_tokens))
+        running = np.ones(len(prompts), bool)
+        while running.any():
+            before, drawn, logprobs = batch.advance()
+            count = drawn.shape[1]
+            ended = drawn[:, before:] == self.eos
+            ends = np.where(ended.any(1), before + ended.argmax(1) + 1, count)  # tokens of each row that count
+            over = running & (ended.any(1) | (count == settings.max_tokens))
+            within = np.arange(count) < ends[:, None]
+            if (running[:, None] & within & (drawn == UNDEFINED)).any():
+                raise not_finite()
+            for row in np.flatnonzero(over)[np.argsort(ends[over], kind="stable")]:
+                end = ends[row]
+                yield Completion(int(index[row]), drawn[row, :end].copy(), logprobs[row, :end].copy(), self.version)
+            running &= ~over
+        self.fixed[key] = batch
+        while len(self.fixed) > _FIXED_KEPT:
+            del self.fixed[next(iter(self.fixed))]
 
     def _cache(self, rows: int, slots: int) -> list[LayerCache]:
         """That of every layer, uninitialised; the last call's memory where its shape fits.
@@ -195,7 +253,7 @@ class NativeEngine:
             return memory
         return [LayerCache.empty(shape, self.dtype, self.embed.device) for _ in self.layers]
 
-    def _forward(self, ids: Tensor, cache: list[LayerCache], start: int, left: Tensor | None) -> Tensor:
+    def forward(self, ids: Tensor, cache: list[LayerCache], start: int, left: Tensor | None) -> Tensor:
         """Normalised hidden states float32 [R, D] after the last of ids [R, T], which take the slots from `start` on.
 
         left : int64 [R], slots of padding before each prompt; None where there are none
@@ -245,32 +303,14 @@ def _rotate(x: Tensor, turn: Tensor) -> None:
         x.copy_(torch.view_as_real(pairs * turn).flatten(-2))
 
 
-def draw(logits: Tensor, uniform: Tensor, settings: SamplingSettings) -> tuple[Tensor, Tensor]:
-    """One token a row by inverting the cumulative distribution at `uniform`.
-
-    logits [R, V] float32, uniform [R] in [0, 1) -> ids [R] int64 and their log-probs [R] float32 under the tempered
-    (and, where asked for, truncated) distribution that was drawn from.
-
-    Raises UserError when the logits are not finite, as those of a policy that has diverged.
-    """
-    temperature = settings.temperature
-    if settings.top_k or settings.top_p < 1.0:
-        logits, temperature = truncate(logits / temperature, settings.top_k, settings.top_p), 1.0
-    token, logprob = sample_tokens(logits, uniform, temperature)
-    if (token == UNDEFINED).any():
-        raise not_finite()
-    return token, logprob
-
-
-def truncate(logits: Tensor, top_k: int, top_p: float) -> Tensor:
-    """Set all but the `top_k` largest logits, and all beyond the nucleus of mass `top_p` (Holtzman 2020), to -inf."""
-    if 0 < top_k < logits.shape[-1]:
-        logits = logits.masked_fill(logits < logits.topk(top_k, dim=-1).values[:, -1:], -torch.inf)
-    if top_p < 1.0:
-        ordered, order = logits.sort(dim=-1, descending=True)
-        mass_before = ordered.softmax(-1).cumsum(-1) - ordered.softmax(-1)
-        logits = logits.scatter(-1, order, ordered.masked_fill(mass_before >= top_p, -torch.inf))
-    return logits
+def _left_padded(prompts: list[np.ndarray], device: torch.device) -> tuple[Tensor, Tensor | None]:
+    """Prompts that end at the same slot, int64 [R, longest], and how many slots of padding are left of each, int64 [R];
+    None where none has any. Padding has to be masked."""
+    longest = max(len(p) for p in prompts)
+    ids = torch.tensor([[0] * (longest - len(p)) + p.tolist() for p in prompts], device=device)
+    if min(len(p) for p in prompts) == longest:
+        return ids, None
+    return ids, torch.tensor([longest - len(p) for p in prompts], device=device)
 
 
 def _uniform(seed: tuple[int, ...], index: np.ndarray, count: int) -> np.ndarray:

@@ -32,6 +32,7 @@ class SamplingSettings:
     top_k, top_p : 0 and 1.0 are off; both truncate the distribution, and training, whose loss is over all of it,
                   refuses them
     max_rows    : sequences decoded side by side (memory: one KV cache row each)
+    cuda_graph  : whether the native engine records a decode step on a GPU and replays it
     vllm        : what only the engine "vllm" reads
     """
 
@@ -42,6 +43,7 @@ class SamplingSettings:
     top_k: int = 0
     top_p: float = 1.0
     max_rows: int = 256
+    cuda_graph: bool = True
     vllm: VllmSettings = field(default_factory=VllmSettings)
 
     def __post_init__(self) -> None:

@@ -4,12 +4,13 @@ import numpy as np
 import pytest
 import torch
 from scipy.stats import chisquare
-from tiny_policy import make_policy
+from tiny_policy import eager_to_end, make_policy
 from transformers import TopKLogitsWarper, TopPLogitsWarper
 
 from fastsmart.errors import UserError
 from fastsmart.sampling import SamplingSettings, sample
-from fastsmart.sampling.native import NativeEngine, draw, truncate
+from fastsmart.sampling.draw import draw, truncate
+from fastsmart.sampling.native import NativeEngine
 from fastsmart.tokens.sequences import TokenBatch
 
 PROMPTS = TokenBatch.pack([[21, 400, 180, 330], [1], [21, 401], [21, 400, 180, 331, 50, 120, 150]])
@@ -32,18 +33,6 @@ def test_logprobs_are_those_of_a_full_forward_pass(vocab, shape, temperature):
     for i, length in enumerate(rollout.lengths):
         expected = full_forward(policy, rollout, i, temperature)
         np.testing.assert_allclose(rollout.logprobs[i, :length], expected, atol=1e-4)
-
-
-def eager_to_end(vocab):
-    """A policy that ends a piece with a probability of about a tenth at every token."""
-    policy = make_policy(vocab, spread=2.0)
-    with torch.no_grad():
-        bias = policy.model.norm.weight
-        bias.fill_(1.0)
-        direction = policy.model.embed_tokens.weight.mean(0)
-        policy.model.embed_tokens.weight.add_(1.0 - direction)  # every hidden state has a common part ...
-        policy.lm_head.weight[vocab.eos_id] += 0.12  # ... that speaks for the end
-    return policy
 
 
 def test_completions_stream_as_they_end_and_stop_at_eos(vocab):
