@@ -199,7 +199,7 @@ def soak(folder: Path, steps: int) -> dict[str, Any]:
         "slope_per_1000_steps": {
             key: round(slope([entry[key] for entry in calm]), 3) for key in ("rss_mb", "shm_mb", "files")
         },
-        "memory_mb_first_last": [calm[len(calm) // 2]["rss_mb"], calm[-1]["rss_mb"]],
+        "rss_mb_every_50_steps": [entry["rss_mb"] for entry in calm[::50]],
         "files_first_last": [health[1]["files"], health[-1]["files"]],
         "steps_of_last_life": len(last),
         "seconds": {"peace": round(peace_s, 1), "faults": round(time.monotonic() - began, 1)},

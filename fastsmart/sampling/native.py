@@ -28,7 +28,7 @@ from fastsmart.tokens.sequences import TokenBatch
 
 _FIXED_SLOTS = 64  # a fixed batch has a multiple of so many, to serve prompts of other lengths too
 _FIXED_KEPT = 4  # batches whose memory and graphs are kept: those of training and evaluation, whole and their rests
-_COMPACT_BELOW = 0.75  # share of rows still running at which the finished ones are dropped from the cache
+_COMPACT_BELOW = 0.75  # share of rows still running at which finished ones are dropped from the cache
 
 
 class _Matrix:
@@ -205,12 +205,13 @@ class NativeEngine:
             if not running.any():
                 self.memory = memory
                 return
-            if running.mean() <= _COMPACT_BELOW:
-                keep = torch.from_numpy(np.flatnonzero(running)).to(device)
+            if (fewer := _fewer_rows(len(running), int(running.sum()))) < len(running):
+                kept = np.argsort(~running, kind="stable")[:fewer]  # those that run, and some that do not to fill up
+                keep = torch.from_numpy(kept).to(device)
                 cache = [layer.rows(keep) for layer in cache]
                 drawn, logprobs, uniform, token = (t[keep] for t in (drawn, logprobs, uniform, token))
                 left = None if left is None else left[keep]
-                row_of, running = row_of[running], running[running]
+                row_of, running = row_of[kept], running[kept]
             hidden = self.forward(token[:, None], cache, longest + step, left)
 
     def _decode_fixed(
@@ -301,6 +302,17 @@ def _rotate(x: Tensor, turn: Tensor) -> None:
         pairs *= turn
     else:
         x.copy_(torch.view_as_real(pairs * turn).flatten(-2))
+
+
+def _fewer_rows(rows: int, running: int) -> int:
+    """Rows to keep in the cache when so many of them run: a step on a ladder that each batch goes down.
+
+    oneDNN compiles products for every number of rows it meets and keeps them, 5 MB each for a policy of 3.6 M
+    parameters, so there should be few such numbers.
+    """
+    while running <= (fewer := int(_COMPACT_BELOW * rows)) and fewer:
+        rows = fewer
+    return rows
 
 
 def _left_padded(prompts: list[np.ndarray], device: torch.device) -> tuple[Tensor, Tensor | None]:

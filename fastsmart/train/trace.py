@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import threading
 import time
-from collections import deque
+from array import array
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -30,7 +30,7 @@ RESOURCES = ("sampler", "renderer", "scorer", "trainer")  # whose idle share is 
 MERGE_S = 1e-4  # spans of one kind this close together are one: 64 draws of a token are one "sample"
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class Span:
     """One stage at work, in seconds of `time.perf_counter`, which on Linux are those of `time.monotonic`.
 
@@ -44,6 +44,35 @@ class Span:
     thread: int
 
 
+class _Ring:
+    """The last `capacity` spans, in memory that is all there from the start, so that a long run does not grow by it."""
+
+    def __init__(self, capacity: int) -> None:
+        self.capacity, self.count = capacity, 0
+        self.start_s, self.end_s = array("d", bytes(8 * capacity)), array("d", bytes(8 * capacity))
+        self.kind, self.thread = array("H", bytes(2 * capacity)), array("q", bytes(8 * capacity))
+        self.kinds: dict[tuple[str, str], int] = {}  # stage and lane -> their number in `kind`
+
+    def append(self, stage: str, lane: str, start_s: float, end_s: float, thread: int) -> int:
+        """Its number, counted from the first of all."""
+        at = self.count % self.capacity
+        self.start_s[at], self.end_s[at], self.thread[at] = start_s, end_s, thread
+        self.kind[at] = self.kinds.setdefault((stage, lane), len(self.kinds))
+        self.count += 1
+        return self.count - 1
+
+    def lengthen(self, number: int, end_s: float) -> None:
+        """Let a span that is still there end later."""
+        if self.count - number <= self.capacity:
+            self.end_s[number % self.capacity] = end_s
+
+    def spans(self) -> Iterator[Span]:
+        kinds = list(self.kinds)
+        for number in range(max(0, self.count - self.capacity), self.count):
+            at = number % self.capacity
+            yield Span(*kinds[self.kind[at]], self.start_s[at], self.end_s[at], self.thread[at])
+
+
 class Trace:
     """Collects spans from any thread; the last `capacity` are kept for the picture.
 
@@ -52,8 +81,8 @@ class Trace:
 
     def __init__(self, rank: int = 0, capacity: int = 20_000) -> None:
         self.rank = rank
-        self.spans: deque[Span] = deque(maxlen=capacity)
-        self._last: dict[str, Span] = {}  # the newest of each lane
+        self._ring = _Ring(capacity)
+        self._last: dict[str, tuple[int, str, float]] = {}  # of each lane the newest: number, stage, end
         self._seconds: dict[str, float] = {}
         self._busy: dict[str, float] = {}
         self._since_s = time.perf_counter()
@@ -89,12 +118,12 @@ class Trace:
             if lane in LANES.values() and not self._apart:
                 self._seconds[stage] = self._seconds.get(stage, 0.0) + end_s - start_s
                 self._busy[lane] = self._busy.get(lane, 0.0) + end_s - start_s
-            last = self._last.get(lane)
-            if last and last.stage == stage and start_s - last.end_s < MERGE_S:
-                last.end_s = end_s
+            number, before, ended_s = self._last.get(lane, (0, "", 0.0))
+            if before == stage and start_s - ended_s < MERGE_S:
+                self._ring.lengthen(number, end_s)
             else:
-                self._last[lane] = Span(stage, lane, start_s, end_s, threading.get_native_id())
-                self.spans.append(self._last[lane])
+                number = self._ring.append(stage, lane, start_s, end_s, threading.get_native_id())
+            self._last[lane] = number, stage, end_s
 
     def take(self) -> tuple[dict[str, float], dict[str, float]]:
         """Seconds of each stage, and the idle share of each resource, since the last call.
@@ -114,28 +143,25 @@ class Trace:
         seconds, self._apart_s = self._apart_s, 0.0
         return seconds
 
-    def events(self) -> list[dict]:
-        """The spans as Chrome trace events, times in microseconds; ui.perfetto.dev and chrome://tracing show them."""
+    @property
+    def spans(self) -> list[Span]:
+        """Those that are kept, in the order in which they were told."""
         with self._lock:
-            spans = [(s.stage, s.lane, s.start_s, s.end_s) for s in self.spans]
-        lanes = {lane: i for i, lane in enumerate(dict.fromkeys([*LANES.values(), *(lane for _, lane, *_ in spans)]))}
-        named = [_name("process_name", self.rank, 0, f"rank {self.rank}")]
-        named += [_name("thread_name", self.rank, number, lane) for lane, number in lanes.items()]
-        return named + [
-            {
-                "name": stage,
-                "ph": "X",
-                "pid": self.rank,
-                "tid": lanes[lane],
-                "ts": start_s * 1e6,
-                "dur": (end_s - start_s) * 1e6,
-            }
-            for stage, lane, start_s, end_s in spans
-        ]
+            return list(self._ring.spans())
+
+    def events(self) -> Iterator[dict]:
+        """The spans as Chrome trace events, times in microseconds; ui.perfetto.dev and chrome://tracing show them."""
+        spans = self.spans
+        lanes = {lane: i for i, lane in enumerate(dict.fromkeys([*LANES.values(), *(s.lane for s in spans)]))}
+        yield _name("process_name", self.rank, 0, f"rank {self.rank}")
+        yield from (_name("thread_name", self.rank, number, lane) for lane, number in lanes.items())
+        for s in spans:
+            row = {"pid": self.rank, "tid": lanes[s.lane]}
+            yield {"name": s.stage, "ph": "X", **row, "ts": s.start_s * 1e6, "dur": (s.end_s - s.start_s) * 1e6}
 
     def write(self, path: Path) -> None:
         """Write the spans as Chrome trace JSON; raises UserError when the disk is full."""
-        write_atomic(path, json.dumps({"traceEvents": self.events()}))
+        write_atomic(path, f'{{"traceEvents": [{", ".join(map(json.dumps, self.events()))}]}}')
 
 
 def _name(kind: str, process: int, thread: int, name: str) -> dict:

@@ -91,8 +91,12 @@ def test_bytes_stand_for_numbers_to_half_a_step(from_gelu: bool) -> None:
         x = torch.tensor(scale * rng.normal(size=(50, 30)), dtype=torch.float32)
         if from_gelu:
             x = torch.nn.functional.gelu(x)
-        integers, step, offset = quantised(x, from_gelu)
+        integers, step, offset = quantised(x, from_gelu, len(x))
         assert torch.allclose(step * (integers.float() - offset), x, atol=0.501 * step, rtol=0)
+        filled = torch.cat([x, 100 * x.abs()])  # rows that do not count
+        found, *range_ = quantised(filled, from_gelu, len(x))
+        assert range_ == [step, offset]
+        assert torch.equal(found[: len(x)], integers)
 
 
 def test_random_weights_are_the_same_for_a_seed_and_say_what_they_are(tmp_path: Path) -> None:

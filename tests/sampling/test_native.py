@@ -10,7 +10,7 @@ from transformers import TopKLogitsWarper, TopPLogitsWarper
 from fastsmart.errors import UserError
 from fastsmart.sampling import SamplingSettings, sample
 from fastsmart.sampling.draw import draw, truncate
-from fastsmart.sampling.native import NativeEngine
+from fastsmart.sampling.native import NativeEngine, _fewer_rows
 from fastsmart.tokens.sequences import TokenBatch
 
 PROMPTS = TokenBatch.pack([[21, 400, 180, 330], [1], [21, 401], [21, 400, 180, 331, 50, 120, 150]])
@@ -58,6 +58,19 @@ def test_compaction_and_chunks_do_not_change_what_is_drawn(vocab):
     for i, length in enumerate(together.lengths):
         np.testing.assert_array_equal(apart[i].ids, together.ids[i, :length])
         np.testing.assert_allclose(apart[i].logprobs, together.logprobs[i, :length], atol=1e-4)
+
+
+def test_whatever_ends_when_a_batch_goes_down_the_same_few_sizes():
+    sizes = {64, 48, 36, 27, 20, 15, 11, 8, 6, 4, 3, 2, 1}
+    rng = np.random.default_rng(0)
+    for _ in range(50):
+        rows = 64
+        for running in sorted(rng.choice(64, 20, replace=False), reverse=True):
+            fewer = _fewer_rows(rows, max(1, running))
+            assert max(1, running) <= fewer <= rows
+            assert fewer in sizes
+            assert fewer == rows or running <= 0.75 * rows
+            rows = fewer
 
 
 def test_the_same_seed_gives_the_same_rollout_and_another_does_not(policy):

@@ -61,16 +61,21 @@ class Listening(Silent):
 def leave_out(monkeypatch, engine: str, after: int = 0) -> None:
     """From the sync of version `after` on, LEFT_OUT is not sent."""
     if engine == "native":
-        load, of_the_run = NativeEngine.load, []
+        build, load, of_the_run = NativeEngine.__init__, NativeEngine.load, []
+
+        def built(self, *arguments, **named):
+            build(self, *arguments, **named)
+            of_the_run.append(self)
+            if not after and self is of_the_run[0]:
+                self.layers[1].down.weight.zero_()
 
         def partial(self, policy, version):
-            of_the_run.append(self)
-            held = self.layers[1].down if version and self is of_the_run[0] else None
+            held = self.layers[1].down.weight.clone()
             load(self, policy, version)
             if version >= after and self is of_the_run[0]:
-                fresh = torch.zeros_like(policy.model.layers[1].mlp.down_proj.weight)
-                self.layers[1].down = held or self._matrix(fresh)
+                self.layers[1].down.weight.copy_(held)
 
+        monkeypatch.setattr(NativeEngine, "__init__", built)
         monkeypatch.setattr(NativeEngine, "load", partial)
         return
     everything, syncs = vllm_engine.weights_of, []

@@ -172,7 +172,9 @@ def test_times_of_a_step_leave_out_what_is_apart_and_are_bounded() -> None:
     now = time.perf_counter()
     for i in range(20):
         trace.add("score", now + i, now + i + 0.5)
-    assert len(trace.spans) == 5
+    assert [(s.start_s - now, s.end_s - now) for s in trace.spans] == [
+        (pytest.approx(i), pytest.approx(i + 0.5)) for i in range(15, 20)
+    ]
     with trace.apart("evaluate"), trace("sample"):
         time.sleep(0.01)
     seconds, idle = trace.take()
@@ -183,3 +185,15 @@ def test_times_of_a_step_leave_out_what_is_apart_and_are_bounded() -> None:
     with trace("sample"):
         pass
     assert trace.take()[1]["scorer"] == 1.0  # a resource that has worked before is idle now
+
+
+def test_what_follows_at_once_is_one_span_even_when_the_span_has_left_the_trace() -> None:
+    trace = Trace(capacity=2)
+    trace.add("sample", 0.0, 1.0)
+    trace.add("sample", 1.0, 2.0)
+    assert [(s.stage, s.start_s, s.end_s) for s in trace.spans] == [("sample", 0.0, 2.0)]
+    trace.add("score", 1.0, 2.0)
+    trace.add("update", 1.0, 2.0)
+    trace.add("sample", 2.0, 3.0)
+    assert [(s.stage, s.start_s, s.end_s) for s in trace.spans] == [("score", 1.0, 2.0), ("update", 1.0, 2.0)]
+    assert trace.take()[0] == {"sample": 3.0, "score": 1.0, "update": 1.0}

@@ -24,7 +24,8 @@ from fastsmart.files import mkl_knows_processor
 from fastsmart.reward.audiobox.architecture import FIELD, FRAMES, HOP, KERNELS, NORM_EPS, STRIDES, frames_of
 from fastsmart.reward.audiobox.encoder import EncoderWeights, Norm, gates, normalised_first
 
-Linear = Callable[[Tensor], Tensor]  # [R, in] -> [R, out]
+Linear = Callable[[Tensor, int], Tensor]  # [R, in] and how many of the rows count -> [R, out]
+Convolution = Callable[[Tensor], Tensor]
 
 # Frames whose way through the convolutions is made at once: few enough to stay near the cores and to need little room,
 # many enough for a good matrix product. Measured on two Xeon cores with 2 MiB of cache each; the optima are flat.
@@ -32,6 +33,9 @@ _CHUNK_FLOAT, _CHUNK_INT8 = 64, 32
 # The second to the fourth convolution: nine tenths of their work. The last three, which cost little, were the source of
 # most of the error of the scores (random weights).
 _INT8_CONVOLUTIONS = 3
+# Shorter windows have their frames filled up to a multiple: oneDNN compiles a product for every number of rows it meets
+# and keeps it, 9 MB for each length of a window.
+_FRAMES_FILLED = 16
 _GROUP = 16  # windows that go through a layer before the next is touched
 _LEAST_GELU = -0.17  # no value of GELU lies below
 
@@ -52,7 +56,7 @@ class CpuEncoder:
         inexact = _INT8_CONVOLUTIONS if int8 else 0
         self.size, self.chunk = weights.size, _CHUNK_INT8 if int8 else _CHUNK_FLOAT
         self.first, self.first_norm = weights.first, weights.first_norm
-        self.convolutions: list[Linear] = [
+        self.convolutions: list[Convolution] = [
             _Int8Convolution(w) if i < inexact else _FloatConvolution(w) for i, w in enumerate(weights.convolutions)
         ]
         self.feature_norm, self.project = weights.feature_norm, linear(*weights.project)
@@ -80,43 +84,55 @@ class CpuEncoder:
         return torch.cat(means)
 
     def _group(self, windows: Sequence[np.ndarray]) -> Tensor:
-        x = [self._embedded(torch.tensor(samples)) for samples in windows]
-        means = [torch.stack([rows.mean(0) for rows in x])]
+        frames = [frames_of(len(samples)) for samples in windows]
+        x = [self._embedded(torch.tensor(samples), count) for samples, count in zip(windows, frames, strict=True)]
+
+        def mean() -> Tensor:
+            return torch.stack([rows[:count].mean(0) for rows, count in zip(x, frames, strict=True)])
+
+        means = [mean()]
         for layer in self.layers:  # one layer for all windows: its 28 MB of weights are then still in a cache
-            x = [self._transformed(rows, layer) for rows in x]
-            means.append(torch.stack([rows.mean(0) for rows in x]))
+            x = [self._transformed(rows, count, layer) for rows, count in zip(x, frames, strict=True)]
+            means.append(mean())
         return torch.stack(means, dim=1)
 
-    def _embedded(self, samples: Tensor) -> Tensor:
-        """Input of the first layer, [F, D]."""
-        features = _normalised(self._features(samples), self.feature_norm)
-        x = self.project(features)
-        return _normalised(x + self.pos(x), self.norm)
+    def _embedded(self, samples: Tensor, frames: int) -> Tensor:
+        """Input of the first layer, [filled F, D]; what the rows beyond F hold is finite and of no account."""
+        x = self.project(_normalised(self._features(samples, frames), self.feature_norm), frames)
+        x[:frames] += self.pos(x[:frames])
+        return _normalised(x, self.norm)
 
-    def _transformed(self, x: Tensor, layer: _Layer) -> Tensor:
-        """Output of a layer, [F, D]."""
-        frames, width = x.shape
-        qkvg = layer.qkvg(x)
+    def _transformed(self, x: Tensor, frames: int, layer: _Layer) -> Tensor:
+        """Output of a layer, [filled F, D]."""
+        width = x.shape[1]
+        qkvg = layer.qkvg(x, frames)[:frames]
         q, k, v = qkvg[:, : 3 * width].view(1, frames, 3, self.size.heads, -1).permute(2, 0, 3, 1, 4)
         gate = gates(qkvg[:, 3 * width :], layer.gate).t()[:, :, None]
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=(gate * self.bias[:, :frames, :frames])[None])
-        x = _normalised(x + layer.out(y.transpose(1, 2).reshape(frames, width)), layer.attention_norm)
-        return _normalised(x + layer.fc2(layer.fc1(x)), layer.final_norm)
+        mixed = torch.zeros_like(x)
+        mixed[:frames].view(frames, self.size.heads, -1).copy_(y[0].transpose(0, 1))
+        x = _normalised(x + layer.out(mixed, frames), layer.attention_norm)
+        return _normalised(x + layer.fc2(layer.fc1(x, frames), frames), layer.final_norm)
 
-    def _features(self, samples: Tensor) -> Tensor:
-        """Output of the last convolution, [F, C], made in chunks small enough to stay in the cache."""
-        frames = frames_of(len(samples))
+    def _features(self, samples: Tensor, frames: int) -> Tensor:
+        """Output of the last convolution, [filled F, C], made in chunks small enough to stay in the cache."""
+        filled = _filled(frames)
         weight, bias = (folded[0] for folded in normalised_first(samples[None], self.first, self.first_norm))
-        samples = F.pad(samples, (0, max(0, (frames - 1) * HOP + FIELD - len(samples))))
-        features = torch.empty(frames, self.size.channels)
-        for first in range(0, frames, self.chunk):
-            last = min(first + self.chunk, frames)
+        samples = F.pad(samples, (0, max(0, (filled - 1) * HOP + FIELD - len(samples))))
+        features = torch.empty(filled, self.size.channels)
+        for first in range(0, filled, self.chunk):
+            last = min(first + self.chunk, filled)
             heard = samples[first * HOP : (last - 1) * HOP + FIELD]
             x = torch.ops.aten.gelu_(torch.addmm(bias, heard.unfold(0, KERNELS[0], STRIDES[0]), weight))
             for convolution in self.convolutions:
                 x = convolution(x)
             features[first:last] = x
         return features
+
+
+def _filled(frames: int) -> int:
+    """The number of rows in which these frames are computed."""
+    return min(FRAMES, -(-frames // _FRAMES_FILLED) * _FRAMES_FILLED)
 
 
 @dataclass(frozen=True)
@@ -143,7 +159,7 @@ class _FloatLinear:
         self.weight = torch.ops.mkldnn._reorder_linear_weight(weight, FRAMES) if self.packed else weight
         self.bias, self.gelu = bias, gelu
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Tensor, counted: int) -> Tensor:
         if self.packed:
             after: tuple[str, list, str] = ("gelu", [], "none") if self.gelu else ("none", [], "")
             return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, *after)
@@ -189,7 +205,7 @@ class _FloatConvolution:
 class _Int8Linear:
     """x -> x W^T + b on 8-bit integers, then GELU where asked.
 
-    The weight has a scale for each row. The input has one scale and offset, from its range.
+    The weight has a scale for each row. The input has one scale and offset, from the range of the rows that count.
 
     from_gelu : the input comes out of a GELU, so that its range is known on one side
     """
@@ -202,8 +218,8 @@ class _Int8Linear:
         self.bias, self.from_gelu = bias, from_gelu
         self.after: tuple[str, list, str] = ("gelu", [], "none") if gelu else ("none", [], "")
 
-    def __call__(self, x: Tensor) -> Tensor:
-        return self.product(*quantised(x, self.from_gelu))
+    def __call__(self, x: Tensor, counted: int) -> Tensor:
+        return self.product(*quantised(x, self.from_gelu, counted))
 
     def product(self, x: Tensor, scale: float, offset: int) -> Tensor:
         """The same of an input that is 8-bit already."""
@@ -220,20 +236,20 @@ class _Int8Convolution:
 
     def __call__(self, x: Tensor) -> Tensor:
         rows, channels = (len(x) - self.kernel) // 2 + 1, x.shape[1]
-        integers, scale, offset = quantised(x, from_gelu=True)
+        integers, scale, offset = quantised(x, True, len(x))
         windows = integers.as_strided((rows, self.kernel * channels), (2 * channels, 1)).contiguous()
         return self.linear.product(windows, scale, offset)
 
 
-def quantised(x: Tensor, from_gelu: bool) -> tuple[Tensor, float, int]:
-    """x as bytes q, scale and offset with x ~ scale (q - offset), over the range of x and zero.
+def quantised(x: Tensor, from_gelu: bool, counted: int) -> tuple[Tensor, float, int]:
+    """x as bytes q, scale and offset with x ~ scale (q - offset), over the range of the first rows of x and zero.
 
     from_gelu : x comes out of a GELU: nothing lies below -0.17, which saves looking
     """
     if from_gelu:
-        low, high = _LEAST_GELU, float(x.amax())
+        low, high = _LEAST_GELU, float(x[:counted].amax())
     else:
-        low, high = (float(end) for end in x.aminmax())
+        low, high = (float(end) for end in x[:counted].aminmax())
     low, high = min(low, 0.0), max(high, 0.0)
     scale = max(high - low, 1e-12) / 254  # and not 255: the offset is rounded
     offset = round(-low / scale)
