@@ -4,7 +4,7 @@
 
 Slept: 64 completions come evenly over 40 ms, rendering them takes 10 ms, scoring 40 ms, the update 20 ms. Every mode is
 held against the throughput of its schedule, computed stage by stage without any cost of threads and queues. The real
-job: the demo's steps, the modes in turn.
+job: the demo's steps, the modes taking turns as in `fastsmart bench`.
 """
 
 from __future__ import annotations
@@ -15,19 +15,18 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 from results import write_result
 
 from fastsmart.audio import AudioBatch
-from fastsmart.files import JsonLines
+from fastsmart.config import Config
 from fastsmart.notes import NoteBatch
 from fastsmart.presets import demo
 from fastsmart.reward import Clips, Scores
 from fastsmart.sampling import Completion
-from fastsmart.train.loop import train
+from fastsmart.study.throughput import as_text, bench
 from fastsmart.train.pipeline import Progress, Stages, started_thread
 from fastsmart.train.stations import Performance, Rollouts
 from fastsmart.train.trace import Trace
@@ -40,8 +39,8 @@ SAMPLE_S, RENDER_S, SCORE_S, UPDATE_S = 0.040, 0.010, 0.040, 0.020
 def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     arguments.add_argument("--steps", type=int, default=50, help="slept steps of each mode")
-    arguments.add_argument("--real-steps", type=int, default=6, help="steps of the demo, a mode and round; 0 = none")
-    arguments.add_argument("--rounds", type=int, default=2, help="of the demo, the modes in turn")
+    arguments.add_argument("--real-steps", type=int, default=5, help="steps of the demo that count, a turn; 0 = none")
+    arguments.add_argument("--rounds", type=int, default=5, help="turns of each mode at the demo")
     arguments.add_argument("--out", default="", help="JSON file for the result")
     options = arguments.parse_args()
     slept = {mode: slept_steps(mode, options.steps) for mode in MODES}
@@ -53,15 +52,13 @@ def main() -> None:
             f"{mode:13} {1e3 * statistics.mean(seconds):6.1f} ms a step, schedule {1e3 * ideal:5.1f}: {share:.1%} of it"
         )
         figures["slept"][mode] = {"step_s": seconds, "schedule_s": ideal, "share_of_schedule": share}
-    real: dict[str, list[float]] = {mode: [] for mode in MODES}
-    for _ in range(options.rounds if options.real_steps else 0):
-        for mode in MODES:
-            real[mode] += real_steps(mode, options.real_steps)
-    for mode, seconds in real.items():
-        if seconds:
-            print(f"{mode:13} {statistics.median(seconds):6.2f} s a step of the demo (median; off / it "
-                  f"{statistics.median(real['off']) / statistics.median(seconds):.2f})")  # fmt: skip
-    figures["demo"] = {mode: {"step_s": seconds} for mode, seconds in real.items()}
+    if options.real_steps:
+        configs = {mode: demo_in(mode) for mode in MODES}
+        with tempfile.TemporaryDirectory() as folder:
+            found = bench(configs, folder, options.real_steps, 1, options.rounds)
+        print(as_text(found))
+        for mode, each in found["contenders"].items():
+            figures["demo"][mode] = {name: each[name] for name in ("times_as_fast", "step_s", "stage_s", "steps_s")}
     if options.out:
         write_result(options.out, figures)
 
@@ -158,13 +155,8 @@ class SleptRenderer:
         assert not self.ready
 
 
-def real_steps(mode: str, steps: int) -> list[float]:
-    """Seconds of each step of the demo but the first, the evaluations left out."""
-    config = demo()
-    knobs = replace(config.train, pipeline=mode, steps=steps, eval_prompts=1, listen=0, eval_every=0, save_every=0)  # type: ignore[arg-type]
-    with tempfile.TemporaryDirectory() as folder:
-        run = train(replace(config, train=knobs), Path(folder) / "run")
-        return [line["time"]["step"] for line in JsonLines(run.path / "metrics.jsonl").lines()[2:]]
+def demo_in(mode: str) -> Config:
+    return replace(demo(), train=replace(demo().train, pipeline=mode))  # type: ignore[arg-type]
 
 
 if __name__ == "__main__":

@@ -44,6 +44,7 @@ def parser() -> argparse.ArgumentParser:
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _pretrain(commands.add_parser("pretrain", help="train a base policy on a folder of MIDI files"))
     _train(commands.add_parser("train", help="tune a policy on a reward"))
+    _bench(commands.add_parser("bench", help="how fast a run goes here, beside the same run with other settings"))
     _profile(commands.add_parser("profile", help="a few steps of a run under torch's profiler, as one page"))
     _sample(commands.add_parser("sample", help="let a policy play: MIDI and WAV files"))
     _render(commands.add_parser("render", help="MIDI files to WAV or FLAC, 48 kHz stereo"))
@@ -59,7 +60,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def _settings(p: argparse.ArgumentParser) -> None:
-    p.add_argument("--preset", help="demo, smart-paper or smart-released")
+    p.add_argument("--preset", help="demo, smart-paper, smart-released or h200")
     p.add_argument("--config", help="TOML file with the keys that --dry-run prints")
     p.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="set one key; repeatable")
 
@@ -89,6 +90,26 @@ def _engine_and_pipeline(p: argparse.ArgumentParser) -> None:
         choices=["off", "overlap", "one-step-off"],
         help="what runs side by side; short for --set train.pipeline=...",
     )
+
+
+def _bench(p: argparse.ArgumentParser) -> None:
+    p.description = (
+        "Take the first steps of a run and say how long they take, stage by stage. With --against, the same run with "
+        "other settings takes turns with it, and is said to be so many times as fast. Works under torchrun, too."
+    )
+    _settings(p)
+    _engine_and_pipeline(p)
+    p.add_argument(
+        "--against",
+        action="append",
+        default=[],
+        metavar="'SECTION.KEY=VALUE ...'",
+        help="compare with these settings on top; repeatable",
+    )
+    p.add_argument("--out", required=True, help="folder for bench.json")
+    p.add_argument("--steps", type=int, default=5, help="of a turn that count; default 5")
+    p.add_argument("--warmup", type=int, default=2, help="steps before; default 2")
+    p.add_argument("--rounds", type=int, default=3, help="turns of each; default 3")
 
 
 def _profile(p: argparse.ArgumentParser) -> None:

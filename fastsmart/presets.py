@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 from fastsmart.audio.settings import RenderSettings
 from fastsmart.config import Config
@@ -85,10 +86,27 @@ def smart_released() -> Config:
     )
 
 
+def h200() -> Config:
+    """The released script's steps of 64 completions as one NVIDIA H200 likes them: scoring in float16, updates in one
+    piece, the next batch drawn while the policy learns (so the loss has a ratio). docs/scaling.md has what to expect;
+    not measured on a GPU.
+
+    On several GPUs give each its 64 completions: train.prompts = 8 times their number.
+    """
+    released = smart_released()
+    return replace(
+        released,
+        reward=replace(released.reward, audiobox_dtype="float16", audiobox_batch=32),
+        grpo=replace(released.grpo, ratio="behaviour"),
+        train=replace(released.train, pipeline="one-step-off", micro_batch=64, score_batch=32),
+    )
+
+
 PRESETS: dict[str, Callable[[], Config]] = {
     "demo": demo,
     "smart-paper": smart_paper,
     "smart-released": smart_released,
+    "h200": h200,
 }
 
 

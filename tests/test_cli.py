@@ -157,7 +157,7 @@ def no_midi(folder):
 
 
 def no_preset(folder):
-    return ["train", "--preset", "dmo", "--out", folder / "r"], "there are demo, smart-paper, smart-released"
+    return ["train", "--preset", "dmo", "--out", folder / "r"], "there are demo, smart-paper, smart-released, h200"
 
 
 def no_engine(folder):

@@ -3,10 +3,11 @@
 from fastsmart.commands.machine import bank, doctor
 from fastsmart.commands.playing import render, sample, score
 from fastsmart.commands.studying import evaluate, listen, report, sweep
-from fastsmart.commands.training import pretrain, profile, top, train
+from fastsmart.commands.training import bench, pretrain, profile, top, train
 
 __all__ = [
     "bank",
+    "bench",
     "doctor",
     "evaluate",
     "listen",

@@ -1,4 +1,4 @@
-"""The bodies of pretrain, train, profile and top."""
+"""The bodies of pretrain, train, bench, profile and top."""
 
 from __future__ import annotations
 
@@ -146,6 +146,25 @@ def top(options: argparse.Namespace) -> int:
             time.sleep(1.0)
             live.update(view.render(), refresh=True)
     console.print(view.render(), highlight=False)
+    return 0
+
+
+def bench(options: argparse.Namespace) -> int:
+    config, _ = _run_config(options)
+    _need_reward(config)
+
+    from fastsmart.progress import bar
+    from fastsmart.study.throughput import RESULT_FILE, as_text, contenders
+    from fastsmart.study.throughput import bench as run_bench
+    from fastsmart.train.ranks import join_ranks
+
+    configs, ranks = contenders(config, options.against), join_ranks()
+    with bar("turns") as show:
+        found = run_bench(configs, options.out, options.steps, options.warmup, options.rounds, show, ranks)
+    ranks.close()
+    if ranks.leader:
+        print(as_text(found))
+        print(f"every step of every turn is in {Path(options.out) / RESULT_FILE}")
     return 0
 
 

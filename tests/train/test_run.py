@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -211,3 +212,7 @@ def test_presets_are_whole_configs():
     released = presets.smart_released()
     assert (released.train.prompts * released.sampling.group, released.train.seed) == (64, 1)
     assert released.prompts.source == "procedural-note"
+    h200 = presets.h200()
+    assert h200.train.prompts * h200.sampling.group == h200.train.micro_batch == 64
+    assert (h200.reward.terms, h200.prompts) == (released.reward.terms, released.prompts)
+    assert replace(h200.grpo, ratio="one") == released.grpo
