@@ -69,6 +69,8 @@ class VllmEngine:
             self.engine = start_engine(folder, self.plan, policy, dtype, self.sleeps)
         self._finalizer = weakref.finalize(self, end_engine, self.engine)
         self.load(policy, version)
+        with undisturbed():  # with its first token vLLM compiles how it draws, which marks the environment
+            list(self.stream(TokenBatch.pack([[0]]), SamplingSettings(group=1, max_tokens=1), (0,)))
 
     @torch.no_grad()
     def load(self, policy: Policy, version: int) -> None:
