@@ -131,8 +131,8 @@ class NativeEngine:
     @torch.no_grad()
     def load(self, policy: Policy, version: int) -> None:
         self.version = version
-        embed, *weights = _arranged(policy, self.dtype)
-        self.embed.copy_(embed)
+        weights = _arranged(policy, self.dtype)
+        self.embed.copy_(next(weights))
         for matrix, weight in zip(self._matrices(), weights, strict=True):
             matrix.load(weight)
 
@@ -192,7 +192,7 @@ class NativeEngine:
             token, logprob = draw(self.head(hidden), uniform[:, step], settings)
             drawn[:, step], logprobs[:, step] = token, logprob
             seen, last = token.cpu().numpy(), step + 1 == settings.max_tokens
-            if (seen == UNDEFINED).any():
+            if (running & (seen == UNDEFINED)).any():
                 raise not_finite()
             for row in np.flatnonzero(running & ((seen == self.eos) | last)):
                 running[row] = False
