@@ -35,7 +35,7 @@ FREE = {"empty", "empty_like", "empty_strided", "new_empty", "_unsafe_view", "li
 FREE |= {"_record_function_enter_new", "_record_function_exit"}  # marks for a profiler
 
 OURS = [(gpu, "gated_attention"), (gpu, "convolution_gelu"), (draw, "sample_tokens")]
-OURS += [(fixed, name) for name in ("add_normalised", "attend_next", "gated")]
+OURS += [(fixed, name) for name in ("add_normalised", "attend_next", "gated", "sample_next")]
 
 
 class Operators(TorchDispatchMode):

@@ -20,10 +20,15 @@ def draw(logits: Tensor, uniform: Tensor, settings: SamplingSettings) -> tuple[T
 
     A row whose logits are not finite, as those of a policy that has diverged, gives `UNDEFINED`.
     """
-    temperature = settings.temperature
-    if settings.top_k or settings.top_p < 1.0:
-        logits, temperature = truncate(logits / temperature, settings.top_k, settings.top_p), 1.0
+    logits, temperature = truncated(logits, settings)
     return sample_tokens(logits, uniform, temperature)
+
+
+def truncated(logits: Tensor, settings: SamplingSettings) -> tuple[Tensor, float]:
+    """Logits, truncated where that is asked for, and the temperature that is still to be applied to them."""
+    if settings.top_k or settings.top_p < 1.0:
+        return truncate(logits / settings.temperature, settings.top_k, settings.top_p), 1.0
+    return logits, settings.temperature
 
 
 def truncate(logits: Tensor, top_k: int, top_p: float) -> Tensor:

@@ -18,9 +18,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastsmart.kernels.decode import add_normalised, attend_next, gated
+from fastsmart.kernels.sample import sample_next
 from fastsmart.recording import recorded
 from fastsmart.sampling.cache import LayerCache
-from fastsmart.sampling.draw import draw
+from fastsmart.sampling.draw import truncated
 from fastsmart.sampling.rollout import SamplingSettings
 
 if TYPE_CHECKING:
@@ -41,8 +42,8 @@ class FixedBatch:
         self.turn = torch.view_as_real(engine.turn)  # [positions, E / 2, 2]
         self.left = torch.zeros(rows, dtype=torch.int64, device=device)  # slots of padding before the prompt
         self.token = torch.zeros(rows, dtype=torch.int64, device=device)  # drawn last
-        self.slot = torch.zeros(1, dtype=torch.int64, device=device)  # that it takes
-        self.column = torch.zeros(1, dtype=torch.int64, device=device)  # of what is drawn next
+        self.place = torch.zeros(2, dtype=torch.int64, device=device)
+        self.slot, self.column = self.place.split(1)  # that `token` takes; of what is drawn next
         self.uniform = torch.zeros(rows, tokens, device=device)
         self.drawn = torch.zeros(rows, tokens, dtype=torch.int32, device=device)
         self.logprobs = torch.zeros(rows, tokens, device=device)
@@ -67,6 +68,7 @@ class FixedBatch:
         self.column.zero_()
         self.uniform.copy_(torch.from_numpy(uniform))
         self._draw(self.engine.forward(ids, self.cache, 0, left))
+        self.column.fill_(1)
         self.count = 1
 
     def advance(self) -> tuple[int, np.ndarray, np.ndarray]:
@@ -89,13 +91,10 @@ class FixedBatch:
             y = attend_next(qkv, kept.kv, self.turn, self.slot, self.left, size.num_heads)
             gate_up = layer.gate_up(add_normalised(x, layer.out(y), size.rms_norm_eps, x.dtype))
             more = layer.down(gated(gate_up))
-        self.slot += 1
         self._draw(add_normalised(x, more, size.rms_norm_eps, torch.float32))
+        self.place += 1
 
     def _draw(self, hidden: Tensor) -> None:
-        uniform = self.uniform.index_select(1, self.column)[:, 0]
-        token, logprob = draw(self.engine.head(hidden), uniform, self.settings)
-        self.token.copy_(token.clamp_min(0))  # an undefined one is found when the host looks
-        self.drawn.index_copy_(1, self.column, token.int()[:, None])
-        self.logprobs.index_copy_(1, self.column, logprob[:, None])
-        self.column += 1
+        logits, temperature = truncated(self.engine.head(hidden), self.settings)
+        # an undefined token is found when the host looks
+        sample_next(logits, self.uniform, self.column, self.drawn, self.logprobs, self.token, temperature)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from fastsmart.kernels.sample import UNDEFINED, WIDEST, sample_tokens
+from fastsmart.kernels.sample import UNDEFINED, WIDEST, sample_next, sample_tokens
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -87,3 +87,28 @@ def test_a_wide_vocabulary_takes_the_twin():
 def test_no_rows(draw):
     token, logprob = draw(torch.zeros(0, 413), torch.zeros(0))
     assert token.shape == logprob.shape == (0,)
+
+
+@pytest.mark.parametrize("kernel", ["torch", "triton"])
+@pytest.mark.parametrize("vocabulary", [413, WIDEST + 1])
+def test_the_next_token_goes_where_it_belongs(kernel, vocabulary):
+    if kernel == "triton":
+        pytest.importorskip("triton")
+    device, columns, column = DEVICE if kernel == "triton" else "cpu", 5, 3
+    logits, _ = problem(6, vocabulary)
+    logits[2] = torch.nan
+    uniform = problem(6, columns, seed=1)[0].sigmoid()
+    ids, logprobs = torch.full((6, columns), 7, dtype=torch.int32), torch.full((6, columns), 7.0)
+    token = torch.full((6,), 7)
+    places = [t.to(device) for t in (logits, uniform, torch.tensor([column]), ids, logprobs, token)]
+    sample_next(*places, 0.9, kernel)
+    *_, ids, logprobs, token = (t.cpu() for t in places)
+    wanted, logprob = sample_tokens(logits, uniform[:, column], 0.9, "torch")
+    assert wanted[2] == UNDEFINED
+    assert ids[:, column].tolist() == wanted.tolist()
+    assert token.tolist() == wanted.clamp(min=0).tolist()
+    defined = wanted != UNDEFINED
+    torch.testing.assert_close(logprobs[defined, column], logprob[defined], rtol=1e-5, atol=2e-6)
+    others = torch.arange(columns) != column
+    assert (ids[:, others] == 7).all()
+    assert (logprobs[:, others] == 7.0).all()
