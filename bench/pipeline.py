@@ -4,7 +4,8 @@
 
 Slept: 64 completions come evenly over 40 ms, rendering them takes 10 ms, scoring 40 ms, the update 20 ms. Every mode is
 held against the throughput of its schedule, computed stage by stage without any cost of threads and queues. The real
-job: the demo's steps, the modes taking turns as in `fastsmart bench`.
+job: a run of the demo whose steps are "off" and "overlap" in turns (off, overlap, overlap, off, ...), each compared
+with its neighbour; and turns of "off" and "one-step-off" as in `fastsmart bench`.
 """
 
 from __future__ import annotations
@@ -15,7 +16,9 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 from results import write_result
@@ -27,7 +30,11 @@ from fastsmart.presets import demo
 from fastsmart.reward import Clips, Scores
 from fastsmart.sampling import Completion
 from fastsmart.study.throughput import as_text, bench
+from fastsmart.train.folder import RunFolder
+from fastsmart.train.housekeeping import collections_at_steps
+from fastsmart.train.loop import at_work, take_step
 from fastsmart.train.pipeline import Progress, Stages, started_thread
+from fastsmart.train.ranks import Ranks
 from fastsmart.train.stations import Performance, Rollouts
 from fastsmart.train.trace import Trace
 
@@ -39,8 +46,8 @@ SAMPLE_S, RENDER_S, SCORE_S, UPDATE_S = 0.040, 0.010, 0.040, 0.020
 def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     arguments.add_argument("--steps", type=int, default=50, help="slept steps of each mode")
-    arguments.add_argument("--real-steps", type=int, default=5, help="steps of the demo that count, a turn; 0 = none")
-    arguments.add_argument("--rounds", type=int, default=5, help="turns of each mode at the demo")
+    arguments.add_argument("--pairs", type=int, default=12, help="of steps of the demo, one off, one overlapped")
+    arguments.add_argument("--rounds", type=int, default=5, help="turns of 5 steps each, off and one step off")
     arguments.add_argument("--out", default="", help="JSON file for the result")
     options = arguments.parse_args()
     slept = {mode: slept_steps(mode, options.steps) for mode in MODES}
@@ -52,10 +59,13 @@ def main() -> None:
             f"{mode:13} {1e3 * statistics.mean(seconds):6.1f} ms a step, schedule {1e3 * ideal:5.1f}: {share:.1%} of it"
         )
         figures["slept"][mode] = {"step_s": seconds, "schedule_s": ideal, "share_of_schedule": share}
-    if options.real_steps:
-        configs = {mode: demo_in(mode) for mode in MODES}
+    if options.pairs:
+        figures["demo"]["overlap"] = alternating(options.pairs)
+        median, least, most = figures["demo"]["overlap"]["times_as_fast"]
+        print(f"overlap at the demo: {median:.3f} (quartiles {least:.2f} - {most:.2f}) times as fast as off")
+    if options.rounds:
         with tempfile.TemporaryDirectory() as folder:
-            found = bench(configs, folder, options.real_steps, 1, options.rounds)
+            found = bench({mode: demo_in(mode) for mode in ("off", "one-step-off")}, folder, rounds=options.rounds)
         print(as_text(found))
         for mode, each in found["contenders"].items():
             figures["demo"][mode] = {name: each[name] for name in ("times_as_fast", "step_s", "stage_s", "steps_s")}
@@ -153,6 +163,34 @@ class SleptRenderer:
 
     def clear(self) -> None:
         assert not self.ready
+
+
+def alternating(pairs: int) -> dict[str, Any]:
+    """Seconds of the steps of one run of the demo, by pairs of neighbours: one stage after the other, and overlapped.
+
+    Two steps before are not counted. `times_as_fast` is median, quartiles of the pairs' ratios.
+    """
+    each: list[dict[bool, float]] = []
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        at_work(RunFolder.create(Path(folder) / "run", demo_in("overlap")), Ranks()) as (learner, stations, _),
+        collections_at_steps() as collect,
+    ):
+        rollouts = Rollouts(stations)
+        for step in range(2 * pairs + 2):
+            stations.stages.overlap = step % 4 in (1, 2)
+            seconds = take_step(learner, stations, rollouts).line["time"]["step"]
+            if step % 2 == 0:
+                each.append({})
+            each[-1][stations.stages.overlap] = seconds
+            collect(learner.step)
+    counted = each[1:]
+    ratios = [pair[False] / pair[True] for pair in counted]
+    return {
+        "times_as_fast": [statistics.median(ratios), *np.quantile(ratios, [0.25, 0.75]).tolist()],
+        "off_s": [pair[False] for pair in counted],
+        "overlap_s": [pair[True] for pair in counted],
+    }
 
 
 def demo_in(mode: str) -> Config:

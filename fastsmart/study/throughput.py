@@ -88,7 +88,8 @@ def bench(
 
 def take_turn(config: Config, path: Path, steps: int, ranks: Ranks) -> list[dict[str, Any]]:
     """The first steps of the run of a config, as lines of metrics; the last has the most memory of a GPU in use."""
-    config = replace(config, train=replace(config.train, steps=steps, writers=()))
+    # one step more than is taken, so that the last one draws ahead as the others do
+    config = replace(config, train=replace(config.train, steps=steps + 1, writers=()))
     folder, lines = RunFolder.open(path, config, False, ranks), []
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
