@@ -10,9 +10,11 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
+from functools import partial
 from queue import Empty, SimpleQueue
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -28,7 +30,8 @@ POLL_S = 0.005  # how long to wait for the renderer before looking for new compl
 
 Progress = Callable[[str, int, int], None]
 Decode = Callable[[int, Completion], NoteBatch]
-Inbox = SimpleQueue  # of completions, of scores that are there, and None when no completion will come any more
+Inbox = SimpleQueue  # of completions, of scores that are there, and of what has become of the sampling at last:
+SAMPLED, GIVEN_UP = object(), object()
 
 
 class Renderer(Protocol):
@@ -55,8 +58,9 @@ class Stages:
 
     renderer : None where no reward listens
     score    : Clips -> Scores
-    overlap  : completions are decoded and rendered in a thread of their own as they come, and scored in another as soon
-               as a chunk is whole; else one stage begins when the one before has ended
+    overlap  : completions are decoded and rendered in a thread of their own as they come, and chunks scored as soon as
+               they are whole, in another while there is sampling to do; else one stage begins when the one before has
+               ended
 
     Owns a thread: call `close`. A batch that is being sampled in another thread then is given up at its next
     completion once `closing` is set.
@@ -96,14 +100,18 @@ class Stages:
                 batch.collect(timeout_s=1.0)
             return batch.result([self._score(batch.clips(c)) for c in batch.chunks])
         inbox: Inbox = SimpleQueue()
-        rest = self.rendering.submit(self._render_and_score, batch, inbox)
+        errands = _Errands()
+        rest = self.rendering.submit(self._render_and_score, batch, inbox, errands)
         try:
             for completion in stream:
                 inbox.put(completion)
                 if rest.done():
                     break
-        finally:
-            inbox.put(None)
+        except BaseException:
+            inbox.put(GIVEN_UP)
+            raise
+        inbox.put(SAMPLED)
+        errands.run()
         return rest.result()
 
     def _sampled(self, completions: Iterable[Completion], batch: _Batch) -> Iterator[Completion]:
@@ -121,23 +129,35 @@ class Stages:
             batch.tell("sample", count, batch.total)
             yield completion
 
-    def _render_and_score(self, batch: _Batch, inbox: Inbox) -> Performed:
-        """The rendering thread: from the inbox to the renderer, from there to the scoring thread.
-
-        That one ends with its batch. A thread that has computed with GNU OpenMP keeps helpers, and where all threads
-        have more of them than there are cores, every helper goes to sleep between two operators: a sampler on two cores
-        then takes a fifth longer.
-        """
-        with started_thread("score") as scoring:
-            scores = self._scored(batch, inbox, scoring)
+    def _render_and_score(self, batch: _Batch, inbox: Inbox, errands: _Errands) -> Performed:
+        """The rendering thread: from the inbox to the renderer, from there to whoever scores."""
+        with ExitStack() as stack:
+            stack.callback(errands.end)
+            scores = self._scored(batch, inbox, errands, stack)
         return batch.result(scores)
 
-    def _scored(self, batch: _Batch, inbox: Inbox, scoring: ThreadPoolExecutor) -> list[Scores]:
-        """The scores of every chunk, made by the scoring thread as soon as the chunk is whole and there is room."""
+    def _scored(self, batch: _Batch, inbox: Inbox, errands: _Errands, stack: ExitStack) -> list[Scores]:
+        """The scores of every chunk, made as soon as the chunk is whole and there is room.
+
+        While there is sampling to do a thread scores, which begins with the first chunk and ends with the batch; then
+        the thread that has sampled does. A thread that has computed with GNU OpenMP keeps helpers, and where all
+        threads have more of them than there are cores, every helper goes to sleep between two operators: a sampler on
+        two cores then takes a fifth longer, and 8-bit scoring 6 %.
+        """
         scores: list[Future[Scores]] = []
+        thread: ThreadPoolExecutor | None = None
+        sampled = False
         while len(scores) < len(batch.chunks):
-            if batch.whole(len(scores)) and sum(not score.done() for score in scores) < DEPTH:
-                scores.append(scoring.submit(self._score, batch.clips(batch.chunks[len(scores)])))
+            waiting = sum(not score.done() for score in scores)
+            ready = batch.whole(len(scores)) and waiting < DEPTH
+            if ready and not (sampled and thread and waiting):  # never two that score at once
+                job = partial(self._score, batch.clips(batch.chunks[len(scores)]))
+                if sampled:
+                    thread = None
+                    scores.append(errands.submit(job))
+                else:
+                    thread = thread or stack.enter_context(started_thread("score"))
+                    scores.append(thread.submit(job))
                 scores[-1].add_done_callback(inbox.put)  # wakes this thread: there is room again
                 continue
             try:
@@ -145,7 +165,8 @@ class Stages:
             except Empty:
                 batch.collect(POLL_S)
                 continue
-            if item is None and len(batch.pieces) < batch.total:
+            sampled |= item is SAMPLED
+            if item is GIVEN_UP or (sampled and len(batch.pieces) < batch.total):
                 raise RuntimeError("sampling has failed")  # and says so itself
             if isinstance(item, Completion):
                 batch.take_in(item)
@@ -172,6 +193,47 @@ def started_thread(name: str) -> ThreadPoolExecutor:
     )
     executor.submit(int).result()
     return executor
+
+
+class _Errands:
+    """What one thread does for another until that one has no more of them."""
+
+    def __init__(self) -> None:
+        self._queue: SimpleQueue[tuple[Future[Any], Callable[[], Any]] | None] = SimpleQueue()
+        self._left = False
+
+    def submit(self, job: Callable[[], Any]) -> Future[Any]:
+        future: Future[Any] = Future()
+        self._queue.put((future, job))
+        if self._left:  # nobody will come for it
+            self._refuse()
+        return future
+
+    def end(self) -> None:
+        """There will be no more."""
+        self._queue.put(None)
+
+    def run(self) -> None:
+        """Do errands until `end`. What a job raises is its future's; what interrupts the thread fails all of them."""
+        try:
+            while errand := self._queue.get():
+                future, job = errand
+                try:
+                    future.set_result(job())
+                except Exception as error:
+                    future.set_exception(error)
+                except BaseException:
+                    future.set_exception(RuntimeError("the run has ended"))
+                    raise
+        finally:
+            self._left = True
+            self._refuse()
+
+    def _refuse(self) -> None:
+        with suppress(Empty):
+            while True:
+                if errand := self._queue.get_nowait():
+                    errand[0].set_exception(RuntimeError("the run has ended"))
 
 
 class _Batch:

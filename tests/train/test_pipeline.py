@@ -104,6 +104,47 @@ def test_scoring_begins_before_sampling_has_ended() -> None:
     stages.close()
 
 
+@pytest.mark.parametrize("scored_while_sampling", [0, 1, 3])
+def test_who_has_sampled_scores_the_rest_and_never_two_at_once(scored_while_sampling: int) -> None:
+    """A slow chunk that another thread began while there was sampling to do is waited for."""
+    at_work, threads, begun = threading.Lock(), [], threading.Semaphore(0)
+
+    def sampled() -> Iterator[Completion]:
+        for i in range(TOTAL):
+            if i == scored_while_sampling * CHUNK:
+                for _ in range(scored_while_sampling):
+                    assert begun.acquire(timeout=10)
+            yield Completion(FIRST + i, np.full(3, i, np.int32), np.zeros(3, np.float32), 0)
+
+    def scored(clips: Clips) -> Scores:
+        assert at_work.acquire(blocking=False), "two score at once"
+        begun.release()
+        time.sleep(0.05)
+        threads.append(threading.get_ident())
+        at_work.release()
+        return score(clips)
+
+    stages = Stages(SlowRenderer(0), scored, True, Trace())
+    made = stages.run(sampled(), decode, TOTAL, CHUNK, FIRST)
+    stages.close()
+    assert made.scores.terms["value"].tolist() == list(range(TOTAL))
+    mine = [thread == threading.get_ident() for thread in threads]
+    assert len(mine) == TOTAL // CHUNK
+    assert mine == sorted(mine)  # first the other, then this one
+    assert not any(mine[:scored_while_sampling])
+    assert mine[-1]
+
+
+def test_an_interrupt_while_scoring_ends_the_batch() -> None:
+    def interrupted(clips: Clips) -> Scores:
+        raise KeyboardInterrupt
+
+    stages = Stages(SlowRenderer(0), interrupted, True, Trace())
+    with pytest.raises(KeyboardInterrupt):
+        stages.run(iter(list(completions(0))), decode, TOTAL, TOTAL, FIRST)
+    stages.close()  # nobody waits for what will not come
+
+
 def test_audio_that_waits_for_the_scorer_is_bounded() -> None:
     renderer, finished, most = SlowRenderer(0), 0, 0
 
