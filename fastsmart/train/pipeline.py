@@ -153,7 +153,9 @@ class Stages:
             if ready and not (sampled and thread and waiting):  # never two that score at once
                 job = partial(self._score, batch.clips(batch.chunks[len(scores)]))
                 if sampled:
-                    thread = None
+                    if thread:
+                        thread.shutdown()
+                        thread = None
                     scores.append(errands.submit(job))
                 else:
                     thread = thread or stack.enter_context(started_thread("score"))
