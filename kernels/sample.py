@@ -45,10 +45,23 @@ def sample_next(
     column                 : int64 [1]
     token                  : int64 [R], gets the ids too, 0 for `UNDEFINED`, so that they can be fed to the policy
     """
-    if choose_kernel(kernel, logits.device) == "triton" and logits.shape[1] <= WIDEST:
-        _triton_sample_next(logits, uniform, column, ids, logprobs, token, temperature)
-    else:
+    rows, vocabulary = logits.shape
+    if choose_kernel(kernel, logits.device) != "triton" or vocabulary > WIDEST:
         _torch_sample_next(logits, uniform, column, ids, logprobs, token, temperature)
+    elif rows:
+        _sample_next[(rows,)](
+            logits.contiguous(),
+            uniform,
+            column,
+            ids,
+            logprobs,
+            token,
+            vocabulary,
+            uniform.shape[1],
+            TEMPERATURE=temperature,
+            UNDEFINED=UNDEFINED,
+            BLOCK=next_power_of_2(vocabulary),
+        )
 
 
 # ------------------------------------------------------------------------------------------------------- torch twins
@@ -151,32 +164,6 @@ def _triton_sample(logits: Tensor, uniform: Tensor, temperature: float) -> tuple
             BLOCK=next_power_of_2(vocabulary),
         )
     return ids, logprob
-
-
-def _triton_sample_next(
-    logits: Tensor,
-    uniform: Tensor,
-    column: Tensor,
-    ids: Tensor,
-    logprobs: Tensor,
-    token: Tensor,
-    temperature: float,
-) -> None:
-    rows, vocabulary = logits.shape
-    if rows:
-        _sample_next[(rows,)](
-            logits.contiguous(),
-            uniform,
-            column,
-            ids,
-            logprobs,
-            token,
-            vocabulary,
-            uniform.shape[1],
-            TEMPERATURE=temperature,
-            UNDEFINED=UNDEFINED,
-            BLOCK=next_power_of_2(vocabulary),
-        )
 
 
 _CONSTANTS = {"TEMPERATURE": 1.0, "UNDEFINED": UNDEFINED, "BLOCK": 512}
