@@ -107,6 +107,8 @@ class BatchEncoder:
 
     def _position(self, x: Tensor) -> Tensor:
         weight, bias = self.pos
+        if x.device.type == "cpu":  # oneDNN's grouped convolutions in bfloat16 are wrong on AMX for some group widths
+            x, weight, bias = x.float(), weight.float(), bias.float()
         y = F.conv1d(x.transpose(1, 2), weight, bias, padding=weight.shape[2] // 2, groups=self.size.pos_groups)
         return F.gelu(y[:, :, :FRAMES].transpose(1, 2))
 
