@@ -26,16 +26,16 @@ from fastsmart.policy.transformer import Policy, PolicySize
 from fastsmart.reward.audiobox import gpu
 from fastsmart.reward.audiobox.architecture import FRAMES, WINDOW, Size, encoder_shapes
 from fastsmart.reward.audiobox.encoder import encoder_weights
-from fastsmart.sampling import SamplingSettings, draw, fixed, native
+from fastsmart.sampling import SamplingSettings, cuda_graph_batch, native, sampler
 from fastsmart.tokens.prompts import procedural
 from fastsmart.tokens.vocabulary import load_vocabulary
-from fastsmart.train.update import Packed, completion_logprobs
+from fastsmart.trainer.update import MicroBatch, completion_logprobs
 
 FREE = {"empty", "empty_like", "empty_strided", "new_empty", "_unsafe_view", "lift_fresh", "device", "promote_types"}
 FREE |= {"_record_function_enter_new", "_record_function_exit"}  # marks for a profiler
 
-OURS = [(gpu, "gated_attention"), (gpu, "convolution_gelu"), (draw, "sample_tokens")]
-OURS += [(fixed, name) for name in ("add_normalised", "attend_next", "gated", "sample_next")]
+OURS = [(gpu, "gated_attention"), (gpu, "convolution_gelu"), (sampler, "sample_tokens")]
+OURS += [(cuda_graph_batch, name) for name in ("add_normalised", "attend_next", "gated", "sample_next")]
 
 
 class Operators(TorchDispatchMode):
@@ -116,7 +116,7 @@ def update_work(job: Job, micro_batch: int = 16, dtype: torch.dtype = torch.bflo
         policy = Policy(make_size(job), load_vocabulary("smart"))
         ids = torch.zeros(rows, PROMPT + job.tokens - 1, dtype=torch.int64)
         each = torch.zeros(rows * job.tokens, dtype=torch.int64)
-        batch = Packed(ids, each, each, each, each, each.float(), each, each)
+        batch = MicroBatch(ids, each, each, each, each, each.float(), each, each)
         with counting() as work:
             with torch.no_grad():
                 completion_logprobs(policy, batch, 1.0, dtype, "torch")
@@ -134,11 +134,12 @@ def audiobox_work(windows: int, dtype: torch.dtype = torch.bfloat16) -> list[Wor
     return work
 
 
-def sampling_work(job: Job, dtype: torch.dtype = torch.bfloat16, on_fixed: bool = False) -> list[Work]:
-    """The native sampler, really run, so for small jobs only; `on_fixed` as where a step is recorded and replayed."""
+def sampling_work(job: Job, dtype: torch.dtype = torch.bfloat16, static_cache: bool = False) -> list[Work]:
+    """The native sampler, really run, so for small jobs only; `static_cache` as where a step is recorded and
+    replayed."""
     vocab = load_vocabulary("smart")
     with patch.object(native, "_packing_library", lambda weight: ""):  # as on a GPU
-        engine = native.NativeEngine(Policy(make_size(job), vocab), dtype=dtype, on_fixed=on_fixed)
+        engine = native.NativeEngine(Policy(make_size(job), vocab), dtype=dtype, static_cache=static_cache)
     engine.eos = -1  # no such token
     prompts, settings = procedural(vocab, job.clips // GROUP, seed=0).tokens, SamplingSettings(max_tokens=job.tokens)
     list(engine.stream(prompts, settings, (0,)))  # makes the cache
@@ -147,11 +148,13 @@ def sampling_work(job: Job, dtype: torch.dtype = torch.bfloat16, on_fixed: bool 
     return work
 
 
-def decode_kernels(on_fixed: bool = True) -> tuple[int, int]:
+def decode_kernels(static_cache: bool = True) -> tuple[int, int]:
     """Kernels of a decode step: of a layer, and of all else."""
 
     def step(layers: int) -> int:
-        shorter, longer = (len(sampling_work(Job(64, layers, GROUP, tokens), on_fixed=on_fixed)) for tokens in (8, 9))
+        shorter, longer = (
+            len(sampling_work(Job(64, layers, GROUP, tokens), static_cache=static_cache)) for tokens in (8, 9)
+        )
         return longer - shorter
 
     one, two = step(1), step(2)

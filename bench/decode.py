@@ -18,7 +18,7 @@ from stages import finish, made, one_pass, parse, played, run
 
 from fastsmart.notes import NoteBatch
 from fastsmart.tokens.decode import decode
-from fastsmart.tokens.sequences import TokenBatch
+from fastsmart.tokens.token_batch import TokenBatch
 from fastsmart.tokens.vocabulary import Vocabulary
 
 PEERS = ("miditok",)

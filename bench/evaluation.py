@@ -12,8 +12,8 @@ from pathlib import Path
 import torch
 from results import write_result
 
-from fastsmart.config import assigned
-from fastsmart.files import cpu_cores
+from fastsmart.config import with_overrides
+from fastsmart.machine.files import cpu_cores
 from fastsmart.presets import load_preset
 from fastsmart.study.evaluate import evaluate
 
@@ -40,7 +40,7 @@ def main() -> None:
             print(f"{stage}: {total} in {seconds[stage]:.1f} s", flush=True)
 
     start = time.perf_counter()
-    config, folder = assigned(load_preset("demo"), options.set), Path(options.out) / "evaluation"
+    config, folder = with_overrides(load_preset("demo"), options.set), Path(options.out) / "evaluation"
     evaluate(options.policy, folder, config, options.prompts, options.best_of, (), options.training_set, progress=clock)
     figures = {
         "what": "fastsmart evaluate, preset demo: formula rewards, one soundfont",

@@ -38,7 +38,7 @@ NAME = "gpu_suite"
 TESTS = (  # those that use a GPU where there is one
     *(ROOT / "tests" / name for name in ("kernels", "grpo/test_fused.py", "audio/test_device.py")),
     ROOT / "tests" / "sampling" / "test_fixed.py",
-    f"{ROOT / 'tests/train/test_modes.py'}::test_on_a_gpu_clips_are_mixed_there",
+    f"{ROOT / 'tests/trainer/test_modes.py'}::test_on_a_gpu_clips_are_mixed_there",
 )
 LEAST_S = 10.0  # what a part needs to be worth starting
 MIB = 2**20  # of what a part says are kept

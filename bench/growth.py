@@ -39,7 +39,7 @@ from scaling import (
 )  # fmt: skip
 
 from fastsmart.audio import RenderPool, RenderSettings
-from fastsmart.files import cpu_cores
+from fastsmart.machine.files import cpu_cores
 from fastsmart.study.figures import MARKERS, SERIES, SOFT
 from fastsmart.study.report import draw, standalone
 

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from fastsmart.files import cpu_cores
+from fastsmart.machine.files import cpu_cores
 
 Job = Callable[[], object]
 REFERENCE = "reference kernel"

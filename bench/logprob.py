@@ -43,7 +43,7 @@ class Problem:
     hidden: Tensor
     weight: Tensor
     ids: Tensor
-    behaviour: Tensor
+    sampler_logprobs: Tensor
     reference: Tensor
     advantage: Tensor
     lengths: Tensor
@@ -79,7 +79,7 @@ def trl_logprob(hidden: Tensor, weight: Tensor, ids: Tensor) -> LogProb:
 
 def loss_of(p: Problem, f: Callable[..., LogProb], fused: bool = False) -> Tensor:
     out = f(p.hidden, p.weight, p.ids)
-    given = (out.logprob, p.behaviour, p.reference, p.advantage)
+    given = (out.logprob, p.sampler_logprobs, p.reference, p.advantage)
     denominator = loss_denominator(p.lengths, SETTINGS)
     if fused:
         offsets = torch.nn.functional.pad(p.lengths.cumsum(0), (1, 0))
@@ -95,7 +95,7 @@ def liger_loss(p: Problem, compiled: bool) -> Tensor:
     loss = LigerFusedLinearGRPOLoss(
         beta=SETTINGS.beta, compiled=compiled, use_ref_model=True, loss_type="bnpo", chunk_size=n
     )
-    rows = [x.view(n, -1) for x in (p.ids, p.reference, p.behaviour)]
+    rows = [x.view(n, -1) for x in (p.ids, p.reference, p.sampler_logprobs)]
     mask = torch.ones_like(rows[0])
     hidden = p.hidden.view(n, mask.shape[1], -1)
     return loss(hidden, p.weight, rows[0], mask, p.advantage, None, rows[1], rows[2])[0]

@@ -14,10 +14,10 @@ from harness import Work, interleaved, measured_ceilings, parser, report
 from results import write_result
 
 from fastsmart.audio import RenderSettings
-from fastsmart.audio.device import DeviceMixer
+from fastsmart.audio.bank_renderer import BankRenderer
 from fastsmart.audio.events import piece_arrays
-from fastsmart.audio.mix import pair, plan
-from fastsmart.audio.renderers import BankRenderer
+from fastsmart.audio.gpu_mixdown import DeviceMixer
+from fastsmart.audio.mixdown import pair, slice_notes
 from fastsmart.notes import NoteBatch
 
 SECONDS, NOTES = 10.0, 50
@@ -82,7 +82,7 @@ def sounding(renderer: BankRenderer, clips: NoteBatch, i: int) -> int:
     start, end = clips.onset_s[rows], clips.onset_s[rows] + clips.duration_s[rows]
     times = (np.rint(t * rate).astype(np.int64) for t in (start, end))
     on, off = pair(*times, clips.pitch[rows], np.zeros(0, np.int64), np.zeros(0, bool))
-    slices = plan(on, off, clips.pitch[rows], clips.velocity[rows], renderer.bank.tables)
+    slices = slice_notes(on, off, clips.pitch[rows], clips.velocity[rows], renderer.bank.tables)
     return int(np.minimum(slices.length, renderer.settings.max_samples - slices.start).sum())
 
 

@@ -22,11 +22,11 @@ from policies import playing_policy
 from results import write_result
 
 from fastsmart import presets
-from fastsmart.config import updated
-from fastsmart.files import JsonLines
-from fastsmart.policy.checkpoint import save_policy
-from fastsmart.train.display import Plain
-from fastsmart.train.loop import train
+from fastsmart.config import merged
+from fastsmart.machine.files import JsonLines
+from fastsmart.policy.hf_format import save_policy
+from fastsmart.run.display import Plain
+from fastsmart.trainer.loop import train
 
 QUICK = {
     "sampling": {"group": 2, "max_tokens": 32},
@@ -52,8 +52,8 @@ def main() -> None:
         }
         if given.device != "cpu":
             changes["reward"]["audiobox_dtype"] = "float16"
-        config = updated(presets.load_preset("smart-paper"), changes)
-        config = updated(config, QUICK) if given.quick else config
+        config = merged(presets.load_preset("smart-paper"), changes)
+        config = merged(config, QUICK) if given.quick else config
         start = time.perf_counter()
         run = train(config, Path(folder, "run"), display=Plain())
         wall_s = time.perf_counter() - start

@@ -25,18 +25,18 @@ from results import write_result
 
 from fastsmart.audio import AudioBatch
 from fastsmart.config import Config
+from fastsmart.machine.distributed import Ranks
+from fastsmart.machine.gc_control import gc_at_steps
 from fastsmart.notes import NoteBatch
 from fastsmart.presets import demo
+from fastsmart.profiling.throughput import as_text, bench
 from fastsmart.reward import Clips, Scores
+from fastsmart.run.folder import RunFolder
+from fastsmart.run.trace import Trace
 from fastsmart.sampling import Completion
-from fastsmart.study.throughput import as_text, bench
-from fastsmart.train.folder import RunFolder
-from fastsmart.train.housekeeping import collections_at_steps
-from fastsmart.train.loop import at_work, take_step
-from fastsmart.train.pipeline import Progress, Stages, started_thread
-from fastsmart.train.ranks import Ranks
-from fastsmart.train.stations import Performance, Rollouts
-from fastsmart.train.trace import Trace
+from fastsmart.trainer.loop import open_run, run_step
+from fastsmart.trainer.rollout_pipeline import Progress, RolloutPipeline, started_thread
+from fastsmart.trainer.rollout_worker import RolloutScheduler, ScoredRollout
 
 MODES = ("off", "overlap", "one-step-off")
 CLIPS, CHUNK = 64, 8
@@ -88,33 +88,33 @@ def schedule_s(mode: str) -> float:
 
 def slept_steps(mode: str, steps: int) -> list[float]:
     """Seconds of each step after the first, by the pipeline itself around stages that sleep."""
-    stations, seconds = SleptStations(mode, steps + 1), []
-    rollouts, start = Rollouts(stations), 0.0  # type: ignore[arg-type]
+    worker, seconds = SleptWorker(mode, steps + 1), []
+    scheduler, start = RolloutScheduler(worker), 0.0  # type: ignore[arg-type]
     for step in range(steps + 1):
         start = time.perf_counter()
-        rollouts.take(step, None)  # type: ignore[arg-type]
+        scheduler.next(step, None)  # type: ignore[arg-type]
         time.sleep(UPDATE_S)
         seconds.append(time.perf_counter() - start)
-    stations.close()
+    worker.close()
     return seconds[1:]
 
 
-class SleptStations:
-    """The stations of `fastsmart.train.stations` with an engine, a renderer and a reward that sleep."""
+class SleptWorker:
+    """The stations of `fastsmart.trainer.rollout_worker` with an engine, a renderer and a reward that sleep."""
 
     def __init__(self, mode: str, steps: int) -> None:
-        knobs = replace(demo().train, pipeline=mode, steps=steps)  # type: ignore[arg-type]
-        self.config, self.trace, self.engine = SimpleNamespace(train=knobs), Trace(), SleptEngine()
-        self.drawing = started_thread("rollout")
-        self.stages = Stages(SleptRenderer(), self.score, mode != "off", self.trace)
+        settings = replace(demo().train, pipeline=mode, steps=steps)  # type: ignore[arg-type]
+        self.config, self.trace, self.engine = SimpleNamespace(train=settings), Trace(), SleptEngine()
+        self.sampling_thread = started_thread("rollout")
+        self.pipeline = RolloutPipeline(SleptRenderer(), self.score, mode != "off", self.trace)
 
-    def perform_step(self, step: int, progress: Progress | None = None) -> Performance:
+    def generate_step(self, step: int, progress: Progress | None = None) -> ScoredRollout:
         def decode(i: int, completion: Completion) -> NoteBatch:
             return NoteBatch.empty(1)
 
-        made = self.stages.run(self.engine.stream(), decode, CLIPS, CHUNK)
+        made = self.pipeline.run(self.engine.stream(), decode, CLIPS, CHUNK)
         rollout = SimpleNamespace(version=made.completions[0].version)
-        return Performance(rollout, made.notes, made.scores, made.sample_s)  # type: ignore[arg-type]
+        return ScoredRollout(rollout, made.notes, made.scores, made.sample_s)  # type: ignore[arg-type]
 
     @staticmethod
     def score(clips: Clips) -> Scores:
@@ -122,8 +122,8 @@ class SleptStations:
         return Scores({}, np.zeros(len(clips), np.float32))
 
     def close(self) -> None:
-        self.drawing.shutdown()
-        self.stages.close()
+        self.sampling_thread.shutdown()
+        self.pipeline.close()
 
 
 class SleptEngine:
@@ -173,17 +173,17 @@ def alternating(pairs: int) -> dict[str, Any]:
     each: list[dict[bool, float]] = []
     with (
         tempfile.TemporaryDirectory() as folder,
-        at_work(RunFolder.create(Path(folder) / "run", demo_in("overlap")), Ranks()) as (learner, stations, _),
-        collections_at_steps() as collect,
+        open_run(RunFolder.create(Path(folder) / "run", demo_in("overlap")), Ranks()) as (trainer, worker, _),
+        gc_at_steps() as collect,
     ):
-        rollouts = Rollouts(stations)
+        scheduler = RolloutScheduler(worker)
         for step in range(2 * pairs + 2):
-            stations.stages.overlap = step % 4 in (1, 2)
-            seconds = take_step(learner, stations, rollouts).line["time"]["step"]
+            worker.pipeline.overlap = step % 4 in (1, 2)
+            seconds = run_step(trainer, worker, scheduler).line["time"]["step"]
             if step % 2 == 0:
                 each.append({})
-            each[-1][stations.stages.overlap] = seconds
-            collect(learner.step)
+            each[-1][worker.pipeline.overlap] = seconds
+            collect(trainer.step)
     counted = each[1:]
     ratios = [pair[False] / pair[True] for pair in counted]
     return {

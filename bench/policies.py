@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import torch
 
-from fastsmart.policy.checkpoint import load_policy
+from fastsmart.policy.hf_format import load_policy
 from fastsmart.policy.transformer import Policy, PolicySize
 
 PAPER = PolicySize(413, 512, 2048, 4, 8, 8)  # of the paper's main run, 17.2 M parameters

@@ -22,13 +22,14 @@ from harness import interleaved, parser
 from results import write_result
 from torch.profiler import record_function
 
+from fastsmart.machine.distributed import Ranks
 from fastsmart.presets import demo
-from fastsmart.train import learner as learner_module
-from fastsmart.train import trace, update
-from fastsmart.train.folder import RunFolder
-from fastsmart.train.loop import advantages, at_work
-from fastsmart.train.metrics import Batch
-from fastsmart.train.ranks import Ranks
+from fastsmart.run import trace
+from fastsmart.run.folder import RunFolder
+from fastsmart.trainer import trainer as trainer_module
+from fastsmart.trainer import update
+from fastsmart.trainer.batch import Batch
+from fastsmart.trainer.loop import advantages, open_run
 
 WITH, WITHOUT = "with the marks", "without"
 CALLS = 100_000
@@ -38,22 +39,22 @@ def main() -> None:
     arguments = parser(__doc__ or "", runs=8)
     options = arguments.parse_args()
     config = demo()
-    knobs = replace(config.train, threads=options.threads)
-    config = replace(config, train=knobs, policy=replace(config.policy, device=options.device))
+    settings = replace(config.train, threads=options.threads)
+    config = replace(config, train=settings, policy=replace(config.policy, device=options.device))
     with (
         tempfile.TemporaryDirectory() as folder,
-        at_work(RunFolder.create(Path(folder) / "run", config), Ranks()) as (
-            learner,
-            stations,
+        open_run(RunFolder.create(Path(folder) / "run", config), Ranks()) as (
+            trainer,
+            worker,
             _,
         ),
     ):
 
         def step() -> None:
-            performance = stations.perform_step(0)
-            batch = Batch.gather(performance, knobs.prompts, learner.ranks)
-            with stations.trace("update"):
-                learner.learn(performance, batch, advantages(batch, config), stations.trace)
+            scored = worker.generate_step(0)
+            batch = Batch.gather(scored, settings.prompts, trainer.ranks)
+            with worker.trace("update"):
+                trainer.train_step(scored, batch, advantages(batch, config), worker.trace)
 
         def bare() -> None:
             with unmarked():
@@ -62,9 +63,9 @@ def main() -> None:
         seconds = interleaved({WITH: step, WITHOUT: bare}, options.runs, options.device)
         with mock.patch.object(trace.threading, "get_native_id", wraps=threading.get_native_id) as asked:
             step()
-        micro_batches = -(-knobs.prompts * config.sampling.group // knobs.micro_batch)
+        micro_batches = -(-settings.prompts * config.sampling.group // settings.micro_batch)
     marks = {
-        "record_function": (annotate, 1 + micro_batches * (1 + knobs.iterations)),  # the reference, and each forward
+        "record_function": (annotate, 1 + micro_batches * (1 + settings.iterations)),  # the reference, and each forward
         "thread number": (threading.get_native_id, asked.call_count),
     }
     figures: dict = {"each_s": seconds, "marks": {}}
@@ -95,7 +96,7 @@ def unmarked() -> Iterator[None]:
     forward, reference = update.completion_logprobs.__wrapped__, update.reference_logprobs.__wrapped__
     with (
         mock.patch.object(update, "completion_logprobs", forward),
-        mock.patch.object(learner_module, "reference_logprobs", reference),
+        mock.patch.object(trainer_module, "reference_logprobs", reference),
         mock.patch.object(trace.threading, "get_native_id", int),
     ):
         yield

@@ -31,13 +31,13 @@ from stages import finish, made, one_pass, parse, played, run
 
 from fastsmart.audio import RenderPool, RenderSettings, find_soundfont, render
 from fastsmart.audio.bank import NoteBank, banks_folder
-from fastsmart.audio.building import build_bank, fidelity
-from fastsmart.audio.device import DeviceMixer
+from fastsmart.audio.bank_renderer import Renderer, make_renderer
+from fastsmart.audio.bank_tools import build_bank, fidelity
 from fastsmart.audio.events import piece_arrays, timing
-from fastsmart.audio.mix import pair, plan
-from fastsmart.audio.renderers import Renderer, make_renderer
+from fastsmart.audio.gpu_mixdown import DeviceMixer
+from fastsmart.audio.mixdown import pair, slice_notes
+from fastsmart.music.windows import cut_windows
 from fastsmart.notes import NoteBatch, read_midi
-from fastsmart.reward.windows import cut_windows
 from fastsmart.tokens.decode import decode
 
 SECONDS, RATE_HZ = 10.0, 16000
@@ -130,7 +130,7 @@ def work(settings: RenderSettings, clips: NoteBatch) -> Work:
             pitch, velocity = piece.pitch[heard], piece.velocity[heard]
             bank.ensure(pitch, velocity)
             pedal_at = np.rint(piece.pedal_s * settings.synth_rate).astype(np.int64)
-            slices = plan(*pair(start, stop, pitch, pedal_at, piece.pedal_down), pitch, velocity, bank.tables)
+            slices = slice_notes(*pair(start, stop, pitch, pedal_at, piece.pedal_down), pitch, velocity, bank.tables)
             samples = np.minimum(slices.start + slices.length, length) - np.maximum(slices.start, 0)
             added, written = added + int(samples.clip(min=0).sum()), written + length
             for wave, n in zip(slices.wave.tolist(), slices.length.tolist(), strict=True):

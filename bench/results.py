@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
-from fastsmart.files import cpu_cores, processor
-from fastsmart.train.provenance import PACKAGES, installed_version
+from fastsmart.machine.files import cpu_cores, processor
+from fastsmart.run.provenance import PACKAGES, installed_version
 
 PEERS = ("transformers", "trl", "triton", "tinysoundfont", "liger_kernel")  # beside what fastsmart itself is built on
 

@@ -22,7 +22,7 @@ from stages import compute_dtype, decoding_work, finish, made, paper_policy, par
 from fastsmart.policy.transformer import Policy
 from fastsmart.sampling import Engine, SamplingSettings, make_engine
 from fastsmart.tokens.prompts import procedural
-from fastsmart.tokens.sequences import TokenBatch
+from fastsmart.tokens.token_batch import TokenBatch
 
 PEERS = ("generate", "vllm")
 GROUP = 8

@@ -21,18 +21,18 @@ from scipy.optimize import nnls
 
 from fastsmart.audio import RenderPool, RenderSettings
 from fastsmart.grpo.settings import LossSettings
-from fastsmart.policy.checkpoint import load_policy
+from fastsmart.policy.hf_format import load_policy
 from fastsmart.policy.optimizer import make_optimizer
 from fastsmart.policy.transformer import Policy, PolicySize
 from fastsmart.presets import demo
-from fastsmart.reward import Clips, RewardMix
+from fastsmart.reward import Clips, RewardBlend
+from fastsmart.run.provenance import statistics_path
 from fastsmart.sampling import Rollout, SamplingSettings
 from fastsmart.sampling.native import NativeEngine
 from fastsmart.tokens.decode import decode
 from fastsmart.tokens.prompts import procedural
 from fastsmart.tokens.vocabulary import load_vocabulary
-from fastsmart.train.provenance import statistics_path
-from fastsmart.train.update import micro_batches, reference_logprobs, update
+from fastsmart.trainer.update import micro_batches, reference_logprobs, update
 
 PROMPT, VOCABULARY, GROUP = 4, 413, 8
 
@@ -150,9 +150,9 @@ class PolicyRun:
 
     def update(self) -> None:
         batches = list(micro_batches(self.rollout, 16, self.policy.device))
-        anchors = reference_logprobs(self.policy, batches, 1.0, torch.float32)
+        ref_logprobs = reference_logprobs(self.policy, batches, 1.0, torch.float32)
         update(
-            self.policy, self.optimizer, batches, anchors, torch.ones(len(self.rollout)), LossSettings(),
+            self.policy, self.optimizer, batches, ref_logprobs, torch.ones(len(self.rollout)), LossSettings(),
             temperature=1.0, learning_rate=1e-6, max_grad_norm=1.0,
         )  # fmt: skip
 
@@ -165,7 +165,7 @@ class AudioRun:
         config = demo()
         self.pool, self.pieces, self.seconds = pool, pieces, seconds
         self.vocab = load_vocabulary("smart")
-        self.reward = RewardMix(config.reward, statistics_path(config))
+        self.reward = RewardBlend(config.reward, statistics_path(config))
 
     def decode(self) -> None:
         self.notes = decode(self.pieces, self.vocab, self.seconds)

@@ -29,11 +29,11 @@ import numpy as np
 import psutil
 from results import write_result
 
-from fastsmart.config import Config, read_config, to_toml, updated
-from fastsmart.files import JsonLines
-from fastsmart.train.display import Silent
-from fastsmart.train.loop import train
-from fastsmart.train.stations import Stations
+from fastsmart.config import Config, merged, read_config, to_toml
+from fastsmart.machine.files import JsonLines
+from fastsmart.run.display import Silent
+from fastsmart.trainer.loop import train
+from fastsmart.trainer.rollout_worker import RolloutWorker
 
 KILL, HANG, NAN, FULL, FREE, TERM, CRASH = "kill", "hang", "nan", "full disk", "disk free", "SIGTERM", "kill -9"
 HANG_S = 1.0
@@ -104,14 +104,14 @@ def live(folder: Path, resume: bool, in_peace: bool) -> int:
     config = read_config(folder / "config.toml")
     out = folder / ("peace" if in_peace else "run")
     if not in_peace:
-        build = Stations.__init__
+        build = RolloutWorker.__init__
 
-        def built(self: Stations, *arguments: Any) -> None:
+        def built(self: RolloutWorker, *arguments: Any) -> None:
             build(self, *arguments)
             if self.pool:
                 self.pool.gather = corrupting(self.pool.gather)  # type: ignore[method-assign]
 
-        Stations.__init__ = built  # type: ignore[method-assign]
+        RolloutWorker.__init__ = built  # type: ignore[method-assign]
     display = Silent() if in_peace else Injector(out, faults(config.train.steps))
     return train(config, out, resume, display).exit_code
 
@@ -135,7 +135,7 @@ def config_for(steps: int) -> Config:
             "threads": 1,
         },
     }
-    return updated(Config(), tree)
+    return merged(Config(), tree)
 
 
 def slope(values: list[float]) -> float:

@@ -18,13 +18,13 @@ from harness import Job, Work, chosen_peers
 from results import write_result
 
 from fastsmart.errors import UserError
-from fastsmart.policy.checkpoint import load_policy, save_policy
+from fastsmart.policy.hf_format import load_policy, save_policy
 from fastsmart.policy.transformer import Policy, PolicySize
+from fastsmart.run.provenance import resolved_dtype
 from fastsmart.sampling import Rollout, SamplingSettings
 from fastsmart.sampling.native import NativeEngine
 from fastsmart.tokens.vocabulary import load_vocabulary
-from fastsmart.train.provenance import resolved_dtype
-from fastsmart.train.settings import PolicySettings
+from fastsmart.trainer.settings import PolicySettings
 
 Makers = Mapping[str, Callable[[], dict[str, Job]]]  # peer -> a function that makes its contenders
 

@@ -33,23 +33,23 @@ from score import GFLOP as WINDOW_GFLOP
 from stages import decoding_work, update_work
 
 from fastsmart.audio import find_soundfont
-from fastsmart.audio.building import build_bank
+from fastsmart.audio.bank_tools import build_bank
 from fastsmart.config import Config
+from fastsmart.machine.distributed import Ranks
 from fastsmart.notes import NoteBatch
-from fastsmart.policy.checkpoint import save_policy
-from fastsmart.policy.state import Checkpoints
+from fastsmart.policy.checkpoints import Checkpoints
+from fastsmart.policy.hf_format import save_policy
 from fastsmart.policy.transformer import Policy
 from fastsmart.presets import smart_paper
 from fastsmart.reward.audiobox import make_random_weights
+from fastsmart.run.provenance import statistics_path
 from fastsmart.tokens.prompts import PromptSettings, make_prompts
 from fastsmart.tokens.vocabulary import load_vocabulary
-from fastsmart.train.learner import Learner
-from fastsmart.train.loop import advantages
-from fastsmart.train.metrics import Batch
-from fastsmart.train.provenance import statistics_path
-from fastsmart.train.ranks import Ranks
-from fastsmart.train.settings import PolicySettings
-from fastsmart.train.stations import Rollouts, Stations
+from fastsmart.trainer.batch import Batch
+from fastsmart.trainer.loop import advantages
+from fastsmart.trainer.rollout_worker import RolloutScheduler, RolloutWorker
+from fastsmart.trainer.settings import PolicySettings
+from fastsmart.trainer.trainer import Trainer
 
 PEERS = ("public", "public-without-checkpointing")
 STAGES = ("sample", "decode", "render", "score", "update", "sync", "whole")
@@ -140,18 +140,18 @@ def noted(step: Callable[[], Times], taken: list[Times]) -> Callable[[], None]:
 
 
 class OwnStep:
-    """A training run's stations, of which `step` takes a step as `fastsmart.train.loop` does.
+    """A training run's stations, of which `step` takes a step as `fastsmart.trainer.loop` does.
 
     notes : of the last step's completions
     """
 
     def __init__(self, config: Config, folder: Path) -> None:
         self.config, self.ranks = config, Ranks()
-        self.learner = Learner(config, Checkpoints(folder), self.ranks)
-        sampler, version = self.learner.sampler_weights()
-        self.stations = Stations(config, sampler, statistics_path(config), self.learner.dtype, version)
-        self.rollouts = Rollouts(self.stations)
-        engine, load = self.stations.engine, self.stations.engine.load
+        self.trainer = Trainer(config, Checkpoints(folder), self.ranks)
+        sampler, version = self.trainer.sampler_weights()
+        self.worker = RolloutWorker(config, sampler, statistics_path(config), self.trainer.dtype, version)
+        self.scheduler = RolloutScheduler(self.worker)
+        engine, load = self.worker.engine, self.worker.engine.load
 
         def load_endless(policy: Policy, version: int) -> None:
             load(policy, version)
@@ -163,17 +163,17 @@ class OwnStep:
 
     def step(self) -> Times:
         """One step; seconds of each stage."""
-        trace, learner = self.stations.trace, self.learner
-        trace.take()
-        performance = self.rollouts.take(learner.step, learner.policy)
-        batch = Batch.gather(performance, self.config.train.prompts, self.ranks)
+        trace, trainer = self.worker.trace, self.trainer
+        trace.pop_times()
+        scored = self.scheduler.next(trainer.step, trainer.policy)
+        batch = Batch.gather(scored, self.config.train.prompts, self.ranks)
         with trace("update"):
-            learner.learn(performance, batch, advantages(batch, self.config), trace)
-        self.notes = performance.notes
-        return trace.take()[0]
+            trainer.train_step(scored, batch, advantages(batch, self.config), trace)
+        self.notes = scored.notes
+        return trace.pop_times()[0]
 
     def close(self) -> None:
-        self.stations.close()
+        self.worker.close()
 
 
 def public_step(config: Config, peer: str, steps: int, audiobox: Path) -> Any:

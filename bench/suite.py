@@ -21,7 +21,7 @@ from pathlib import Path
 from stages import run
 
 from fastsmart.errors import UserError
-from fastsmart.files import cpu_cores, make_folder, processor, write_atomic
+from fastsmart.machine.files import cpu_cores, make_folder, processor, write_atomic
 
 BENCH = Path(__file__).parent
 STAGES = ("sampling", "decode", "render", "score", "logprob", "update", "sync")

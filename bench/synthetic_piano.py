@@ -16,7 +16,7 @@ import numpy as np
 
 from fastsmart.audio.bank import NoteBank
 from fastsmart.audio.events import BLOCK
-from fastsmart.audio.mix import HELD_BLOCKS, INAUDIBLE, LEAD
+from fastsmart.audio.mixdown import HELD_BLOCKS, INAUDIBLE, LEAD
 from fastsmart.audio.settings import SYNTH_HZ, RenderSettings
 
 FONT = "synthetic-piano.sf2"

@@ -25,10 +25,10 @@ from logprob import whole_logits
 from stages import compute_dtype, finish, made, paper_policy, parse, phi3, run, update_work
 from torch import Tensor
 
-import fastsmart.train.update as training
+import fastsmart.trainer.update as training
 from fastsmart.grpo.settings import LossSettings
 from fastsmart.kernels.logprob import LogProb
-from fastsmart.policy.checkpoint import save_policy
+from fastsmart.policy.hf_format import save_policy
 from fastsmart.policy.optimizer import make_optimizer
 from fastsmart.policy.transformer import Policy
 from fastsmart.sampling.rollout import Rollout
@@ -78,9 +78,9 @@ def ours(policy: Policy, rollout: Rollout, advantage: Tensor, dtype: torch.dtype
 
     def job() -> training.Update:
         batches = list(training.micro_batches(rollout, MICRO_BATCH, policy.device))
-        anchors = training.reference_logprobs(reference, batches, 1.0, dtype)
+        ref_logprobs = training.reference_logprobs(reference, batches, 1.0, dtype)
         return training.update(
-            policy, optimizer, batches, anchors, advantage, SETTINGS,
+            policy, optimizer, batches, ref_logprobs, advantage, SETTINGS,
             temperature=1.0, learning_rate=LEARNING_RATE, max_grad_norm=MAX_GRAD_NORM, dtype=dtype,
         )  # fmt: skip
 
@@ -112,7 +112,7 @@ def plain(policy: Policy, rollout: Rollout, advantage: Tensor, dtype: torch.dtyp
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=0.0)
     device, n = policy.device, len(rollout)
     ids = torch.from_numpy(np.concatenate([rollout.prompt_ids, rollout.ids], axis=1)).long().to(device)
-    behaviour, gain = torch.from_numpy(rollout.logprobs).to(device), advantage[:, None].to(device)
+    sampler_logprobs, batch_advantage = torch.from_numpy(rollout.logprobs).to(device), advantage[:, None].to(device)
 
     def logprobs(model: Any, rows: Tensor) -> Tensor:
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
@@ -123,14 +123,16 @@ def plain(policy: Policy, rollout: Rollout, advantage: Tensor, dtype: torch.dtyp
     def job() -> float:
         starts, total = range(0, n, MICRO_BATCH), 0.0
         with torch.no_grad():
-            anchors = [logprobs(reference, ids[at : at + MICRO_BATCH]) for at in starts]
-        for at, anchor in zip(starts, anchors, strict=True):
+            ref_logprobs = [logprobs(reference, ids[at : at + MICRO_BATCH]) for at in starts]
+        for at, ref_logprob in zip(starts, ref_logprobs, strict=True):
             rows = slice(at, at + MICRO_BATCH)
             log_p = logprobs(model, ids[rows])
-            ratio = (log_p - behaviour[rows]).exp()
+            ratio = (log_p - sampler_logprobs[rows]).exp()
             clipped = ratio.clamp(1 - SETTINGS.clip_low, 1 + SETTINGS.clip_high)
-            kl = (anchor - log_p).exp() - (anchor - log_p) - 1
-            loss = (SETTINGS.beta * kl - torch.min(ratio * gain[rows], clipped * gain[rows])).sum() / behaviour.numel()
+            kl = (ref_logprob - log_p).exp() - (ref_logprob - log_p) - 1
+            loss = (
+                SETTINGS.beta * kl - torch.min(ratio * batch_advantage[rows], clipped * batch_advantage[rows])
+            ).sum() / sampler_logprobs.numel()
             loss.backward()
             total += float(loss.detach())
         torch.nn.utils.clip_grad_norm_(model.parameters(), MAX_GRAD_NORM)

@@ -20,29 +20,30 @@ if TYPE_CHECKING:
     from fastsmart.audio import render as render
     from fastsmart.config import Config as Config
     from fastsmart.errors import UserError as UserError
-    from fastsmart.policy.checkpoint import load_policy as load_policy
-    from fastsmart.policy.checkpoint import save_policy as save_policy
+    from fastsmart.policy.hf_format import load_policy as load_policy
+    from fastsmart.policy.hf_format import save_policy as save_policy
     from fastsmart.reward import Clips as Clips
     from fastsmart.reward import load_reward as load_reward
     from fastsmart.sampling import sample as sample
     from fastsmart.tokens import prompts as prompts
     from fastsmart.tokens.decode import decode as decode
     from fastsmart.tokens.vocabulary import load_vocabulary as load_vocabulary
-    from fastsmart.train.loop import train as train
+    from fastsmart.trainer.loop import train as train
 
 _HOME = {
     "Clips": "fastsmart.reward",
     "Config": "fastsmart.config",
     "UserError": "fastsmart.errors",
     "decode": "fastsmart.tokens.decode",
-    "load_policy": "fastsmart.policy.checkpoint",
+    "load_policy": "fastsmart.policy.hf_format",
     "load_reward": "fastsmart.reward",
     "load_vocabulary": "fastsmart.tokens.vocabulary",
     "render": "fastsmart.audio",
     "sample": "fastsmart.sampling",
-    "save_policy": "fastsmart.policy.checkpoint",
+    "save_policy": "fastsmart.policy.hf_format",
+    "train": "fastsmart.trainer.loop",
 }
-_MODULES = {"presets": "fastsmart.presets", "prompts": "fastsmart.tokens.prompts", "train": "fastsmart.train"}
+_MODULES = {"presets": "fastsmart.presets", "prompts": "fastsmart.tokens.prompts"}
 
 __all__ = [*_HOME, *_MODULES]
 

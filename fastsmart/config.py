@@ -17,7 +17,7 @@ from fastsmart.grpo.settings import LossSettings
 from fastsmart.reward.settings import RewardSettings
 from fastsmart.sampling.rollout import SamplingSettings
 from fastsmart.tokens.prompts import PromptSettings
-from fastsmart.train.settings import PolicySettings, TrainSettings
+from fastsmart.trainer.settings import PolicySettings, TrainSettings
 
 
 @dataclass(frozen=True)
@@ -73,17 +73,17 @@ def read_config(path: str | Path, base: Config | None = None) -> Config:
     except tomllib.TOMLDecodeError as error:
         raise UserError(f"{path} is not valid TOML: {error}") from error
     try:
-        return updated(base or Config(), tree)
+        return merged(base or Config(), tree)
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
 
 
-def assigned(config: Config, texts: Sequence[str]) -> Config:
+def with_overrides(config: Config, texts: Sequence[str]) -> Config:
     """The config with every `section.key=value` put in, checked when all are in.
 
     A value is read as TOML, and as plain text where it is none. A key inside a table (`reward.terms.consonance=2`)
     leaves the table's other keys as they are; a whole table (`reward.terms={consonance=2}`) takes its place. Raises
-    UserError where there is no `=`, and as `updated` does.
+    UserError where there is no `=`, and as `merged` does.
     """
     tree = _plain(asdict(config))
     for text in texts:
@@ -100,10 +100,10 @@ def assigned(config: Config, texts: Sequence[str]) -> Config:
             node[last] = tomllib.loads(f"value = {value}")["value"]
         except tomllib.TOMLDecodeError:
             node[last] = value.strip()
-    return updated(Config(), tree)
+    return merged(Config(), tree)
 
 
-def updated(config: Any, tree: Mapping[str, Any], where: str = "") -> Any:
+def merged(config: Any, tree: Mapping[str, Any], where: str = "") -> Any:
     """The dataclass with the values of a nested mapping put in, checked against the types of its fields.
 
     A mapping-valued key (`reward.terms`) is replaced as a whole. Raises UserError naming the key that is unknown or of
@@ -119,7 +119,7 @@ def updated(config: Any, tree: Mapping[str, Any], where: str = "") -> Any:
         if is_dataclass(current):
             if not isinstance(value, Mapping):
                 raise UserError(f"{name} is a section, not a value; set one of its keys: {', '.join(_keys(current))}")
-            changes[key] = updated(current, value, f"{name}.")
+            changes[key] = merged(current, value, f"{name}.")
         else:
             changes[key] = _coerced(value, hints[key], name)
     try:

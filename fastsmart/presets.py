@@ -12,7 +12,7 @@ from fastsmart.grpo.settings import LossSettings
 from fastsmart.reward.settings import RewardSettings
 from fastsmart.sampling.rollout import SamplingSettings
 from fastsmart.tokens.prompts import PromptSettings
-from fastsmart.train.settings import PolicySettings, TrainSettings
+from fastsmart.trainer.settings import PolicySettings, TrainSettings
 
 AUTHORS_POLICY = "lucacasini/metamidipianophi3_4L"
 

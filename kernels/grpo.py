@@ -62,7 +62,7 @@ class Objective(NamedTuple):
 
 def objective(
     logprob: Tensor,
-    behaviour: Tensor,
+    sampler_logprobs: Tensor,
     reference: Tensor | None,
     entropy: Tensor | None,
     advantage: Tensor,
@@ -78,7 +78,7 @@ def objective(
     return _Objective.apply(
         logprob.contiguous(),
         None if entropy is None else entropy.contiguous(),
-        behaviour.contiguous(),
+        sampler_logprobs.contiguous(),
         None if reference is None else reference.contiguous(),
         advantage.contiguous(),
         offsets,
@@ -120,13 +120,13 @@ def _ratio(log_ratio, LIMIT: tl.constexpr):
 
 
 @jit
-def _surrogate(ratio, gain, LOW: tl.constexpr, HIGH: tl.constexpr, TRUNCATE: tl.constexpr):
+def _surrogate(ratio, adv, LOW: tl.constexpr, HIGH: tl.constexpr, TRUNCATE: tl.constexpr):
     """PPO's pessimistic objective as a loss, and its derivative with respect to the ratio."""
-    clipped = _clamp(ratio, LOW, HIGH) * gain
-    free = ratio * gain
+    clipped = _clamp(ratio, LOW, HIGH) * adv
+    free = ratio * adv
     if TRUNCATE != 0.0:
-        free = tl.where(ratio > TRUNCATE, TRUNCATE, ratio) * gain
-    slope = tl.where(free > clipped, 0.0, -gain)  # equal: not clipped, or no advantage
+        free = tl.where(ratio > TRUNCATE, TRUNCATE, ratio) * adv
+    slope = tl.where(free > clipped, 0.0, -adv)  # equal: not clipped, or no advantage
     if TRUNCATE != 0.0:
         slope = tl.where(ratio > TRUNCATE, 0.0, slope)
     return -tl.where(free < clipped, free, clipped), slope
@@ -150,9 +150,9 @@ def _load(values, place, kept):
 
 
 @jit
-def _tokens(logprob, behaviour, place, end):
+def _tokens(logprob, sampler_logprobs, place, end):
     """Of a block of tokens: which count, their log-prob, and by how much it is above the sampler's."""
-    sampler = tl.load(behaviour + place, mask=place < end, other=float("nan")).to(tl.float64)
+    sampler = tl.load(sampler_logprobs + place, mask=place < end, other=float("nan")).to(tl.float64)
     kept = tl.abs(sampler) < float("inf")  # false for NaN too
     now = _load(logprob, place, kept)
     return kept, now, now - tl.where(kept, sampler, 0.0)
@@ -162,7 +162,7 @@ def _tokens(logprob, behaviour, place, end):
 def _objective(
     logprob,
     entropy,
-    behaviour,
+    sampler_logprobs,
     reference,
     advantage,
     offsets,
@@ -194,7 +194,7 @@ def _objective(
 ):
     n = tl.program_id(0)
     begin, end = tl.load(offsets + n), tl.load(offsets + n + 1)
-    gain = tl.load(advantage + n).to(tl.float64)
+    adv = tl.load(advantage + n).to(tl.float64)
     step = tl.arange(0, BLOCK)
     zero = tl.full((), 0.0, tl.float64)
     weight = zero + 1.0
@@ -206,7 +206,7 @@ def _objective(
         count, total_gap, within_count, total_kl = zero, zero, zero, zero
         for start in range(begin, end, BLOCK):
             place = start + step
-            kept, now, gap = _tokens(logprob, behaviour, place, end)
+            kept, now, gap = _tokens(logprob, sampler_logprobs, place, end)
             count += tl.sum(kept.to(tl.float64))
             total_gap += tl.sum(gap)
             within_count += tl.sum(_within(gap, kept, MASK_LOW, MASK_HIGH).to(tl.float64))
@@ -218,7 +218,7 @@ def _objective(
             within_count = tl.where(_within(mean_gap, count > 0.0, MASK_LOW, MASK_HIGH), count, 0.0)
         if GSPO:
             shared, shared_flow = _ratio(zero if RATIO_ONE else mean_gap, MAX_LOG_RATIO)
-            _, shared_slope = _surrogate(shared, gain, LOW, HIGH, TRUNCATE)
+            _, shared_slope = _surrogate(shared, adv, LOW, HIGH, TRUNCATE)
             steep = shared_slope * within_count + BETA * total_kl
             spread = weight * shared_flow * steep / tl.maximum(count, 1.0)
 
@@ -228,7 +228,7 @@ def _objective(
     for start in range(begin, end, BLOCK):
         place = start + step
         live = place < end
-        kept, now, gap = _tokens(logprob, behaviour, place, end)
+        kept, now, gap = _tokens(logprob, sampler_logprobs, place, end)
         log_ratio = gap
         if RATIO_ONE:
             log_ratio = gap * 0.0
@@ -241,10 +241,10 @@ def _objective(
             within = _within(gap, kept, MASK_LOW, MASK_HIGH)
 
         if CISPO:
-            slope = -_clamp(ratio, LOW, HIGH) * gain
+            slope = -_clamp(ratio, LOW, HIGH) * adv
             loss = slope * now
         else:
-            loss, slope = _surrogate(ratio, gain, LOW, HIGH, TRUNCATE)
+            loss, slope = _surrogate(ratio, adv, LOW, HIGH, TRUNCATE)
             slope = slope * flow
         gradient = tl.where(within, slope, 0.0)
         if GSPO:  # there it is `spread`
@@ -273,7 +273,7 @@ def _objective(
         dropped += tl.sum((live & (kept == 0)).to(tl.float64))
         ratios += tl.sum(tl.where(kept, ratio, 0.0))
         below, above = kept & (ratio < LOW), kept & (ratio > HIGH)
-        side = tl.where(kept, gain, 0.0)
+        side = tl.where(kept, adv, 0.0)
         if CISPO:
             below, above = below & (side != 0.0), above & (side != 0.0)
         else:  # the minimum picks the clipped branch on one side only
@@ -313,7 +313,7 @@ def _objective(
 
 def _shipped() -> list[Shipped]:
     """The default loss, and gspo with everything switched on that makes it walk twice."""
-    tensors = ("logprob", "entropy", "behaviour", "reference", "advantage", "grad_logprob", "grad_entropy")
+    tensors = ("logprob", "entropy", "sampler_logprobs", "reference", "advantage", "grad_logprob", "grad_entropy")
     types = dict.fromkeys(tensors, "*fp32") | {"offsets": "*i64", "sums": "*fp64", "peaks": "*fp64"}
     plain = Objective(False, False, False, False, 0.8, 1.2, 0.0, 0.04, "k3", False, 20.0, 0.0, 0.0, False, 0.0, 20.0)
     full = plain._replace(
@@ -345,7 +345,7 @@ class _Objective(torch.autograd.Function):
         ctx: Any,
         logprob: Tensor,
         entropy: Tensor | None,
-        behaviour: Tensor,
+        sampler_logprobs: Tensor,
         reference: Tensor | None,
         advantage: Tensor,
         offsets: Tensor,
@@ -360,7 +360,7 @@ class _Objective(torch.autograd.Function):
         _objective[(n,)](
             logprob,
             logprob if entropy is None else entropy,
-            behaviour,
+            sampler_logprobs,
             logprob if reference is None else reference,
             advantage,
             offsets,

@@ -14,7 +14,7 @@ os.environ.setdefault("TRITON_INTERPRET", "0" if torch.cuda.is_available() else 
 from tiny_policy import make_policy
 
 from fastsmart.audio import find_soundfont
-from fastsmart.policy.checkpoint import save_policy
+from fastsmart.policy.hf_format import save_policy
 from fastsmart.policy.transformer import Policy
 from fastsmart.tokens.vocabulary import Vocabulary, load_vocabulary
 

@@ -115,7 +115,7 @@ def bad_soundfont(folder):
 def wrong_vocabulary(folder):
     from tiny_policy import make_policy
 
-    from fastsmart.policy.checkpoint import save_policy
+    from fastsmart.policy.hf_format import save_policy
     from fastsmart.tokens.vocabulary import load_vocabulary
 
     save_policy(make_policy(load_vocabulary("smart")), folder / "p")

@@ -2,7 +2,7 @@
 
 import pytest
 
-from fastsmart.config import Config, assigned, read_config, to_toml
+from fastsmart.config import Config, read_config, to_toml, with_overrides
 from fastsmart.errors import UserError
 from fastsmart.presets import PRESETS
 
@@ -67,7 +67,7 @@ def test_assignments_are_read_as_toml_and_else_as_text():
         "train.listen=100",  # more than the evaluation prompts, until the next one is in
         "train.eval_prompts=200",
     )
-    config = assigned(config, texts)
+    config = with_overrides(config, texts)
     assert (config.train.steps, config.train.learning_rate, config.policy.source) == (7, 1.0, "some/where")
     assert (config.prompts.time_signatures, config.reward.terms, config.audio.reverb) == (
         ("3/4",),
@@ -75,10 +75,10 @@ def test_assignments_are_read_as_toml_and_else_as_text():
         True,
     )
     with pytest.raises(UserError, match=r"section\.key=value"):
-        assigned(config, ["train.steps"])
+        with_overrides(config, ["train.steps"])
 
 
 def test_one_term_set_leaves_the_others_of_the_preset():
-    config = assigned(PRESETS["demo"](), ["reward.terms.consonance=9"])
+    config = with_overrides(PRESETS["demo"](), ["reward.terms.consonance=9"])
     assert config.reward.terms == {**PRESETS["demo"]().reward.terms, "consonance": 9.0}
-    assert assigned(config, ["reward.terms={variety=1}"]).reward.terms == {"variety": 1.0}
+    assert with_overrides(config, ["reward.terms={variety=1}"]).reward.terms == {"variety": 1.0}

@@ -165,13 +165,13 @@ def imported_names(source: str, package: str) -> set[str]:
 @pytest.mark.parametrize(
     ("line", "name"),
     [
-        ("import fastsmart.train.loop", "fastsmart.train.loop"),
+        ("import fastsmart.trainer.loop", "fastsmart.trainer.loop"),
         ("import vllm as v", "vllm"),
         ("from fastsmart import train", "fastsmart.train"),
-        ("def f():\n    from fastsmart.train.loop import train", "fastsmart.train.loop.train"),
+        ("def f():\n    from fastsmart.trainer.loop import train", "fastsmart.trainer.loop.train"),
         ("from . import audiobox", "fastsmart.reward.audiobox"),
         ("from .audiobox import load", "fastsmart.reward.audiobox.load"),
-        ("from ..train import loop", "fastsmart.train.loop"),
+        ("from ..trainer import loop", "fastsmart.trainer.loop"),
         ("from .. import train", "fastsmart.train"),
         ("importlib.import_module('fastsmart.train')", "fastsmart.train"),
     ],
@@ -199,10 +199,10 @@ def rooms(names: set[str]) -> set[str]:
 @pytest.mark.parametrize(
     ("room", "never"),
     [
-        ("audio", {"reward", "grpo", "train"}),
-        ("reward", {"sampling", "grpo", "train"}),
-        ("grpo", {"train"}),
-        ("kernels", {"tokens", "policy", "sampling", "audio", "reward", "grpo", "train", "study"}),
+        ("audio", {"reward", "grpo", "trainer"}),
+        ("reward", {"sampling", "grpo", "trainer"}),
+        ("grpo", {"trainer"}),
+        ("kernels", {"tokens", "policy", "sampling", "audio", "reward", "grpo", "trainer", "study"}),
     ],
 )
 def test_imports_go_down_the_way_of_the_data(room: str, never: set[str]):

@@ -33,13 +33,13 @@ import numpy as np
 
 from fastsmart.audio.events import BLOCK
 from fastsmart.audio.fluidsynth import GAIN, FluidSynthRenderer, load_library
-from fastsmart.audio.mix import HELD_BLOCKS, LEAD, MISSING, SILENT, UNFIT, Tables
+from fastsmart.audio.mixdown import HELD_BLOCKS, LEAD, MISSING, SILENT, UNFIT, Tables
+from fastsmart.audio.note_model import VelocityLayers, measure, phases, velocity_layers
 from fastsmart.audio.resample import resample
 from fastsmart.audio.settings import SYNTH_HZ, RenderSettings
 from fastsmart.audio.soundfont import find_soundfont, soundfont_hash
-from fastsmart.audio.tone import Layers, layers, measure, phases
 from fastsmart.errors import UserError
-from fastsmart.files import cache_folder, os_errors_as_user_errors, write_atomic
+from fastsmart.machine.files import cache_folder, os_errors_as_user_errors, write_atomic
 
 FORMAT = 2  # of the folder, and of how notes are measured: a new number makes old banks unused
 GIB = 2**30
@@ -103,7 +103,7 @@ class NoteBank:
         name = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:20]
         self.path = banks_folder() / name
         self._renderer: FluidSynthRenderer | None = None
-        self._layers: dict[int, Layers] = {}
+        self._layers: dict[int, VelocityLayers] = {}
         self._exact: OrderedDict[tuple[int, int, int, int], np.ndarray] = OrderedDict()
         self._exact_bytes = 0
         self._told: dict[tuple[int, int], dict[str, Any]] = {}  # index lines not yet verified, by key and velocity
@@ -304,9 +304,9 @@ class NoteBank:
         finally:
             fcntl.lockf(self._lock_fd, fcntl.LOCK_UN, 1, byte)
 
-    def _layers_of(self, key: int) -> Layers:
+    def _layers_of(self, key: int) -> VelocityLayers:
         if key not in self._layers:
-            self._layers[key] = layers(self._synth(), key)
+            self._layers[key] = velocity_layers(self._synth(), key)
         return self._layers[key]
 
     def _synth(self) -> FluidSynthRenderer:

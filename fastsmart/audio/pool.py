@@ -30,11 +30,11 @@ from fastsmart.audio.batch import AudioBatch
 from fastsmart.audio.fluidsynth import load_library
 from fastsmart.audio.settings import RenderSettings
 from fastsmart.audio.soundfont import find_soundfont
-from fastsmart.audio.tinysf import tinysoundfont_module
+from fastsmart.audio.tinysoundfont import tinysoundfont_module
 from fastsmart.audio.worker import READY, REFUSED, REPORT, pack_task
 from fastsmart.errors import UserError
+from fastsmart.machine.workers import start_worker
 from fastsmart.notes import NoteBatch
-from fastsmart.processes import start_worker
 
 IN_HAND = 4  # clips a worker holds at most: enough to stay busy while the caller samples a token
 PIPE_BYTES = 32 * 1024  # and bytes, far below what Linux lets wait in a pipe, so that sending does not block
@@ -150,12 +150,12 @@ class RenderPool:
         self._done.clear()
         self._unseen.clear()
 
-    def take_events(self) -> list[str]:
+    def pop_events(self) -> list[str]:
         """What happened to workers and clips since the last call, a sentence each."""
         events, self._events = self._events, []
         return events
 
-    def take_work(self) -> list[tuple[int, float, float]]:
+    def pop_work(self) -> list[tuple[int, float, float]]:
         """Process id, start and end (seconds of `time.monotonic`) of every clip rendered since the last call."""
         work = list(self._work)
         self._work.clear()

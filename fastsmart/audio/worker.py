@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from fastsmart.audio.bank_renderer import make_renderer
 from fastsmart.audio.events import Piece, piece_arrays
-from fastsmart.audio.renderers import make_renderer
 from fastsmart.audio.settings import RenderSettings
 from fastsmart.errors import UserError
 

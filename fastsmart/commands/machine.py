@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fastsmart.errors import UserError
-from fastsmart.files import files_below
+from fastsmart.machine.files import files_below
 from fastsmart.notes import MIDI_SUFFIXES
 
 if TYPE_CHECKING:
@@ -52,8 +52,8 @@ def _build_bank(settings: RenderSettings) -> int:
     import time
 
     from fastsmart.audio.bank import NoteBank
-    from fastsmart.audio.building import build_bank
-    from fastsmart.progress import bar
+    from fastsmart.audio.bank_tools import build_bank
+    from fastsmart.machine.progress import bar
 
     start = time.perf_counter()
     with bar("keys") as show:
@@ -70,9 +70,9 @@ def _build_bank(settings: RenderSettings) -> int:
 def _verify_bank(settings: RenderSettings, options: argparse.Namespace) -> int:
     import statistics
 
-    from fastsmart.audio.building import fidelity
+    from fastsmart.audio.bank_tools import fidelity
+    from fastsmart.music.windows import cut_windows
     from fastsmart.notes import NoteBatch, read_midi
-    from fastsmart.reward.windows import cut_windows
 
     paths = [path for path, _ in files_below(options.files, MIDI_SUFFIXES)]
     clips: list[tuple[Path, NoteBatch]] = []

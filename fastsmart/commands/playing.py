@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fastsmart.errors import UserError
-from fastsmart.files import files_below
+from fastsmart.machine.files import files_below
 from fastsmart.notes import MIDI_SUFFIXES
 
 AUDIO_SUFFIXES = (".wav", ".flac")
@@ -18,8 +18,8 @@ AUDIO_SUFFIXES = (".wav", ".flac")
 def sample(options: argparse.Namespace) -> int:
     from fastsmart import decode, load_policy, prompts
     from fastsmart import sample as draw
-    from fastsmart.files import make_folder
-    from fastsmart.policy.state import policy_source
+    from fastsmart.machine.files import make_folder
+    from fastsmart.policy.checkpoints import policy_source
 
     policy = load_policy(policy_source(options.policy), vocabulary=options.vocabulary)
     asked = prompts.procedural(
@@ -53,9 +53,9 @@ def sample(options: argparse.Namespace) -> int:
 
 def render(options: argparse.Namespace) -> int:
     from fastsmart.audio import RenderSettings, render_files
-    from fastsmart.files import make_folder
+    from fastsmart.machine.files import make_folder
+    from fastsmart.machine.progress import bar
     from fastsmart.notes import read_midi
-    from fastsmart.progress import bar
 
     jobs = [
         (path, (Path(options.out) / below if options.out else path).with_suffix(".flac" if options.flac else ".wav"))
@@ -79,8 +79,8 @@ def render(options: argparse.Namespace) -> int:
 
 
 def score(options: argparse.Namespace) -> int:
-    from fastsmart.files import os_errors_as_user_errors, write_atomic
-    from fastsmart.progress import bar
+    from fastsmart.machine.files import os_errors_as_user_errors, write_atomic
+    from fastsmart.machine.progress import bar
     from fastsmart.reward import RewardSettings
     from fastsmart.study.scoring import FileScorer, scored_before
 

@@ -8,20 +8,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fastsmart.errors import UserError
-from fastsmart.files import files_below
+from fastsmart.machine.files import files_below
 
 if TYPE_CHECKING:
     from fastsmart.config import Config
 
 
 def evaluate(options: argparse.Namespace) -> int:
-    from fastsmart.progress import stages
+    from fastsmart.machine.progress import stage_bars
     from fastsmart.study.evaluate import evaluate as run_evaluation
 
     config, policies = _study_config(options), options.policy
     if len(policies) == 1 and _is_run(policies[0]):
         policies = [config.policy.source, *policies]
-    with stages() as show:
+    with stage_bars() as show:
         found = run_evaluation(
             policies,
             options.out,
@@ -38,14 +38,14 @@ def evaluate(options: argparse.Namespace) -> int:
 
 
 def report(options: argparse.Namespace) -> int:
-    from fastsmart.progress import stages
+    from fastsmart.machine.progress import stage_bars
+    from fastsmart.run.folder import RunFolder
     from fastsmart.study.evaluate import evaluate as run_evaluation
     from fastsmart.study.evaluation import EVALUATION_FILE, Evaluation
     from fastsmart.study.report import write_report
-    from fastsmart.train.folder import RunFolder
 
     source = Path(options.source)
-    with stages() as show:
+    with stage_bars() as show:
         if (source / EVALUATION_FILE).is_file():
             found = Evaluation.open(source)
         elif _is_run(options.source):
@@ -70,11 +70,11 @@ def sweep(options: argparse.Namespace) -> int:
             print(f"{number}  {name}: {config.train.steps} steps")
         return 0
 
-    from fastsmart.progress import stages
+    from fastsmart.machine.progress import stage_bars
+    from fastsmart.run.display import Plain
     from fastsmart.study.sweep import run_sweep
-    from fastsmart.train.display import Plain
 
-    with stages() as show:
+    with stage_bars() as show:
         exit_code = run_sweep(plan, options.out, options.index, options.training_set, Plain, show)
     if exit_code == 0:
         print(f"runs, evaluation, figures/frontier.svg and report.html are in {options.out}")
@@ -86,21 +86,21 @@ def listen(options: argparse.Namespace) -> int:
 
 
 def _listen_make(options: argparse.Namespace) -> int:
-    from fastsmart.progress import stages
+    from fastsmart.machine.progress import stage_bars
     from fastsmart.study.evaluation import Evaluation
     from fastsmart.study.listening import ListeningSettings, make_test
 
     settings = ListeningSettings(
         options.design, options.prompts, options.seconds, options.checks, options.repeats, options.question
     )
-    with stages() as show:
+    with stage_bars() as show:
         page, key = make_test(Evaluation.open(options.evaluation), options.out, settings, options.policy, show)
     print(f"send {page} to listeners; keep {key}, and analyse with: fastsmart listen analyse ANSWERS --key {key}")
     return 0
 
 
 def _listen_analyse(options: argparse.Namespace) -> int:
-    from fastsmart.files import write_atomic
+    from fastsmart.machine.files import write_atomic
     from fastsmart.study.ratings import analyse, as_text, read_answers
 
     files = [path for path, _ in files_below(options.answers, (".json",)) if path.name != Path(options.key).name]
@@ -127,9 +127,9 @@ def _listen_power(options: argparse.Namespace) -> int:
 
 def _study_config(options: argparse.Namespace) -> Config:
     """The config asked for; that of the first run among the policies where none was; else the demo's."""
-    from fastsmart.config import Config, assigned, read_config
+    from fastsmart.config import Config, read_config, with_overrides
     from fastsmart.presets import load_preset
-    from fastsmart.train.folder import CONFIG_FILE
+    from fastsmart.run.folder import CONFIG_FILE
 
     runs = [Path(_source(p)) / CONFIG_FILE for p in options.policy if _is_run(p)]
     if options.preset or options.config:
@@ -138,7 +138,7 @@ def _study_config(options: argparse.Namespace) -> Config:
         config = read_config(runs[0]) if runs else load_preset("demo")
     if options.config:
         config = read_config(options.config, config)
-    return assigned(config, options.set)
+    return with_overrides(config, options.set)
 
 
 def _source(policy: str) -> str:

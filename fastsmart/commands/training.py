@@ -18,13 +18,13 @@ if TYPE_CHECKING:
 def pretrain(options: argparse.Namespace) -> int:
     import torch
 
-    from fastsmart.files import cpu_cores
+    from fastsmart.machine.files import cpu_cores
+    from fastsmart.machine.progress import bar
+    from fastsmart.machine.signals import stop_signals
     from fastsmart.policy.crops import CropSettings
     from fastsmart.policy.pretrain import PretrainSettings
     from fastsmart.policy.pretrain import pretrain as run_pretraining
     from fastsmart.policy.transformer import PolicySize
-    from fastsmart.progress import bar
-    from fastsmart.stopping import stop_signals
     from fastsmart.study.card import STATISTICS_FILE, real_statistics, write_release
     from fastsmart.tokens.dataset import TokenDataset, encode_folder
     from fastsmart.tokens.vocabulary import load_vocabulary
@@ -78,8 +78,8 @@ def pretrain(options: argparse.Namespace) -> int:
 
 def train(options: argparse.Namespace) -> int:
     from fastsmart.config import to_toml
-    from fastsmart.train.folder import RunFolder
-    from fastsmart.train.ranks import join_ranks
+    from fastsmart.machine.distributed import join_ranks
+    from fastsmart.run.folder import RunFolder
 
     config, chosen = _run_config(options)
     if options.dry_run:
@@ -91,7 +91,7 @@ def train(options: argparse.Namespace) -> int:
         raise UserError("name the folder of the run with --out, for example --out runs/demo")
     ranks = join_ranks()
     resume = options.resume == "yes" or (options.resume == "auto" and RunFolder.begun(options.out))
-    resume = bool(ranks.same(resume))  # rank 0 may be about to start the run
+    resume = bool(ranks.broadcast(resume))  # rank 0 may be about to start the run
     if resume and chosen and RunFolder.reopen(options.out).config != config:
         raise UserError(
             f"{options.out} holds a run with other settings; leave out --preset, --config, --set, --engine and --async "
@@ -100,8 +100,8 @@ def train(options: argparse.Namespace) -> int:
     if not resume:
         _need_reward(config)
 
-    from fastsmart.train.display import Plain, Terminal
-    from fastsmart.train.loop import train as run_training
+    from fastsmart.run.display import Plain, Terminal
+    from fastsmart.trainer.loop import train as run_training
 
     run = run_training(config, options.out, resume, Terminal() if sys.stdout.isatty() else Plain(), ranks)
     ranks.close()
@@ -116,9 +116,9 @@ def profile(options: argparse.Namespace) -> int:
     config, _ = _run_config(options)
     _need_reward(config)
 
-    from fastsmart.progress import bar
-    from fastsmart.study.profile import write_page
-    from fastsmart.train.profile import profile as run_profile
+    from fastsmart.machine.progress import bar
+    from fastsmart.profiling.page import write_page
+    from fastsmart.profiling.profile import profile as run_profile
 
     with bar("profiling") as show:
         found = run_profile(config, options.out, options.steps, options.warmup, show)
@@ -135,7 +135,7 @@ def top(options: argparse.Namespace) -> int:
     from rich.console import Console
     from rich.live import Live
 
-    from fastsmart.train.top import Top
+    from fastsmart.run.top import Top
 
     view, console = Top(options.run), Console()
     if options.once or not console.is_terminal or view.ended:
@@ -153,10 +153,10 @@ def bench(options: argparse.Namespace) -> int:
     config, _ = _run_config(options)
     _need_reward(config)
 
-    from fastsmart.progress import bar
-    from fastsmart.study.throughput import RESULT_FILE, as_text, contenders
-    from fastsmart.study.throughput import bench as run_bench
-    from fastsmart.train.ranks import join_ranks
+    from fastsmart.machine.distributed import join_ranks
+    from fastsmart.machine.progress import bar
+    from fastsmart.profiling.throughput import RESULT_FILE, as_text, contenders
+    from fastsmart.profiling.throughput import bench as run_bench
 
     configs, ranks = contenders(config, options.against), join_ranks()
     with bar("turns") as show:
@@ -170,7 +170,7 @@ def bench(options: argparse.Namespace) -> int:
 
 def _run_config(options: argparse.Namespace) -> tuple[Config, bool]:
     """The config of preset, file and options, in this order, and whether there was any of them."""
-    from fastsmart.config import Config, assigned, read_config
+    from fastsmart.config import Config, read_config, with_overrides
     from fastsmart.presets import load_preset
 
     config = load_preset(options.preset) if options.preset else Config()
@@ -178,7 +178,7 @@ def _run_config(options: argparse.Namespace) -> tuple[Config, bool]:
         config = read_config(options.config, config)
     sets = options.set + ([f"sampling.engine={options.engine}"] if options.engine else [])
     sets += [f"train.pipeline={options.pipeline}"] if options.pipeline else []
-    return assigned(config, sets), bool(options.preset or options.config or sets)
+    return with_overrides(config, sets), bool(options.preset or options.config or sets)
 
 
 def _need_reward(config: Config) -> None:
@@ -188,12 +188,12 @@ def _need_reward(config: Config) -> None:
 
 def vllm_memory(config: Config) -> str:
     """What vLLM will hold in this process, computed from the policy's config.json."""
-    from fastsmart.policy.checkpoint import policy_size
-    from fastsmart.sampling.vllm_plan import plan
-    from fastsmart.train.provenance import resolved_device, resolved_dtype
+    from fastsmart.policy.hf_format import policy_size
+    from fastsmart.run.provenance import resolved_device, resolved_dtype
+    from fastsmart.sampling.vllm_config import memory_needed
 
     completions = config.train.prompts * config.sampling.group
     rows = min(config.sampling.max_rows, completions)
     dtype, device = resolved_dtype(config.policy), resolved_device(config.policy)
     sampling = replace(config.sampling, max_rows=rows)
-    return str(plan(policy_size(config.policy.source), sampling, dtype.itemsize, device.type == "cuda"))
+    return str(memory_needed(policy_size(config.policy.source), sampling, dtype.itemsize, device.type == "cuda"))

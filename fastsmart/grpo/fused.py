@@ -13,7 +13,7 @@ from fastsmart.kernels.grpo import Objective, objective
 
 def fused_policy_loss(
     logprob: Tensor,
-    behaviour: Tensor,
+    sampler_logprobs: Tensor,
     reference: Tensor | None,
     advantage: Tensor,
     offsets: Tensor,
@@ -32,7 +32,7 @@ def fused_policy_loss(
     if settings.entropy_bonus and entropy is None:
         raise ValueError("fused_policy_loss needs the entropy when entropy_bonus is above 0")
     loss, sums, peaks = objective(
-        logprob, behaviour, reference, entropy, advantage, offsets, denominator, _constants(settings)
+        logprob, sampler_logprobs, reference, entropy, advantage, offsets, denominator, _constants(settings)
     )
     return loss, LossStats(sums, peaks)
 

@@ -107,7 +107,7 @@ def cispo_surrogate(ratio: Tensor, logprob: Tensor, advantage: Tensor, settings:
 
 def policy_loss(
     logprob: Tensor,
-    behaviour: Tensor,
+    sampler_logprobs: Tensor,
     reference: Tensor | None,
     advantage: Tensor,
     sequence: Tensor,
@@ -131,10 +131,10 @@ def policy_loss(
         raise ValueError("policy_loss needs reference log-probs when beta is above 0")
     if settings.entropy_bonus and entropy is None:
         raise ValueError("policy_loss needs the entropy when entropy_bonus is above 0")
-    kept = behaviour.isfinite()
+    kept = sampler_logprobs.isfinite()
     # zeros now, not a mask at the end: what a dropped token holds may be infinite, and 0 · inf is NaN, in gradients too
-    logprob, behaviour = torch.where(kept, logprob, 0.0), torch.where(kept, behaviour, 0.0)
-    gap = logprob - behaviour  # of policy and sampler
+    logprob, sampler_logprobs = torch.where(kept, logprob, 0.0), torch.where(kept, sampler_logprobs, 0.0)
+    gap = logprob - sampler_logprobs  # of policy and sampler
     log_ratio = gap if settings.ratio == "behaviour" else logprob - logprob.detach()
     if settings.loss == "gspo":
         log_ratio = _sequence_mean(log_ratio, kept, sequence, len(advantage))

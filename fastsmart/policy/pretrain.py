@@ -16,13 +16,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastsmart.errors import UserError
-from fastsmart.files import JsonLines, make_folder, os_errors_as_user_errors
-from fastsmart.policy.checkpoint import load_policy, save_policy
+from fastsmart.machine.files import JsonLines, make_folder, os_errors_as_user_errors
+from fastsmart.machine.signals import StopRequest
+from fastsmart.policy.checkpoints import Checkpoints
 from fastsmart.policy.crops import IGNORED, Cropper, CropSettings, ngram_losses, targets
+from fastsmart.policy.hf_format import load_policy, save_policy
 from fastsmart.policy.optimizer import make_optimizer, scheduled_rate, set_learning_rate
-from fastsmart.policy.state import Checkpoints
 from fastsmart.policy.transformer import Policy, PolicySize
-from fastsmart.stopping import StopRequest
 from fastsmart.tokens.dataset import TokenDataset
 
 _EVAL_BATCH = 16

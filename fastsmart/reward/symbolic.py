@@ -10,8 +10,8 @@ from pathlib import Path
 
 import numpy as np
 
+from fastsmart.music.features import features
 from fastsmart.reward.base import Clips
-from fastsmart.reward.features import features
 from fastsmart.reward.typicality import TypicalityStats
 
 KEYBOARD_SEMITONES = 87  # from the lowest to the highest key of a piano

@@ -14,10 +14,10 @@ from typing import Any
 import numpy as np
 
 from fastsmart.errors import UserError
+from fastsmart.music.features import features
+from fastsmart.music.windows import cut_windows
 from fastsmart.notes import NoteBatch
 from fastsmart.reward.base import Clips
-from fastsmart.reward.features import features
-from fastsmart.reward.windows import cut_windows
 
 FORMAT = "fastsmart typicality 1"  # counts up whenever DIMENSIONS, or what a feature means, changes
 FLOOR = -6.0  # nats a feature: of a clip without notes, and the least any clip can have

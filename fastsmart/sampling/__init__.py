@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from fastsmart.sampling.rollout import ENGINES, Completion, Engine, Rollout, SamplingSettings
-from fastsmart.tokens.sequences import TokenBatch
+from fastsmart.tokens.token_batch import TokenBatch
 
 if TYPE_CHECKING:
     import torch
@@ -36,7 +36,7 @@ def make_engine(
 
         return NativeEngine(policy, version, dtype)
     if settings.vllm.server:
-        from fastsmart.sampling.remote import RemoteEngine
+        from fastsmart.sampling.vllm_server import RemoteEngine
 
         return RemoteEngine(policy, version, dtype, settings)
     from fastsmart.sampling.vllm import VllmEngine

@@ -1,6 +1,7 @@
 """fastsmart's own sampler: a static KV cache and one small matrix product after the other.
 
-On a CPU finished rows are compacted away; on a GPU a decode step is recorded and replayed (`fastsmart.sampling.fixed`).
+On a CPU finished rows are compacted away; on a GPU a decode step is recorded and replayed
+(`fastsmart.sampling.cuda_graph_batch`).
 
 Shape letters: R rows decoded side by side, T new tokens of each, S cache slots, D hidden size, K key/value heads,
 E head size, V vocabulary.
@@ -17,17 +18,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastsmart.files import mkl_knows_processor
 from fastsmart.kernels.sample import UNDEFINED
+from fastsmart.machine.files import mkl_knows_processor
 from fastsmart.policy.transformer import Policy
-from fastsmart.sampling.cache import LayerCache
-from fastsmart.sampling.draw import draw
-from fastsmart.sampling.fixed import FixedBatch
+from fastsmart.sampling.cuda_graph_batch import GraphBatch
+from fastsmart.sampling.kv_cache import LayerCache
 from fastsmart.sampling.rollout import Completion, SamplingSettings, check_prompts, not_finite
-from fastsmart.tokens.sequences import TokenBatch
+from fastsmart.sampling.sampler import sample_token
+from fastsmart.tokens.token_batch import TokenBatch
 
-_FIXED_SLOTS = 64  # a fixed batch has a multiple of so many, to serve prompts of other lengths too
-_FIXED_KEPT = 4  # batches whose memory and graphs are kept: those of training and evaluation, whole and their rests
+_STATIC_SLOTS = 64  # a fixed batch has a multiple of so many, to serve prompts of other lengths too
+_STATIC_KEPT = 4  # batches whose memory and graphs are kept: those of training and evaluation, whole and their rests
 _COMPACT_BELOW = 0.75  # share of rows still running at which finished ones are dropped from the cache
 
 
@@ -90,14 +91,14 @@ def _arranged(policy: Policy, dtype: torch.dtype) -> Iterator[Tensor]:
     size, model = policy.size, policy.model
     yield model.embed_tokens.weight.to(dtype)
     pairs = torch.arange(size.head_size, device=policy.device).view(2, -1).t().flatten()  # 0, E/2, 1, E/2 + 1, ...
-    turned = (size.num_heads + size.num_kv_heads) * size.head_size
+    rotary_rows = (size.num_heads + size.num_kv_heads) * size.head_size
     for layer in model.layers:
         qkv = layer.self_attn.qkv_proj.weight * layer.input_layernorm.weight
         qkv[: size.num_heads * size.head_size] *= size.head_size**-0.5  # the scale of the scores
-        qk = qkv[:turned].unflatten(0, (-1, size.head_size))[:, pairs].flatten(0, 1)
+        qk = qkv[:rotary_rows].unflatten(0, (-1, size.head_size))[:, pairs].flatten(0, 1)
         gate_up = layer.mlp.gate_up_proj.weight * layer.post_attention_layernorm.weight
         for weight in (
-            torch.cat([qk, qkv[turned:]]),
+            torch.cat([qk, qkv[rotary_rows:]]),
             layer.self_attn.o_proj.weight,
             gate_up,
             layer.mlp.down_proj.weight,
@@ -110,19 +111,19 @@ class NativeEngine:
     """Samples from a copy of a policy's weights, on the policy's device; the head and the log-softmax are float32.
 
     dtype    : of the other matrix products and the KV cache
-    on_fixed : whether to decode in memory that never moves, on a GPU by replaying graphs of it; None = on a GPU, where
-               `SamplingSettings.cuda_graph` is on
+    static_cache : whether to decode in memory that never moves, on a GPU by replaying graphs of it; None = on a GPU,
+               where `SamplingSettings.cuda_graph` is on
     """
 
     def __init__(
-        self, policy: Policy, version: int = 0, dtype: torch.dtype = torch.float32, on_fixed: bool | None = None
+        self, policy: Policy, version: int = 0, dtype: torch.dtype = torch.float32, static_cache: bool | None = None
     ) -> None:
-        self.version, self.dtype, self.on_fixed = version, dtype, on_fixed
+        self.version, self.dtype, self.static_cache = version, dtype, static_cache
         self.size, self.eos = policy.size, policy.vocab.eos_id
         self.epsilon = torch.tensor(self.size.rms_norm_eps, device=policy.device)
-        self.turn = torch.complex(policy.model.cos.float(), policy.model.sin.float())  # [positions, E / 2]
+        self.rope = torch.complex(policy.model.cos.float(), policy.model.sin.float())  # [positions, E / 2]
         self.memory: list[LayerCache] = []
-        self.fixed: dict[tuple[Any, ...], FixedBatch] = {}
+        self.graph_batches: dict[tuple[Any, ...], GraphBatch] = {}
         with torch.no_grad():
             self.embed, *weights = (weight.clone() for weight in _arranged(policy, dtype))
         *matrices, self.head = map(_Matrix, weights)
@@ -157,7 +158,7 @@ class NativeEngine:
             yield name, matrix.weight
 
     def close(self) -> None:
-        self.layers, self.memory, self.fixed = [], [], {}
+        self.layers, self.memory, self.graph_batches = [], [], {}
 
     @torch.inference_mode()
     def stream(
@@ -165,10 +166,10 @@ class NativeEngine:
     ) -> Iterator[Completion]:
         check_prompts(prompts, settings, self.size.max_positions)
         total = len(prompts) * settings.group
-        on_fixed = self.on_fixed
-        if on_fixed is None:
-            on_fixed = settings.cuda_graph and self.embed.device.type == "cuda"
-        decode = self._decode_fixed if on_fixed else self._decode
+        static_cache = self.static_cache
+        if static_cache is None:
+            static_cache = settings.cuda_graph and self.embed.device.type == "cuda"
+        decode = self._decode_static if static_cache else self._decode
         for start in range(0, total, settings.max_rows):
             index = np.arange(start, min(start + settings.max_rows, total))
             rows = [prompts.row(int(i) // settings.group) for i in index]
@@ -183,14 +184,14 @@ class NativeEngine:
         slots = longest + settings.max_tokens
         uniform = torch.from_numpy(_uniform(seed, index, settings.max_tokens)).to(device)
         cache = memory = self._cache(len(prompts), slots)
-        drawn = torch.zeros(len(prompts), settings.max_tokens, dtype=torch.int32, device=device)
+        sampled = torch.zeros(len(prompts), settings.max_tokens, dtype=torch.int32, device=device)
         logprobs = torch.zeros(len(prompts), settings.max_tokens, device=device)
         row_of = np.arange(len(prompts))  # place among the prompts of each row in the cache
         running = np.ones(len(prompts), bool)  # of the rows in the cache
         hidden = self.forward(ids, cache, 0, left)
         for step in range(settings.max_tokens):
-            token, logprob = draw(self.head(hidden), uniform[:, step], settings)
-            drawn[:, step], logprobs[:, step] = token, logprob
+            token, logprob = sample_token(self.head(hidden), uniform[:, step], settings)
+            sampled[:, step], logprobs[:, step] = token, logprob
             seen, last = token.cpu().numpy(), step + 1 == settings.max_tokens
             if (running & (seen == UNDEFINED)).any():
                 raise not_finite()
@@ -198,7 +199,7 @@ class NativeEngine:
                 running[row] = False
                 yield Completion(
                     int(index[row_of[row]]),
-                    drawn[row, : step + 1].cpu().numpy().copy(),
+                    sampled[row, : step + 1].cpu().numpy().copy(),
                     logprobs[row, : step + 1].cpu().numpy().copy(),
                     self.version,
                 )
@@ -209,39 +210,39 @@ class NativeEngine:
                 kept = np.argsort(~running, kind="stable")[:fewer]  # those that run, and some that do not to fill up
                 keep = torch.from_numpy(kept).to(device)
                 cache = [layer.rows(keep) for layer in cache]
-                drawn, logprobs, uniform, token = (t[keep] for t in (drawn, logprobs, uniform, token))
+                sampled, logprobs, uniform, token = (t[keep] for t in (sampled, logprobs, uniform, token))
                 left = None if left is None else left[keep]
                 row_of, running = row_of[kept], running[kept]
             hidden = self.forward(token[:, None], cache, longest + step, left)
 
-    def _decode_fixed(
+    def _decode_static(
         self, prompts: list[np.ndarray], index: np.ndarray, settings: SamplingSettings, seed: tuple[int, ...]
     ) -> Iterator[Completion]:
         """The same in memory that never moves; rows that have ended go on, and nobody looks at what they draw."""
         ids, left = _left_padded(prompts, self.embed.device)
-        slots = -(-(ids.shape[1] + settings.max_tokens) // _FIXED_SLOTS) * _FIXED_SLOTS
+        slots = -(-(ids.shape[1] + settings.max_tokens) // _STATIC_SLOTS) * _STATIC_SLOTS
         key = (len(prompts), slots, settings.max_tokens, settings.temperature, settings.top_k, settings.top_p)
-        batch = self.fixed.pop(key, None)
+        batch = self.graph_batches.pop(key, None)
         if batch is None:
-            batch = FixedBatch(self, len(prompts), slots, settings)
+            batch = GraphBatch(self, len(prompts), slots, settings)
         batch.begin(ids, left, _uniform(seed, index, settings.max_tokens))
         running = np.ones(len(prompts), bool)
         while running.any():
-            before, drawn, logprobs = batch.advance()
-            count = drawn.shape[1]
-            ended = drawn[:, before:] == self.eos
+            before, sampled, logprobs = batch.advance()
+            count = sampled.shape[1]
+            ended = sampled[:, before:] == self.eos
             ends = np.where(ended.any(1), before + ended.argmax(1) + 1, count)  # tokens of each row that count
             over = running & (ended.any(1) | (count == settings.max_tokens))
             within = np.arange(count) < ends[:, None]
-            if (running[:, None] & within & (drawn == UNDEFINED)).any():
+            if (running[:, None] & within & (sampled == UNDEFINED)).any():
                 raise not_finite()
             for row in np.flatnonzero(over)[np.argsort(ends[over], kind="stable")]:
                 end = ends[row]
-                yield Completion(int(index[row]), drawn[row, :end].copy(), logprobs[row, :end].copy(), self.version)
+                yield Completion(int(index[row]), sampled[row, :end].copy(), logprobs[row, :end].copy(), self.version)
             running &= ~over
-        self.fixed[key] = batch
-        while len(self.fixed) > _FIXED_KEPT:
-            del self.fixed[next(iter(self.fixed))]
+        self.graph_batches[key] = batch
+        while len(self.graph_batches) > _STATIC_KEPT:
+            del self.graph_batches[next(iter(self.graph_batches))]
 
     def _cache(self, rows: int, slots: int) -> list[LayerCache]:
         """That of every layer, uninitialised; the last call's memory where its shape fits.
@@ -262,19 +263,19 @@ class NativeEngine:
         size, (rows, width) = self.size, ids.shape
         heads, kv_heads = size.num_heads, size.num_kv_heads
         end = start + width
-        turn, seen = self.turn[start:end], None
+        rope, seen = self.rope[start:end], None
         if width > 1 or left is not None:
             slot = torch.arange(end, device=ids.device)
             seen = slot <= slot[start:, None]  # [T, end]
             if left is not None:
-                turn = self.turn[(slot[start:] - left[:, None]).clamp_min(0)]  # [R, T, E / 2]
+                rope = self.rope[(slot[start:] - left[:, None]).clamp_min(0)]  # [R, T, E / 2]
                 # a padded position sees itself, so that its softmax is defined; nobody reads it
                 seen = (seen & ((slot >= left[:, None, None]) | (slot == slot[start:, None])))[:, None]
-        turn = turn.unsqueeze(-2)
+        rope = rope.unsqueeze(-2)
         x = F.embedding(ids.flatten(), self.embed)
         for layer, kept in zip(self.layers, cache, strict=True):
             qkv = layer.qkv(self._normalised(x)).view(rows, width, heads + 2 * kv_heads, size.head_size)
-            _rotate(qkv[:, :, : heads + kv_heads], turn)
+            _rotate(qkv[:, :, : heads + kv_heads], rope)
             kept.put(qkv[:, :, heads:].view(rows, width, 2, kv_heads, size.head_size), start)
             # the query heads of a key head stand side by side: [R K, H / K T, E]
             q = qkv[:, :, :heads].transpose(1, 2).reshape(rows * kv_heads, -1, size.head_size)
@@ -292,16 +293,16 @@ class NativeEngine:
         return x * mean_square.rsqrt_().to(x.dtype)
 
 
-def _rotate(x: Tensor, turn: Tensor) -> None:
+def _rotate(x: Tensor, rope: Tensor) -> None:
     """Rotary embedding, in place, of x [R, T, heads, E], whose coordinates stand in pairs.
 
-    turn : complex [T, 1, E / 2] or [R, T, 1, E / 2]
+    rope : complex [T, 1, E / 2] or [R, T, 1, E / 2]
     """
     pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
     if x.dtype == torch.float32:
-        pairs *= turn
+        pairs *= rope
     else:
-        x.copy_(torch.view_as_real(pairs * turn).flatten(-2))
+        x.copy_(torch.view_as_real(pairs * rope).flatten(-2))
 
 
 def _fewer_rows(rows: int, running: int) -> int:

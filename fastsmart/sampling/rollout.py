@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 
 from fastsmart.errors import UserError
-from fastsmart.sampling.vllm_plan import VllmSettings
-from fastsmart.tokens.sequences import TokenBatch
+from fastsmart.sampling.vllm_config import VllmSettings
+from fastsmart.tokens.token_batch import TokenBatch
 
 if TYPE_CHECKING:
     from fastsmart.policy.transformer import Policy

@@ -2,7 +2,7 @@
 moment it ends. The only file that imports vLLM.
 
 `import vllm` and its start-up change the whole process (environment, threads, random states, logging), so both happen
-when an engine is made, inside `undisturbed`.
+when an engine is made, inside `isolated`.
 """
 
 from __future__ import annotations
@@ -24,19 +24,19 @@ import torch
 from torch import Tensor
 
 from fastsmart.errors import UserError
-from fastsmart.policy.checkpoint import CONFIG_FILE, to_hf_config
+from fastsmart.policy.hf_format import CONFIG_FILE, to_hf_config
 from fastsmart.policy.transformer import Policy
 from fastsmart.sampling.rollout import Completion, SamplingSettings, check_prompts, not_finite
-from fastsmart.sampling.undisturbed import undisturbed
-from fastsmart.sampling.vllm_plan import (
-    VllmPlan,
+from fastsmart.sampling.vllm_config import (
+    VllmMemory,
     check_api,
     check_version,
-    plan,
+    memory_needed,
     request_fields,
     transfer_buffer_bytes,
 )
-from fastsmart.tokens.sequences import TokenBatch
+from fastsmart.sampling.vllm_isolation import isolated
+from fastsmart.tokens.token_batch import TokenBatch
 
 
 class VllmEngine:
@@ -57,19 +57,19 @@ class VllmEngine:
         self.on_gpu = policy.device.type == "cuda"
         if settings.vllm.sleep and not self.on_gpu:
             raise UserError("sampling.vllm.sleep gives GPU memory back; this policy is on the CPU, so leave it off")
-        self.plan = plan(self.size, settings, dtype.itemsize, self.on_gpu)
+        self.memory = memory_needed(self.size, settings, dtype.itemsize, self.on_gpu)
         self.sleeps, self.streaming = settings.vllm.sleep, False
         self.asleep: set[str] = set()  # what a sleep took from the GPU
-        with undisturbed():
+        with isolated():
             check_api(missing_api(), installed_version() or "")
-        with undisturbed(), groups.joined(), tempfile.TemporaryDirectory(prefix="fastsmart-vllm-") as folder:
+        with isolated(), groups.joined(), tempfile.TemporaryDirectory(prefix="fastsmart-vllm-") as folder:
             # a head of its own: after a sync, vLLM's CPU layers would go on with a tied head's old copy
             config = to_hf_config(replace(policy.size, tied_head=False), policy.vocab, dtype)
             (Path(folder) / CONFIG_FILE).write_text(json.dumps(config), encoding="utf-8")
-            self.engine = start_engine(folder, self.plan, policy, dtype, self.sleeps)
+            self.engine = start_engine(folder, self.memory, policy, dtype, self.sleeps)
         self._finalizer = weakref.finalize(self, end_engine, self.engine)
         self.load(policy, version)
-        with undisturbed():  # with its first token vLLM compiles how it draws, which marks the environment
+        with isolated():  # with its first token vLLM compiles how it draws, which marks the environment
             list(self.stream(TokenBatch.pack([[0]]), SamplingSettings(group=1, max_tokens=1), (0,)))
 
     @torch.no_grad()
@@ -131,7 +131,7 @@ class VllmEngine:
         self._finalizer()
 
 
-def start_engine(folder: str, sizes: VllmPlan, policy: Policy, dtype: torch.dtype, sleeps: bool) -> Any:
+def start_engine(folder: str, sizes: VllmMemory, policy: Policy, dtype: torch.dtype, sleeps: bool) -> Any:
     """vLLM's engine for the config.json in `folder` on the policy's device, its weights not yet the policy's."""
     from vllm.engine.arg_utils import EngineArgs
     from vllm.triton_utils import dispatcher
@@ -186,7 +186,7 @@ def start_engine(folder: str, sizes: VllmPlan, policy: Policy, dtype: torch.dtyp
 
 
 def end_engine(engine: Any) -> None:
-    with undisturbed(), groups.left():
+    with isolated(), groups.left():
         engine.engine_core.shutdown()
 
 
@@ -206,11 +206,11 @@ def request(settings: SamplingSettings, seed: tuple[int, ...], eos: int) -> Any:
 
 def completion(output: Any) -> Completion:
     """vLLM's finished request as ours; the version is that of the weights its first token was sampled with."""
-    drawn = output.outputs[0]
-    ids, logprobs = np.array(drawn.token_ids, np.int32), np.array(drawn.logprobs.logprobs, np.float32)
+    sampled = output.outputs[0]
+    ids, logprobs = np.array(sampled.token_ids, np.int32), np.array(sampled.logprobs.logprobs, np.float32)
     if not np.isfinite(logprobs).all():
         raise not_finite()
-    return Completion(int(output.request_id), ids, logprobs, int(drawn.weight_versions[0].version))
+    return Completion(int(output.request_id), ids, logprobs, int(sampled.weight_versions[0].version))
 
 
 def read_back(module: Any, shape: torch.Size, dtype: torch.dtype) -> Tensor:
@@ -281,7 +281,7 @@ def open_transfer(client: Any, policy: Policy, host: str, port: int, world_size:
     check_version(installed_version())
     if policy.device.type != "cuda":
         raise UserError("sampling.vllm.server takes weights over NCCL, from a GPU; set policy.device to one")
-    with undisturbed():
+    with isolated():
         from vllm.distributed.weight_transfer import ModuleSource, WeightTransferTrainerFactory
         from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
 

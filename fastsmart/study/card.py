@@ -7,19 +7,19 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from fastsmart.files import atomic_folder, os_errors_as_user_errors
+from fastsmart.machine.files import atomic_folder, os_errors_as_user_errors
+from fastsmart.music.features import features
+from fastsmart.music.windows import cut_windows
 from fastsmart.notes import NoteBatch
-from fastsmart.policy.checkpoint import load_policy, write_policy
 from fastsmart.policy.crops import Cropper
+from fastsmart.policy.hf_format import load_policy, write_policy
 from fastsmart.policy.pretrain import PretrainResult, PretrainSettings, evaluate, split_pieces
-from fastsmart.reward.features import features
 from fastsmart.reward.typicality import TypicalityStats, fit_typicality
-from fastsmart.reward.windows import cut_windows
+from fastsmart.run.provenance import STATISTICS_FILE
 from fastsmart.sampling import Rollout, sample
 from fastsmart.tokens.dataset import TokenDataset
 from fastsmart.tokens.decode import decode
-from fastsmart.tokens.sequences import TokenBatch
-from fastsmart.train.provenance import STATISTICS_FILE
+from fastsmart.tokens.token_batch import TokenBatch
 
 CLIPS = 256  # played by the policy and cut from real pieces for the table
 WINDOW_S = 10.0

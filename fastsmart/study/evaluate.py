@@ -11,11 +11,14 @@ from pathlib import Path
 from fastsmart.audio import soundfont_hash
 from fastsmart.config import Config, to_toml
 from fastsmart.errors import UserError
-from fastsmart.files import make_folder, write_atomic
-from fastsmart.policy.checkpoint import load_policy
-from fastsmart.policy.state import policy_source
+from fastsmart.machine.files import make_folder, write_atomic
+from fastsmart.music.bootstrap import LEVEL, RESAMPLES
+from fastsmart.music.diversity import TrainingSet, prompt_numbers
+from fastsmart.policy.checkpoints import policy_source
+from fastsmart.policy.hf_format import load_policy
 from fastsmart.policy.transformer import Policy
-from fastsmart.study.diversity import TrainingSet, prompt_numbers
+from fastsmart.run.folder import CONFIG_FILE, PROVENANCE_FILE
+from fastsmart.run.provenance import machine, resolved_device, weights_hash
 from fastsmart.study.evaluation import (
     EVALUATION_FILE,
     OUTPUTS_FOLDER,
@@ -28,11 +31,8 @@ from fastsmart.study.evaluation import (
 )
 from fastsmart.study.measures import against, best_of_point, measure
 from fastsmart.study.outputs import Outputs, Performer, Progress, best_of_counts, named_soundfonts
-from fastsmart.study.resampling import LEVEL, RESAMPLES
 from fastsmart.tokens.dataset import TokenDataset, encode_folder
 from fastsmart.tokens.vocabulary import Vocabulary
-from fastsmart.train.folder import CONFIG_FILE, PROVENANCE_FILE
-from fastsmart.train.provenance import machine, resolved_device, weights_hash
 
 FORBIDDEN = set('/\\:*?"<>|')  # in a label, which is also a file name
 

@@ -21,13 +21,13 @@ import numpy as np
 
 from fastsmart.config import Config, read_config
 from fastsmart.errors import UserError
-from fastsmart.reward.features import features
-from fastsmart.study.diversity import prompt_numbers
+from fastsmart.music.bootstrap import LEVEL, Estimate
+from fastsmart.music.diversity import prompt_numbers
+from fastsmart.music.features import features
+from fastsmart.run.folder import CONFIG_FILE
 from fastsmart.study.outputs import Outputs
-from fastsmart.study.resampling import LEVEL, Estimate
 from fastsmart.tokens.vocabulary import Vocabulary, load_vocabulary
-from fastsmart.train.evaluate import TABLE_FEATURES
-from fastsmart.train.folder import CONFIG_FILE
+from fastsmart.trainer.evaluate import TABLE_FEATURES
 
 EVALUATION_FILE = "evaluation.json"
 OUTPUTS_FOLDER = "outputs"

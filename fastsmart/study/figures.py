@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fastsmart.reward.features import features
-from fastsmart.study.diversity import ROLL_BEATS, ROLL_TICKS, average_roll
+from fastsmart.music.diversity import ROLL_BEATS, ROLL_TICKS, average_roll
+from fastsmart.music.features import features
 from fastsmart.study.evaluation import Evaluation, Metric
 
 if TYPE_CHECKING:

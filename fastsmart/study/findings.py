@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from fastsmart.study.diversity import LESS_IS_MORE
+from fastsmart.music.bootstrap import Estimate
+from fastsmart.music.diversity import LESS_IS_MORE
 from fastsmart.study.evaluation import Evaluation, Metric
-from fastsmart.study.resampling import Estimate
 
 MOST = 3  # features named in a sentence
 

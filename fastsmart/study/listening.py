@@ -17,7 +17,7 @@ import numpy as np
 from fastsmart.audio.loudness import loudness_lufs
 from fastsmart.audio.rendering import LISTENING_RATE_HZ
 from fastsmart.errors import UserError
-from fastsmart.files import make_folder, write_atomic
+from fastsmart.machine.files import make_folder, write_atomic
 from fastsmart.study.evaluation import Evaluation
 from fastsmart.study.outputs import Progress
 from fastsmart.study.report import render_page

@@ -9,13 +9,13 @@ from typing import Any
 import numpy as np
 
 from fastsmart.config import Config
-from fastsmart.reward.features import features
-from fastsmart.study.diversity import TrainingSet, diversity, prompt_numbers
+from fastsmart.music.bootstrap import Draws, mean_draws, resample_weights
+from fastsmart.music.diversity import TrainingSet, diversity, prompt_numbers
+from fastsmart.music.features import features
 from fastsmart.study.evaluation import Metric
 from fastsmart.study.outputs import Outputs, Progress
-from fastsmart.study.resampling import Draws, mean_draws, resample_weights
 from fastsmart.tokens.vocabulary import Vocabulary
-from fastsmart.train.evaluate import TABLE_FEATURES
+from fastsmart.trainer.evaluate import TABLE_FEATURES
 
 BOOTSTRAP_SEED = 0
 Key = tuple[str, str, str]  # group, name, soundfont

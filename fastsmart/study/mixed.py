@@ -19,7 +19,7 @@ import numpy as np
 from scipy import stats
 
 from fastsmart.errors import UserError
-from fastsmart.study.resampling import LEVEL
+from fastsmart.music.bootstrap import LEVEL
 
 if TYPE_CHECKING:
     import pandas as pd

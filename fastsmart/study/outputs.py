@@ -11,17 +11,17 @@ import numpy as np
 from fastsmart.audio import find_soundfont, render
 from fastsmart.config import Config
 from fastsmart.errors import UserError
-from fastsmart.files import os_errors_as_user_errors
+from fastsmart.machine.files import os_errors_as_user_errors
 from fastsmart.notes import NoteBatch
 from fastsmart.policy.transformer import Policy
-from fastsmart.reward import Clips, RewardMix, Scores
+from fastsmart.reward import Clips, RewardBlend, Scores
+from fastsmart.run.provenance import resolved_dtype, statistics_path
 from fastsmart.sampling import SamplingSettings, make_engine
 from fastsmart.tokens.decode import decode
 from fastsmart.tokens.prompts import make_prompts
-from fastsmart.tokens.sequences import TokenBatch
+from fastsmart.tokens.token_batch import TokenBatch
 from fastsmart.tokens.vocabulary import Vocabulary
-from fastsmart.train.evaluate import EVALUATION_STREAM
-from fastsmart.train.provenance import resolved_dtype, statistics_path
+from fastsmart.trainer.evaluate import EVALUATION_STREAM
 
 BEST_OF_STREAM = 2  # second number of the seed, beside those of training and evaluation
 CLIPS_AT_ONCE = 256  # rendered and scored together: memory for their audio
@@ -101,7 +101,7 @@ class Performer:
 
     def __init__(self, config: Config, soundfonts: dict[str, Path], device: str = "cpu") -> None:
         self.config, self.soundfonts = config, soundfonts
-        self.mix = RewardMix(config.reward, statistics_path(config), device)
+        self.mix = RewardBlend(config.reward, statistics_path(config), device)
         if not self.mix.needs_audio:  # one column: nothing is heard
             self.soundfonts = {"notes": Path()}
 

@@ -12,6 +12,7 @@ import numpy as np
 from scipy import stats
 
 from fastsmart.errors import UserError
+from fastsmart.music.bootstrap import LEVEL
 from fastsmart.study.mixed import (
     EFFECTS,
     Effect,
@@ -22,7 +23,6 @@ from fastsmart.study.mixed import (
     rating_power,
     sign_test,
 )
-from fastsmart.study.resampling import LEVEL
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -14,17 +14,18 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fastsmart.errors import UserError
-from fastsmart.files import JsonLines, write_atomic
-from fastsmart.study import diversity, figures
+from fastsmart.machine.files import JsonLines, write_atomic
+from fastsmart.music import diversity
+from fastsmart.music.bootstrap import LEVEL, Estimate
+from fastsmart.run.curves import curves
+from fastsmart.run.folder import CONFIG_FILE, METRICS_FILE, PROVENANCE_FILE
+from fastsmart.run.provenance import installed_version
+from fastsmart.study import figures
 from fastsmart.study.evaluation import Evaluation, Metric
 from fastsmart.study.findings import findings
 from fastsmart.study.outputs import Progress
-from fastsmart.study.resampling import LEVEL, Estimate
 from fastsmart.study.sound import data_url, listen_to, mp3, note_rows
 from fastsmart.tokens.prompts import describe
-from fastsmart.train.curves import curves
-from fastsmart.train.folder import CONFIG_FILE, METRICS_FILE, PROVENANCE_FILE
-from fastsmart.train.provenance import installed_version
 
 if TYPE_CHECKING:
     from markupsafe import Markup

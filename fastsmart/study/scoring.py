@@ -15,9 +15,9 @@ from fastsmart.audio import AudioBatch, render
 from fastsmart.audio.resample import resample
 from fastsmart.errors import UserError
 from fastsmart.notes import MIDI_SUFFIXES, NoteBatch, read_midi
-from fastsmart.policy.checkpoint import shipped_file, shipped_policies
-from fastsmart.reward import Clips, RewardMix, RewardSettings
-from fastsmart.train.provenance import STATISTICS_FILE
+from fastsmart.policy.hf_format import shipped_file, shipped_policies
+from fastsmart.reward import Clips, RewardBlend, RewardSettings
+from fastsmart.run.provenance import STATISTICS_FILE
 
 REWARD_RATE_HZ = 16000
 TOGETHER = 16  # MIDI files that are rendered and scored at once
@@ -48,7 +48,7 @@ class FileScorer:
     ) -> None:
         shipped = shipped_policies()
         statistics = statistics or (shipped_file(shipped[0], STATISTICS_FILE) if shipped else "")
-        self.mix = RewardMix(settings, statistics, device)
+        self.mix = RewardBlend(settings, statistics, device)
         self.soundfont, self.max_seconds = soundfont, max_seconds
 
     @property

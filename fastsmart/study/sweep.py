@@ -28,16 +28,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fastsmart.config import Config, assigned, read_config
+from fastsmart.config import Config, read_config, with_overrides
 from fastsmart.errors import UserError
-from fastsmart.files import make_folder, write_atomic
+from fastsmart.machine.files import make_folder, write_atomic
 from fastsmart.presets import load_preset
+from fastsmart.run.display import Display
+from fastsmart.run.folder import RunFolder
 from fastsmart.study.evaluate import Stage, evaluate, labelled
 from fastsmart.study.outputs import Progress
 from fastsmart.study.report import drawn_figures, standalone, write_report
-from fastsmart.train.display import Display
-from fastsmart.train.folder import RunFolder
-from fastsmart.train.loop import train
+from fastsmart.trainer.loop import train
 
 KEYS = ("preset", "config", "set", "prompts", "best_of", "grid", "runs")
 
@@ -122,7 +122,7 @@ def _sweep(tree: dict[str, Any], folder: Path) -> Sweep:
     common = load_preset(tree["preset"]) if "preset" in tree else Config()
     if "config" in tree:
         common = read_config(folder / tree["config"], common)
-    common = assigned(common, tree.get("set", []))
+    common = with_overrides(common, tree.get("set", []))
     runs = {}
     grid = tree.get("grid", {})
     for key, values in grid.items():
@@ -131,11 +131,11 @@ def _sweep(tree: dict[str, Any], folder: Path) -> Sweep:
     for values in itertools.product(*grid.values()) if grid else ():
         settings = dict(zip(grid, values, strict=True))
         name = "_".join(f"{key.split('.')[-1]}-{value}" for key, value in settings.items())
-        runs[name] = assigned(common, [f"{key}={value}" for key, value in settings.items()])
+        runs[name] = with_overrides(common, [f"{key}={value}" for key, value in settings.items()])
     for k, run in enumerate(tree.get("runs", [])):
         if set(run) != {"name", "set"} or run["name"] in runs:
             raise UserError(f"runs[{k}] needs a name of its own and a list called set, such as ['grpo.beta=0']")
-        runs[run["name"]] = assigned(common, run["set"])
+        runs[run["name"]] = with_overrides(common, run["set"])
     if not runs:
         raise UserError("no run to make; add a [grid] or some [[runs]]")
     labelled([common.policy.source, *(f"{name}=." for name in runs)])  # refuses what cannot be a name

@@ -19,9 +19,9 @@ from typing import Any
 import numpy as np
 
 from fastsmart.errors import UserError
-from fastsmart.files import atomic_folder, cpu_cores, os_errors_as_user_errors
+from fastsmart.machine.files import atomic_folder, cpu_cores, os_errors_as_user_errors
+from fastsmart.machine.workers import start_worker
 from fastsmart.notes import MIDI_SUFFIXES
-from fastsmart.processes import start_worker
 from fastsmart.tokens.vocabulary import Vocabulary, load_vocabulary
 
 DRUMLESS_PROGRAM = 0  # every voice is read as a piano

@@ -26,7 +26,7 @@ from numba import njit
 
 from fastsmart.errors import UserError
 from fastsmart.notes import NoteBatch
-from fastsmart.tokens.sequences import TokenBatch
+from fastsmart.tokens.token_batch import TokenBatch
 from fastsmart.tokens.vocabulary import Vocabulary, derived
 
 # Kinds of token. OTHER takes no time and changes nothing.

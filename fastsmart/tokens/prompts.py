@@ -17,7 +17,7 @@ import numpy as np
 
 from fastsmart.errors import UserError
 from fastsmart.tokens.dataset import TokenDataset
-from fastsmart.tokens.sequences import TokenBatch
+from fastsmart.tokens.token_batch import TokenBatch
 from fastsmart.tokens.vocabulary import Vocabulary
 
 SOURCES = ("procedural", "procedural-note", "dataset", "bos")

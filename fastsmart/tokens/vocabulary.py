@@ -151,7 +151,7 @@ def _read(source: str | Path) -> tuple[str, str]:
         raise UserError(
             f"no vocabulary {source}: give a preset ({', '.join(PRESETS)}), a MidiTok JSON file or a hub id"
         )
-    from fastsmart.hub import fetch
+    from fastsmart.machine.hub import fetch
 
     path = fetch(str(source), TOKENIZER_FILE)
     return path.read_text(encoding="utf-8"), f"{source}/{TOKENIZER_FILE}"

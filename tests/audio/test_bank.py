@@ -16,9 +16,9 @@ from tiny_soundfont import write_soundfont
 
 from fastsmart.audio import FluidSynthRenderer, RenderPool, RenderSettings, find_soundfont, list_soundfonts, render
 from fastsmart.audio.bank import LIMIT_VARIABLE, NoteBank, list_banks
+from fastsmart.audio.bank_renderer import BankRenderer
 from fastsmart.audio.events import Piece
-from fastsmart.audio.mix import UNFIT
-from fastsmart.audio.renderers import BankRenderer
+from fastsmart.audio.mixdown import UNFIT
 from fastsmart.audio.resample import resample
 from fastsmart.errors import UserError
 from fastsmart.notes import NoteBatch, Pedals

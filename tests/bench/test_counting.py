@@ -38,8 +38,8 @@ def test_a_product_is_counted_with_its_bytes_and_a_view_is_free():
     assert [each.gbyte for each in work] == pytest.approx([4e-9 * (30 * 40 + 40 * 50 + 30 * 50), 8e-9 * 30 * 50])
 
 
-@pytest.mark.parametrize("on_fixed", [True, False])
-def test_kernels_of_a_decode_step_are_those_of_its_layers_and_the_rest(on_fixed):
-    a_layer, beside = decode_kernels(on_fixed)
-    steps = [len(sampling_work(Job(64, 3, 8, tokens), on_fixed=on_fixed)) for tokens in (5, 6)]
+@pytest.mark.parametrize("static_cache", [True, False])
+def test_kernels_of_a_decode_step_are_those_of_its_layers_and_the_rest(static_cache):
+    a_layer, beside = decode_kernels(static_cache)
+    steps = [len(sampling_work(Job(64, 3, 8, tokens), static_cache=static_cache)) for tokens in (5, 6)]
     assert steps[1] - steps[0] == 3 * a_layer + beside

@@ -6,7 +6,7 @@ import pytest
 import torch
 from policies import PAPER, PLAYED, playing_policy
 
-from fastsmart.policy.checkpoint import load_policy
+from fastsmart.policy.hf_format import load_policy
 
 
 @pytest.mark.parametrize("size", [PAPER, replace(PAPER, hidden_size=384, num_heads=6, num_kv_heads=6, num_layers=5)])

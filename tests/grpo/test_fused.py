@@ -40,7 +40,7 @@ def results(f, b, s, cotangent=1.0):
     where = offsets(b.lengths) if fused else b.sequence
     reference = None if b.reference is None else to(b.reference)
     denominator = loss_denominator(b.lengths, s)
-    loss, stats = f(logprob, to(b.behaviour), reference, to(b.advantage), where, s, denominator, entropy)
+    loss, stats = f(logprob, to(b.sampler_logprobs), reference, to(b.advantage), where, s, denominator, entropy)
     (cotangent * loss).backward()
     got = (loss.detach(), logprob.grad, entropy.grad, stats.sums, stats.peaks)
     return [torch.zeros(()) if x is None else x.cpu() for x in got]
@@ -92,7 +92,7 @@ def test_any_combination(
         truncate=1.5 if truncate and loss != "cispo" else 0.0,
     )  # fmt: skip
     b = batch(tuple(lengths), spread, seed)
-    b.behaviour[dropped : dropped + 3] = -math.inf
+    b.sampler_logprobs[dropped : dropped + 3] = -math.inf
     agree(b, s)
 
 
@@ -108,10 +108,10 @@ def test_completions_longer_than_a_block(loss):
 def test_error_in_fp32_at_most_twice_the_readable_one(s):
     """Both from the same fp32 numbers, against the readable loss in fp64."""
     b = batch((40, 1, 90, 60, 0, 30))
-    for name in ("logprob", "behaviour", "reference", "entropy", "advantage"):
+    for name in ("logprob", "sampler_logprobs", "reference", "entropy", "advantage"):
         setattr(b, name, getattr(b, name).float())
     readable, fused = results(policy_loss, detached(b), s), results(fused_policy_loss, detached(b), s)
-    for name in ("logprob", "behaviour", "reference", "entropy", "advantage"):
+    for name in ("logprob", "sampler_logprobs", "reference", "entropy", "advantage"):
         setattr(b, name, getattr(b, name).double())
     exact = results(policy_loss, detached(b), s)
     for ours, theirs, truth in zip(fused, readable, exact, strict=True):
@@ -139,9 +139,9 @@ def test_packing_order_and_scale(loss):
 @pytest.mark.parametrize("loss", LOSSES)
 def test_dropped_and_broken_tokens(loss, value):
     b = batch()
-    b.behaviour[[2, 7, 8, 22]] = value
+    b.sampler_logprobs[[2, 7, 8, 22]] = value
     b.logprob[2], b.reference[7], b.entropy[8] = -math.inf, math.nan, math.inf
-    b.behaviour[5], b.behaviour[6], b.reference[9], b.reference[10] = -1000.0, 1000.0, 1000.0, -1000.0
+    b.sampler_logprobs[5], b.sampler_logprobs[6], b.reference[9], b.reference[10] = -1000.0, 1000.0, 1000.0, -1000.0
     agree(b, replace(BASE, loss=loss, entropy_bonus=0.1, kl_ratio=True))
 
 

@@ -21,7 +21,7 @@ def evaluate(b, s, denominator=None):
     """Loss, d loss / d logprob, statistics."""
     logprob = b.logprob.clone().requires_grad_()
     denominator = loss_denominator(b.lengths, s) if denominator is None else denominator
-    args = (b.behaviour, b.reference, b.advantage, b.sequence, s, denominator, b.entropy)
+    args = (b.sampler_logprobs, b.reference, b.advantage, b.sequence, s, denominator, b.entropy)
     loss, stats = policy_loss(logprob, *args)
     loss.backward()
     return loss.detach(), logprob.grad, stats
@@ -40,7 +40,9 @@ def test_gradient_is_that_of_the_value(s):
     denominator = loss_denominator(b.lengths, s)
 
     def value(logprob, entropy):
-        return policy_loss(logprob, b.behaviour, b.reference, b.advantage, b.sequence, s, denominator, entropy)[0]
+        return policy_loss(logprob, b.sampler_logprobs, b.reference, b.advantage, b.sequence, s, denominator, entropy)[
+            0
+        ]
 
     assert torch.autograd.gradcheck(value, (b.logprob.clone().requires_grad_(), b.entropy.clone().requires_grad_()))
 
@@ -69,7 +71,7 @@ def test_order_of_tokens_and_of_completions_does_not_matter(s):
     order = torch.randperm(len(b.logprob), generator=torch.Generator().manual_seed(1))
     names = torch.randperm(len(b.advantage), generator=torch.Generator().manual_seed(2))
     shuffled = SimpleNamespace(
-        **{name: getattr(b, name)[order] for name in ("logprob", "behaviour", "reference", "entropy")},
+        **{name: getattr(b, name)[order] for name in ("logprob", "sampler_logprobs", "reference", "entropy")},
         advantage=b.advantage[torch.argsort(names)],
         sequence=names[b.sequence][order],
         lengths=b.lengths,
@@ -182,7 +184,7 @@ def test_tokens_without_a_sampler_log_prob_are_dropped_and_counted(s, value):
     b, rest = batch(), batch()
     gone = torch.zeros(23, dtype=torch.bool)
     gone[[2, 7, 8, 22]] = True
-    b.behaviour[gone] = value
+    b.sampler_logprobs[gone] = value
     b.logprob[2], b.reference[7], b.entropy[8] = -math.inf, math.nan, math.inf
     loss, grad, stats = evaluate(b, s)
     assert loss.isfinite()
@@ -210,7 +212,7 @@ def test_broken_ratios_stay_finite(loss):
     """A sampler and a policy 1,000 nats apart: a loss to be ashamed of, but a number."""
     s = replace(BASE, loss=loss)
     b = batch()
-    b.behaviour[5], b.behaviour[6], b.reference[7], b.reference[8] = -1000.0, 1000.0, 1000.0, -1000.0
+    b.sampler_logprobs[5], b.sampler_logprobs[6], b.reference[7], b.reference[8] = -1000.0, 1000.0, 1000.0, -1000.0
     loss_value, grad, stats = evaluate(b, s)
     assert loss_value.isfinite()
     assert grad.isfinite().all()
@@ -235,7 +237,7 @@ def test_nothing_at_all(loss):
 def test_statistics_are_those_of_the_definition():
     b = batch()
     means = evaluate(b, replace(BASE, mask_low=0.8, mask_high=1.3, entropy_bonus=0.5))[2].means()
-    gap = b.logprob - b.behaviour
+    gap = b.logprob - b.sampler_logprobs
     ratio, log_r = gap.exp(), b.reference - b.logprob
     outside = (ratio < 0.8) | (ratio > 1.3)
     negative = b.advantage[b.sequence] < 0

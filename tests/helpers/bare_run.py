@@ -9,12 +9,12 @@ import synthetic_piano
 
 from fastsmart import presets, train
 from fastsmart.audio import RenderSettings
-from fastsmart.config import updated
+from fastsmart.config import merged
 
 synthetic_piano.PARTIALS = 1
 folder = Path(sys.argv[1])
 audio = synthetic_piano.write_piano(folder, RenderSettings(max_seconds=1.0, workers=1))
-config = updated(
+config = merged(
     presets.load_preset("smart-paper"),
     {
         "policy": {"source": str(folder / "tiny"), "vocabulary": ""},

@@ -40,7 +40,7 @@ def batch(lengths=(4, 1, 9, 6, 0, 3), spread=0.3, seed=0):
     logprob = -policy.abs() - 0.1
     return SimpleNamespace(
         logprob=logprob,
-        behaviour=logprob - spread * gap,
+        sampler_logprobs=logprob - spread * gap,
         reference=logprob + 0.5 * drift,
         advantage=torch.randn(len(lengths), dtype=torch.float64, generator=generator),
         sequence=torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths)),
@@ -54,7 +54,7 @@ def select(b, completions):
     rows = torch.cat([(b.sequence == c).nonzero().squeeze(1) for c in completions])
     renumber = {c: i for i, c in enumerate(completions)}
     return SimpleNamespace(
-        **{name: getattr(b, name)[rows] for name in ("logprob", "behaviour", "reference", "entropy")},
+        **{name: getattr(b, name)[rows] for name in ("logprob", "sampler_logprobs", "reference", "entropy")},
         advantage=b.advantage[list(completions)],
         sequence=torch.tensor([renumber[c] for c in b.sequence[rows].tolist()], dtype=torch.int64),
         lengths=b.lengths[list(completions)],

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import tomli_w
 
-from fastsmart.config import Config, updated
+from fastsmart.config import Config, merged
 
 SMALL = {
     "prompts": {"time_signatures": ["4/4"]},
@@ -31,9 +31,9 @@ SYMBOLIC = {"reward": {"terms": {"variety": 1.0, "filled_beats": 1.0}}}
 
 
 def config_for(checkpoint: Path, *changes: dict) -> Config:
-    config = updated(Config(), SMALL)
+    config = merged(Config(), SMALL)
     for change in ({"policy": {"source": str(checkpoint)}}, *changes):
-        config = updated(config, change)
+        config = merged(config, change)
     return config
 
 

@@ -38,7 +38,7 @@ def test_nothing_needs_triton_on_a_cpu(tmp_path):
     script = textwrap.dedent("""
         import sys
         sys.modules["triton"] = None
-        import torch, fastsmart.sampling.native, fastsmart.train.update
+        import torch, fastsmart.sampling.native, fastsmart.trainer.update
         from fastsmart.errors import UserError
         from fastsmart.kernels import logprob
         ones = torch.ones(2, 3)

@@ -8,9 +8,9 @@ import torch
 from tiny_soundfont import write_soundfont
 
 from fastsmart.audio import RenderSettings
-from fastsmart.audio.device import DeviceMixer
+from fastsmart.audio.bank_renderer import BankRenderer
 from fastsmart.audio.events import piece_arrays
-from fastsmart.audio.renderers import BankRenderer
+from fastsmart.audio.gpu_mixdown import DeviceMixer
 from fastsmart.errors import UserError
 from fastsmart.notes import NoteBatch, Pedals
 

@@ -8,9 +8,9 @@ import muspy
 import numpy as np
 import pytest
 
+from fastsmart.music.features import features
+from fastsmart.music.windows import cut_windows
 from fastsmart.notes import NoteBatch, read_midi
-from fastsmart.reward.features import features
-from fastsmart.reward.windows import cut_windows
 
 CLIPS = 200
 POP909 = Path(os.environ.get("FASTSMART_POP909", Path(__file__).parents[3] / "shared/data/pop909.tar.xz"))

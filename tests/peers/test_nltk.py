@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from nltk.translate.bleu_score import sentence_bleu
 
-from fastsmart.study.ngrams import self_bleu
-from fastsmart.tokens.sequences import TokenBatch
+from fastsmart.music.ngrams import self_bleu
+from fastsmart.tokens.token_batch import TokenBatch
 
 
 @pytest.mark.parametrize("seed", range(4))

@@ -7,7 +7,7 @@ import torch
 from tiny_policy import make_policy
 from transformers import Phi3ForCausalLM
 
-from fastsmart.policy.checkpoint import load_policy, save_policy
+from fastsmart.policy.hf_format import load_policy, save_policy
 
 SHAPES = [{}, {"num_kv_heads": 2}, {"num_kv_heads": 1, "tied_head": True}, {"tied_head": True, "rope_theta": 500.0}]
 

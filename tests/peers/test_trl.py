@@ -50,7 +50,7 @@ def batch(spread=0.3, seed=0):
     lengths = torch.randint(1, T + 1, (B,), generator=generator)
     return SimpleNamespace(
         logprob=logprob,
-        behaviour=logprob - spread * gap,
+        sampler_logprobs=logprob - spread * gap,
         reference=logprob + 0.5 * drift,
         entropy=torch.rand(B, T, dtype=torch.float64, generator=generator),
         advantage=torch.randn(B, dtype=torch.float64, generator=generator),
@@ -59,7 +59,7 @@ def batch(spread=0.3, seed=0):
     )
 
 
-def trl_loss(arguments, b, s, rows=slice(None), steps=1, behaviour="behaviour", importance=None):
+def trl_loss(arguments, b, s, rows=slice(None), steps=1, sampler_logprobs="sampler_logprobs", importance=None):
     """TRL's loss of the completions `rows`, its gradient with respect to every log-prob, and its metrics.
 
     The trainer is made without its __init__ (which wants a model, a tokenizer and a data set) and given what
@@ -100,8 +100,8 @@ def trl_loss(arguments, b, s, rows=slice(None), steps=1, behaviour="behaviour", 
         "num_items_in_batch": b.lengths.sum(),
         "importance_sampling_ratio": importance,
     }
-    if behaviour is not None:
-        inputs["old_per_token_logps"] = getattr(b, behaviour)[rows]
+    if sampler_logprobs is not None:
+        inputs["old_per_token_logps"] = getattr(b, sampler_logprobs)[rows]
     loss = trainer._compute_loss(trainer.model, inputs)
     loss.backward()
     metrics = {name: values[0] for name, values in trainer._metrics["train"].items()}
@@ -113,7 +113,7 @@ def our_loss(b, s, rows=slice(None)):
     logprob = b.logprob.clone().requires_grad_()
     mask = b.mask[rows]
     sequence = mask.nonzero()[:, 0]
-    packed = [x[rows][mask] for x in (logprob, b.behaviour, b.reference)]
+    packed = [x[rows][mask] for x in (logprob, b.sampler_logprobs, b.reference)]
     denominator = loss_denominator(b.lengths, s)
     loss, stats = policy_loss(*packed, b.advantage[rows], sequence, s, denominator, b.entropy[rows][mask])
     loss.backward()
@@ -158,7 +158,7 @@ def test_loss_and_gradient(arguments, loss, kl, clip, spread):
 def test_the_paper_run_has_ratio_one(arguments, loss):
     """Without old log-probs TRL divides the policy by itself, whatever the samples came from; so does ratio = "one"."""
     b, s = batch(), settings_for(loss, ratio="one")
-    agree(our_loss(b, s), trl_loss(arguments, b, s, behaviour=None))
+    agree(our_loss(b, s), trl_loss(arguments, b, s, sampler_logprobs=None))
 
 
 @pytest.mark.parametrize("loss", ["dapo", "cispo"])
@@ -181,10 +181,10 @@ def test_masking_by_the_sampler_mismatch(arguments):
     """
     b = batch(spread=0.5)
     s = settings_for("bnpo", mask_low=0.7, mask_high=1.5, clip_low=1.0, clip_high=1e6)
-    ratio = (b.logprob - b.behaviour).exp()
+    ratio = (b.logprob - b.sampler_logprobs).exp()
     importance = ratio.masked_fill((ratio < 0.7) | (ratio > 1.5), 0.0)
     assert 0 < our_loss(b, s)[2]["masked"] < 1
-    agree(our_loss(b, s), trl_loss(arguments, b, s, behaviour=None, importance=importance))
+    agree(our_loss(b, s), trl_loss(arguments, b, s, sampler_logprobs=None, importance=importance))
 
 
 @pytest.mark.parametrize("scale", ["none", "group", "batch"])

@@ -12,10 +12,10 @@ from safetensors.torch import load_file, save_file
 from tiny_policy import make_policy
 
 from fastsmart.errors import UserError
-from fastsmart.files import atomic_folder
-from fastsmart.policy.checkpoint import load_policy, save_policy, shipped_policies
+from fastsmart.machine.files import atomic_folder
+from fastsmart.policy.checkpoints import Checkpoints
+from fastsmart.policy.hf_format import load_policy, save_policy, shipped_policies
 from fastsmart.policy.optimizer import make_optimizer
-from fastsmart.policy.state import Checkpoints
 from fastsmart.policy.transformer import Policy, PolicySize
 
 
@@ -132,9 +132,9 @@ def test_a_full_disk_leaves_the_previous_checkpoint_whole(policy, tmp_path, limi
     script = """
         import resource, sys
         from pathlib import Path
-        from fastsmart.policy.checkpoint import load_policy
+        from fastsmart.policy.hf_format import load_policy
         from fastsmart.policy.optimizer import make_optimizer
-        from fastsmart.policy.state import Checkpoints
+        from fastsmart.policy.checkpoints import Checkpoints
         policy, checkpoints = load_policy(sys.argv[1]), Checkpoints(Path(sys.argv[1]).parent)
         optimizer = make_optimizer(policy, 1e-3, (0.9, 0.999), 0.0)
         checkpoints.load(policy, optimizer)

@@ -8,10 +8,10 @@ import torch
 from token_sources import write_piece
 
 from fastsmart.errors import UserError
+from fastsmart.machine.signals import StopRequest
 from fastsmart.policy.crops import IGNORED, Cropper, CropSettings, ngram_losses, targets
 from fastsmart.policy.pretrain import PretrainSettings, evaluate, pretrain, split_pieces
 from fastsmart.policy.transformer import PolicySize
-from fastsmart.stopping import StopRequest
 from fastsmart.tokens.dataset import encode_folder
 from fastsmart.tokens.decode import decode
 

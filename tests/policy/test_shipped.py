@@ -10,8 +10,8 @@ from safetensors.torch import load_file
 from token_sources import garbage
 
 import fastsmart as fs
-from fastsmart.policy.checkpoint import shipped_file, shipped_policies
-from fastsmart.reward.features import features
+from fastsmart.music.features import features
+from fastsmart.policy.hf_format import shipped_file, shipped_policies
 from fastsmart.sampling import sample
 from fastsmart.tokens.decode import decode
 from fastsmart.tokens.prompts import PromptSettings, make_prompts

@@ -11,7 +11,7 @@ import torch
 
 from fastsmart.audio.batch import AudioBatch
 from fastsmart.errors import UserError
-from fastsmart.reward import Clips, RewardMix, RewardSettings, load_reward
+from fastsmart.reward import Clips, RewardBlend, RewardSettings, load_reward
 from fastsmart.reward.audiobox import make_random_weights, read_weights
 from fastsmart.reward.audiobox.architecture import Size, encoder_shapes
 from fastsmart.reward.audiobox.cpu import int8_is_fast, quantised
@@ -45,7 +45,7 @@ def test_the_reward_is_the_weighted_sum_of_the_axes_over_ten(checkpoint: Path) -
     assert values.dtype == np.float32
     np.testing.assert_allclose(values, 0.1 * (ratings["CE"] + 0.5 * ratings["PC"]), rtol=1e-6)
     settings = RewardSettings(terms={"audiobox": 2.0}, audiobox_checkpoint=str(checkpoint), audiobox_batch=1)
-    scores = RewardMix(settings)(batch)
+    scores = RewardBlend(settings)(batch)
     np.testing.assert_allclose(scores.total, 0.2 * ratings["CE"], rtol=1e-5)
 
 

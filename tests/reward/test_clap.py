@@ -8,7 +8,7 @@ import torch
 
 from fastsmart.audio.batch import AudioBatch
 from fastsmart.errors import UserError
-from fastsmart.reward import Clips, RewardMix, RewardSettings, load_reward
+from fastsmart.reward import Clips, RewardBlend, RewardSettings, load_reward
 
 transformers = pytest.importorskip("transformers")
 RATE = 48_000
@@ -150,7 +150,7 @@ def test_a_run_names_its_model_and_texts(model: Path) -> None:
         clap_classes=PROMPTS,
         clap_class=PROMPTS[1],
     )
-    assert set(RewardMix(settings)(clips(0.5)).terms) == {"clap_similarity", "clap_class", "pam"}
+    assert set(RewardBlend(settings)(clips(0.5)).terms) == {"clap_similarity", "clap_class", "pam"}
 
 
 @pytest.mark.parametrize(
@@ -166,4 +166,4 @@ def test_a_run_names_its_model_and_texts(model: Path) -> None:
 def test_what_is_missing_is_said(model: Path, change: dict, says: str) -> None:
     settings = {"terms": {"clap_similarity": 1.0}, "clap_model": str(model), "clap_prompt": PROMPTS[0]} | change
     with pytest.raises(UserError, match=says):
-        RewardMix(RewardSettings(**settings))
+        RewardBlend(RewardSettings(**settings))

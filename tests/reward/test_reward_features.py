@@ -6,8 +6,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from fastsmart.music.features import FEATURES, features
 from fastsmart.notes import NoteBatch
-from fastsmart.reward.features import FEATURES, features
 
 
 def test_features_of_a_clip_worked_out_by_hand(make_notes: Callable[..., NoteBatch]) -> None:

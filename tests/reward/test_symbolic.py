@@ -6,10 +6,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from fastsmart.music.windows import cut_windows
 from fastsmart.notes import NoteBatch
 from fastsmart.reward import REWARDS, Clips, Reward, load_reward
 from fastsmart.reward.typicality import TypicalityStats, fit_typicality
-from fastsmart.reward.windows import cut_windows
 
 BOUNDED = [name for name, (module, _) in REWARDS.items() if module == "symbolic"]
 

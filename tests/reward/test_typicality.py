@@ -10,6 +10,7 @@ import pytest
 from scipy import stats as scipy_stats
 
 from fastsmart.errors import UserError
+from fastsmart.music.windows import cut_windows
 from fastsmart.notes import NoteBatch
 from fastsmart.reward import Clips, load_reward
 from fastsmart.reward.typicality import (
@@ -22,7 +23,6 @@ from fastsmart.reward.typicality import (
     fit_typicality,
     log_likelihood,
 )
-from fastsmart.reward.windows import cut_windows
 
 
 @pytest.fixture(scope="module")

@@ -6,8 +6,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from fastsmart.music.windows import cut_windows
 from fastsmart.notes import NoteBatch, ticks_to_seconds
-from fastsmart.reward.windows import cut_windows
 
 
 def test_windows_hold_every_note_once_in_order(make_pieces: Callable[..., NoteBatch]) -> None:

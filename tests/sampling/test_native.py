@@ -9,9 +9,9 @@ from transformers import TopKLogitsWarper, TopPLogitsWarper
 
 from fastsmart.errors import UserError
 from fastsmart.sampling import SamplingSettings, sample
-from fastsmart.sampling.draw import draw, truncate
 from fastsmart.sampling.native import NativeEngine, _fewer_rows
-from fastsmart.tokens.sequences import TokenBatch
+from fastsmart.sampling.sampler import sample_token, truncate
+from fastsmart.tokens.token_batch import TokenBatch
 
 PROMPTS = TokenBatch.pack([[21, 400, 180, 330], [1], [21, 401], [21, 400, 180, 331, 50, 120, 150]])
 
@@ -118,14 +118,14 @@ def test_truncation_is_that_of_transformers():
     torch.testing.assert_close(truncate(logits, 10, 1.0), TopKLogitsWarper(10)(ids, logits))
     torch.testing.assert_close(truncate(logits, 0, 0.9), TopPLogitsWarper(0.9)(ids, logits))
     settings = SamplingSettings(top_k=1)
-    token, logprob = draw(logits, torch.full((50,), 1.0 - 2.0**-24), settings)
+    token, logprob = sample_token(logits, torch.full((50,), 1.0 - 2.0**-24), settings)
     assert torch.equal(token, logits.argmax(-1))
     assert (logprob == 0).all()
 
 
 def test_the_ends_of_the_uniform_range_draw_possible_tokens():
     logits = torch.tensor([[-torch.inf, 0.0, 1.0, -torch.inf]] * 2)
-    token, logprob = draw(logits, torch.tensor([0.0, 1.0 - 2.0**-24]), SamplingSettings())
+    token, logprob = sample_token(logits, torch.tensor([0.0, 1.0 - 2.0**-24]), SamplingSettings())
     assert token.tolist() == [1, 2]
     assert logprob.isfinite().all()
 

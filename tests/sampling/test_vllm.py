@@ -9,13 +9,13 @@ from scipy.stats import chi2_contingency
 from vllm_policy import make_vllm_policy
 
 from fastsmart.errors import UserError
-from fastsmart.policy.checkpoint import save_policy
+from fastsmart.policy.hf_format import save_policy
 from fastsmart.sampling import Rollout, SamplingSettings, make_engine
 from fastsmart.sampling import vllm as vllm_engine
-from fastsmart.sampling.undisturbed import undisturbed
 from fastsmart.sampling.vllm import VllmEngine, missing_api
-from fastsmart.sampling.vllm_plan import VllmSettings
-from fastsmart.tokens.sequences import TokenBatch
+from fastsmart.sampling.vllm_config import VllmSettings
+from fastsmart.sampling.vllm_isolation import isolated
+from fastsmart.tokens.token_batch import TokenBatch
 
 PROMPTS = TokenBatch.pack([[21, 400, 180, 330], [1], [21, 401], [21, 400, 180, 331, 50, 120, 150]])
 SETTINGS = SamplingSettings("vllm", group=6, max_tokens=60, max_rows=24)
@@ -233,11 +233,11 @@ def test_engines_side_by_side_end_one_by_one(vocab):
 
 def test_memory_is_what_the_plan_says(shared):
     engine, policy = shared
-    plan = engine.plan
-    assert plan.weight_bytes == 4 * policy.num_parameters
-    block_bytes = 2 * 2 * 2 * 32 * 4 * plan.block_tokens  # k and v, layers, heads, head size, float32
+    memory = engine.memory
+    assert memory.weight_bytes == 4 * policy.num_parameters
+    block_bytes = 2 * 2 * 2 * 32 * 4 * memory.block_tokens  # k and v, layers, heads, head size, float32
     held = sum(cache.numel() * cache.element_size() for cache in caches(engine))
-    assert held == plan.kv_cache_bytes == block_bytes * (24 * 1 + 1)  # 24 rows of one block each, one of vLLM's own
+    assert held == memory.kv_cache_bytes == block_bytes * (24 * 1 + 1)  # 24 rows of one block each, one of vLLM's own
 
 
 def caches(engine):
@@ -302,7 +302,7 @@ def test_vllm_loads_the_checkpoint_we_save_by_itself(vocab, tmp_path):
     policy = make_vllm_policy(vocab, tied_head=True, num_kv_heads=1)
     save_policy(policy, tmp_path / "saved")
     engine = make_engine(SETTINGS, policy)
-    with undisturbed(), vllm_engine.groups.joined():
+    with isolated(), vllm_engine.groups.joined():
         from vllm.engine.arg_utils import EngineArgs
         from vllm.v1.engine.llm_engine import LLMEngine
 
@@ -313,7 +313,7 @@ def test_vllm_loads_the_checkpoint_we_save_by_itself(vocab, tmp_path):
                 dtype="float32",
                 enforce_eager=True,
                 logprobs_mode="processed_logprobs",
-                kv_cache_memory_bytes=engine.plan.kv_cache_bytes,
+                kv_cache_memory_bytes=engine.memory.kv_cache_bytes,
                 disable_log_stats=True,
                 use_tqdm_on_load=False,
             )

@@ -17,9 +17,9 @@ import torch
 from processes import started
 from vllm_policy import make_vllm_policy
 
-from fastsmart.policy.checkpoint import save_policy
+from fastsmart.policy.hf_format import save_policy
 from fastsmart.sampling import sample
-from fastsmart.tokens.sequences import TokenBatch
+from fastsmart.tokens.token_batch import TokenBatch
 
 PROMPTS = TokenBatch.pack([[21, 400, 180, 330], [1]])
 

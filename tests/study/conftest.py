@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from fastsmart import Config
-from fastsmart.config import updated
-from fastsmart.policy.checkpoint import load_policy, save_policy
+from fastsmart.config import merged
+from fastsmart.policy.hf_format import load_policy, save_policy
 from fastsmart.study.evaluate import evaluate
 from fastsmart.study.evaluation import Evaluation
 
@@ -34,7 +34,7 @@ def evaluation(tmp_path_factory) -> Evaluation:
         "audio": {"workers": 1},
     }
     sources = ["base=pop909-tiny", str(folder / "tuned")]
-    return evaluate(sources, folder / "e", updated(Config(), small), 8, 2)
+    return evaluate(sources, folder / "e", merged(Config(), small), 8, 2)
 
 
 @pytest.fixture

@@ -11,14 +11,14 @@ from tiny_policy import make_policy
 
 from fastsmart import Config, UserError
 from fastsmart.cli import main
-from fastsmart.config import to_toml, updated
-from fastsmart.policy.checkpoint import save_policy
-from fastsmart.study.diversity import DIVERSITY
+from fastsmart.config import merged, to_toml
+from fastsmart.music.diversity import DIVERSITY
+from fastsmart.policy.hf_format import save_policy
 from fastsmart.study.evaluate import Stage, evaluate, labelled
 from fastsmart.study.evaluation import Evaluation
 from fastsmart.study.outputs import best_of_counts
 from fastsmart.study.report import write_report
-from fastsmart.train.evaluate import TABLE_FEATURES
+from fastsmart.trainer.evaluate import TABLE_FEATURES
 
 SMALL = {
     "prompts": {"time_signatures": ["4/4"]},
@@ -33,7 +33,7 @@ def two(vocab, tmp_path):
     """Two policies, and a config of rewards that need no sound."""
     for seed in (0, 1):
         save_policy(make_policy(vocab, seed), tmp_path / f"p{seed}")
-    return [str(tmp_path / "p0"), str(tmp_path / "p1")], updated(Config(), SMALL), tmp_path
+    return [str(tmp_path / "p0"), str(tmp_path / "p1")], merged(Config(), SMALL), tmp_path
 
 
 def test_an_evaluation_is_whole_and_reads_back(two):
@@ -87,14 +87,14 @@ def test_what_was_played_is_not_played_again_unless_something_changed(two):
 
     assert sampled(sources[:1], folder / "e", config, N, 2) == ["best of 2: sampling", "p0: sampling"]
     assert sampled(sources, folder / "e", config, N, 2) == ["p1: sampling"]
-    hotter = updated(config, {"sampling": {"temperature": 1.3}})
+    hotter = merged(config, {"sampling": {"temperature": 1.3}})
     assert sampled(sources, folder / "e", hotter, N, 0) == ["p0: sampling", "p1: sampling"]
 
 
 def test_rewards_are_those_of_every_soundfont_named(two, soundfont):
     sources, config, folder = two
     (folder / "other.sf3").symlink_to(soundfont)
-    config = updated(config, {"reward": {"terms": {"consonance": 1.0}}, "audio": {"workers": 1}})
+    config = merged(config, {"reward": {"terms": {"consonance": 1.0}}, "audio": {"workers": 1}})
     found = evaluate(sources[:1], folder / "e", config, 3, 0, [str(folder / "other.sf3")])
     first, second = (m for m in found.metrics if (m.group, m.name) == ("reward", "consonance"))
     assert (first.soundfont, second.soundfont) == (soundfont.stem, "other")
@@ -108,7 +108,7 @@ def test_a_run_alone_is_compared_with_the_policy_it_started_from(two, capsys):
     sources, config, folder = two
     sets = {"policy": {"source": sources[0]}, "sampling": {"group": 2}}
     sets["train"] = {"steps": 1, "prompts": 2, "eval_prompts": 2, "listen": 0, "threads": 2}
-    (folder / "small.toml").write_text(to_toml(updated(config, sets)))
+    (folder / "small.toml").write_text(to_toml(merged(config, sets)))
     assert main(["train", "--config", str(folder / "small.toml"), "--out", str(folder / "run")]) == 0
     done = main(["evaluate", "--policy", str(folder / "run"), "-n", "4", "--best-of", "0", "--out", str(folder / "e")])
     assert done == 0

@@ -15,10 +15,10 @@ import soundfile
 from browsing import until
 
 from fastsmart.cli import main
+from fastsmart.music.bootstrap import Estimate
 from fastsmart.study.evaluation import Evaluation
 from fastsmart.study.findings import findings
 from fastsmart.study.report import write_report
-from fastsmart.study.resampling import Estimate
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ from tiny_policy import make_policy
 
 from fastsmart import UserError
 from fastsmart.cli import main
-from fastsmart.policy.checkpoint import save_policy
+from fastsmart.policy.hf_format import save_policy
 from fastsmart.study.evaluation import Evaluation
 from fastsmart.study.sweep import read_sweep
 

@@ -13,7 +13,7 @@ from token_sources import POP909, garbage, nearly_music, real_pieces, synthetic_
 
 from fastsmart.errors import UserError
 from fastsmart.tokens.decode import decode
-from fastsmart.tokens.sequences import TokenBatch
+from fastsmart.tokens.token_batch import TokenBatch
 from fastsmart.tokens.vocabulary import Vocabulary, load_vocabulary
 
 SMART = load_vocabulary("smart")

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastsmart.errors import UserError
-from fastsmart.files import mkl_knows_processor
+from fastsmart.machine.files import mkl_knows_processor
 from fastsmart.reward.audiobox.architecture import FIELD, FRAMES, HOP, KERNELS, NORM_EPS, STRIDES, frames_of
 from fastsmart.reward.audiobox.encoder import EncoderWeights, Norm, gates, normalised_first
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fastsmart.kernels.attention import gated_attention
 from fastsmart.kernels.convolution import convolution_gelu
-from fastsmart.recording import recorded
+from fastsmart.machine.cuda_graph import capture_graph
 from fastsmart.reward.audiobox.architecture import FRAMES, NORM_EPS, STRIDES, WINDOW, frames_of
 from fastsmart.reward.audiobox.encoder import EncoderWeights, LayerWeights, Norm, gates, normalised_first
 
@@ -118,7 +118,7 @@ class _Graph:
 
     def __init__(self, encoder: BatchEncoder, samples: Tensor, frames: Tensor) -> None:
         self.samples, self.frames = samples.clone(), frames.clone()
-        self.graph, self.means = recorded(lambda: encoder.forward(self.samples, self.frames))
+        self.graph, self.means = capture_graph(lambda: encoder.forward(self.samples, self.frames))
 
     def __call__(self, samples: Tensor, frames: Tensor) -> Tensor:
         self.samples.copy_(samples)

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from fastsmart.errors import UserError
-from fastsmart.files import os_errors_as_user_errors
-from fastsmart.hub import cached, fetch
+from fastsmart.machine.files import os_errors_as_user_errors
+from fastsmart.machine.hub import cached, fetch
 from fastsmart.reward.audiobox.architecture import Size, encoder_shapes, head_shapes, size_of
 from fastsmart.reward.settings import AUDIOBOX_AXES
 

@@ -1,0 +1,88 @@
+"""The curves of a run as one picture."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fastsmart.machine.files import os_errors_as_user_errors
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+def plot_curves(lines: list[dict[str, Any]], path: Path) -> None:
+    """Write the picture of `curves`, where there is a step to show and matplotlib to draw it.
+
+    Raises UserError if it cannot be written.
+    """
+    try:
+        figure = curves(lines)
+    except ImportError:
+        return
+    if figure:
+        with os_errors_as_user_errors(path):
+            figure.savefig(path, dpi=110)
+
+
+def curves(lines: list[dict[str, Any]]) -> Figure | None:
+    """Reward, its terms, notes, KL, entropy, diversity, and the time of each stage, over steps; None without a step.
+
+    lines : of metrics.jsonl
+    """
+    from matplotlib.figure import Figure
+
+    steps = [line for line in lines if "reward" in line]
+    held_out = [line for line in lines if "eval" in line]
+    if not steps:
+        return None
+    figure = Figure(figsize=(12, 7), layout="constrained")
+    places = ("reward", "terms", "notes", "kl"), ("entropy", "diversity", "time", "time")
+    axes = list(figure.subplot_mosaic([list(row) for row in places]).values())
+    x = [line["step"] for line in steps]
+    x_held_out = [line["step"] for line in held_out]
+
+    def held_out_band(ax: Any, moments: list[dict[str, float]], colour: str) -> None:
+        mean = [m["mean"] for m in moments]
+        ax.plot(x_held_out, mean, "o-", color=colour, label="held-out prompts")
+
+    axes[0].plot(x, [line["reward"] for line in steps], alpha=0.5, label="training prompts")
+    held_out_band(axes[0], [line["eval"]["reward"] for line in held_out], "C1")
+    axes[0].set(title="reward", xlabel="step")
+    axes[0].legend()
+    for i, name in enumerate(held_out[0]["eval"]["terms"] if held_out else []):
+        first = held_out[0]["eval"]["terms"][name]
+        scale = first["std"] or 1.0
+        change = [
+            (line["eval"]["terms"][name]["mean"] - first["mean"]) / scale
+            if line["eval"]["terms"][name]["mean"] is not None and first["mean"] is not None
+            else float("nan")
+            for line in held_out
+        ]
+        axes[1].plot(x_held_out, change, "o-", color=f"C{i}", label=name)
+    axes[1].set(title="reward terms, held-out", xlabel="step", ylabel="change in standard deviations at step 0")
+    if held_out:
+        axes[1].legend(fontsize="small")
+    axes[2].plot(x, [line["notes"] for line in steps], alpha=0.5, label="training prompts")
+    held_out_band(axes[2], [line["eval"]["features"]["notes"] for line in held_out], "C1")
+    axes[2].set(title="notes per clip", xlabel="step", ylim=(0, None))
+    axes[2].legend()
+    axes[3].plot(x, [_number(line.get("kl")) for line in steps])
+    axes[3].set(title="KL to the base policy, nats per token", xlabel="step")
+    axes[4].plot(x, [_number(line.get("entropy")) for line in steps])
+    axes[4].set(title="entropy, nats per token", xlabel="step")
+    for i, name in enumerate(held_out[0]["eval"].get("diversity", ()) if held_out else ()):
+        measured = [_number(line["eval"]["diversity"][name]) for line in held_out]
+        axes[5].plot(x_held_out, measured, "o-", color=f"C{i}", label=name.replace("_", " "))
+    axes[5].set(title="diversity, held-out", xlabel="step", ylim=(0, 1.05))
+    if axes[5].lines:
+        axes[5].legend(fontsize="small")
+    stages = [s for s in ("sample", "decode", "render", "score", "update", "sync") if s in steps[-1]["time"]]
+    axes[6].stackplot(x, *[[line["time"].get(s, 0.0) for line in steps] for s in stages], labels=stages)
+    axes[6].set(title="seconds per step", xlabel="step")
+    axes[6].legend(fontsize="small", loc="upper right", ncols=3)
+    return figure
+
+
+def _number(value: float | None) -> float:
+    return float("nan") if value is None else value

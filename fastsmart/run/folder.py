@@ -1,0 +1,117 @@
+"""The folder of a run on disk: what a person opens, and what resume needs.
+
+config.toml      the resolved configuration            checkpoints/step-000040/   policy, optimizer and state
+run.json         what it ran with: versions, machine   listen/                    before and after, MIDI and WAV
+metrics.jsonl    one line a step                       before_after.md            features and rewards
+curves.png       the metrics as curves                 trace.json                 who did what when, for ui.perfetto.dev
+live.json        while it runs: for `fastsmart top`    failed/                    clips and batches worth a look
+
+The folder of a profile is marked by its profile.json: it looks like a run's, but nothing can go on from it.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from fastsmart.config import Config, read_config, to_toml
+from fastsmart.errors import UserError
+from fastsmart.machine.distributed import Ranks
+from fastsmart.machine.files import JsonLines, make_folder, write_atomic
+from fastsmart.policy.checkpoints import Checkpoints
+
+CONFIG_FILE = "config.toml"
+METRICS_FILE = "metrics.jsonl"
+PROVENANCE_FILE = "run.json"
+TRACE_FILE = "trace.json"
+LIVE_FILE = "live.json"
+PROFILE_FILE = "profile.json"
+
+
+class RunFolder:
+    """A run's files: `metrics` and `checkpoints` of a run with this `config`."""
+
+    def __init__(self, path: Path, config: Config) -> None:
+        self.path, self.config = path, config
+        self.listen = path / "listen"
+        self.metrics = JsonLines(path / METRICS_FILE)
+        self.checkpoints = Checkpoints(path / "checkpoints", config.train.keep)
+
+    @staticmethod
+    def begun(path: str | Path) -> bool:
+        """Whether a run in this folder has got so far that there is something to lose."""
+        path = Path(path)
+        return bool(JsonLines(path / METRICS_FILE).lines() or Checkpoints(path / "checkpoints").all())
+
+    @staticmethod
+    def open(path: str | Path, config: Config, resume: bool, ranks: Ranks) -> RunFolder:
+        """`create` or `reopen`, by rank 0; the others find what it has left. The file system is one they share."""
+        if ranks.leader:
+            folder = RunFolder.reopen(path) if resume else RunFolder.create(path, config)
+        step = ranks.broadcast(folder.checkpoints.step if ranks.leader else 0)
+        folder = folder if ranks.leader else RunFolder.reopen(path)
+        if folder.checkpoints.step != step:
+            raise UserError(f"rank {ranks.rank} finds other checkpoints in {path} than rank 0; put it on a shared disk")
+        return folder
+
+    @staticmethod
+    def create(path: str | Path, config: Config) -> RunFolder:
+        """A new run; raises UserError when the folder cannot be written or already holds one."""
+        path = Path(path)
+        _refuse_profile(path)
+        if RunFolder.begun(path):
+            raise UserError(f"{path} already holds a run; add --resume to go on with it, or choose another --out")
+        make_folder(path)
+        write_atomic(path / CONFIG_FILE, to_toml(config))
+        return RunFolder(path, config)
+
+    @staticmethod
+    def reopen(path: str | Path) -> RunFolder:
+        """A run to go on with; raises UserError when there is none, or the folder cannot be written."""
+        path = Path(path)
+        _refuse_profile(path)
+        if not (path / CONFIG_FILE).exists():
+            raise UserError(f"no run to resume in {path}; leave out --resume to start one")
+        make_folder(path)
+        return RunFolder(path, read_config(path / CONFIG_FILE))
+
+    @staticmethod
+    def for_profile(path: str | Path, config: Config) -> RunFolder:
+        """For a profile, in place of one that was there; raises UserError where there is anything else."""
+        path = Path(path)
+        if not (path / PROFILE_FILE).exists() and path.is_dir() and any(path.iterdir()):
+            raise UserError(f"{path} holds something else than a profile; choose another --out")
+        make_folder(path)
+        write_atomic(path / PROFILE_FILE, "{}\n")  # the mark; the figures come when they have been taken
+        write_atomic(path / CONFIG_FILE, to_toml(config))
+        write_atomic(path / METRICS_FILE, "")
+        return RunFolder(path, config)
+
+    def write_provenance(self, record: dict) -> None:
+        """Write run.json, or hold what is there against it: a run goes on only with the inputs it began with.
+
+        Raises UserError naming the input that is another one now.
+        """
+        path = self.path / PROVENANCE_FILE
+        if path.exists() and self.metrics.lines():
+            before = json.loads(path.read_text(encoding="utf-8"))["inputs"]
+            for name, now in record["inputs"].items():
+                if before.get(name) != now:
+                    raise UserError(
+                        f"{self.path} was begun with another {name} ({_named(before.get(name))}) than is there now "
+                        f"({_named(now)}); resume with the same"
+                    )
+            return
+        write_atomic(path, json.dumps(record, indent=1) + "\n")
+
+    def write(self, name: str, text: str) -> None:
+        write_atomic(self.path / name, text)
+
+
+def _refuse_profile(path: Path) -> None:
+    if (path / PROFILE_FILE).exists():
+        raise UserError(f"{path} holds a profile, not a run; choose another folder")
+
+
+def _named(value: dict | None) -> str:
+    return "none" if value is None else f"{value['path']}, sha256 {value['sha256'][:12]}"

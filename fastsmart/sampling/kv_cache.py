@@ -1,0 +1,72 @@
+"""Keys and values of the tokens so far, laid out for the one query that reads them all.
+
+Shape letters: R rows, T new tokens of each, S slots, K key/value heads, H query heads, E head size.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+BLOCK = 64  # tokens whose values are turned at once
+
+
+@dataclass
+class LayerCache:
+    """One layer's keys and values; all memory, nothing shared.
+
+    kv     : [2, R, K, S, E]
+    values_transposed : [S // 64, R, K, E, 64], the values of every block of 64 slots that is full, turned; None where
+             that is of no use. Read so, they and the keys are times one column, which MKL does at 31 GB/s, the memory's
+             rate; one row times [S, E] values it does at 13 GB/s (two Zen 4 cores, more than the caches hold).
+    """
+
+    kv: Tensor
+    values_transposed: Tensor | None
+
+    @staticmethod
+    def empty(shape: tuple[int, int, int, int], dtype: torch.dtype, device: torch.device) -> LayerCache:
+        """Uninitialised memory for [R, K, S, E]."""
+        rows, heads, slots, size = shape
+        values_transposed = None
+        if device.type == "cpu" and dtype == torch.float32:
+            values_transposed = torch.empty(slots // BLOCK, rows, heads, size, BLOCK)
+        return LayerCache(torch.empty(2, *shape, dtype=dtype, device=device), values_transposed)
+
+    def rows(self, keep: Tensor) -> LayerCache:
+        """A copy of some rows."""
+        return LayerCache(self.kv[:, keep], None if self.values_transposed is None else self.values_transposed[:, keep])
+
+    def put(self, new: Tensor, start: int) -> None:
+        """Keys and values [R, T, 2, K, E] of the slots from `start` on."""
+        end = start + new.shape[1]
+        self.kv[:, :, :, start:end] = new.permute(2, 0, 3, 1, 4)
+        if self.values_transposed is not None:
+            for block in range(start // BLOCK, end // BLOCK):
+                self.values_transposed[block] = self.kv[1, :, :, block * BLOCK : (block + 1) * BLOCK].transpose(-1, -2)
+
+    def attend(self, q: Tensor, end: int, seen: Tensor | None) -> Tensor:
+        """What queries q [R K, H / K T, E], scaled already, make of the first `end` slots: of the same shape.
+
+        seen : bool [T, end] or [R, 1, T, end], what each may look at; None = everything
+        """
+        keys, values = self.kv.flatten(1, 2)[:, :, :end]
+        values_transposed = self.values_transposed if q.shape[1] == 1 else None
+        if values_transposed is None:
+            scores = torch.bmm(q, keys.transpose(1, 2))  # reads the cache faster than scaled_dot_product_attention
+        else:
+            scores = torch.bmm(keys, q.transpose(1, 2)).transpose(1, 2)
+        if seen is not None:
+            rows = self.kv.shape[1]
+            scores = scores.reshape(rows, -1, *seen.shape[-2:]).masked_fill(~seen, -torch.inf).view(scores.shape)
+        weights = scores.softmax(-1)
+        if values_transposed is None:
+            return torch.bmm(weights, values)
+        full = end // BLOCK
+        y = torch.bmm(weights[:, :, full * BLOCK :], values[:, full * BLOCK :]).transpose(1, 2)
+        for block in range(full):
+            part = weights[:, :, block * BLOCK : (block + 1) * BLOCK].transpose(1, 2)
+            y.baddbmm_(values_transposed[block].flatten(0, 1), part)
+        return y.transpose(1, 2)

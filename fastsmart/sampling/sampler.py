@@ -1,0 +1,42 @@
+"""The draw of a token from a row of logits.
+
+Shape letters: R rows, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastsmart.kernels.sample import sample_tokens
+from fastsmart.sampling.rollout import SamplingSettings
+
+
+def sample_token(logits: Tensor, uniform: Tensor, settings: SamplingSettings) -> tuple[Tensor, Tensor]:
+    """One token a row by inverting the cumulative distribution at `uniform`.
+
+    logits [R, V] float32, uniform [R] in [0, 1) -> ids [R] int64 and their log-probs [R] float32 under the tempered
+    (and, where asked for, truncated) distribution that was drawn from.
+
+    A row whose logits are not finite, as those of a policy that has diverged, gives `UNDEFINED`.
+    """
+    logits, temperature = truncated(logits, settings)
+    return sample_tokens(logits, uniform, temperature)
+
+
+def truncated(logits: Tensor, settings: SamplingSettings) -> tuple[Tensor, float]:
+    """Logits, truncated where that is asked for, and the temperature that is still to be applied to them."""
+    if settings.top_k or settings.top_p < 1.0:
+        return truncate(logits / settings.temperature, settings.top_k, settings.top_p), 1.0
+    return logits, settings.temperature
+
+
+def truncate(logits: Tensor, top_k: int, top_p: float) -> Tensor:
+    """Set all but the `top_k` largest logits, and all beyond the nucleus of mass `top_p` (Holtzman 2020), to -inf."""
+    if 0 < top_k < logits.shape[-1]:
+        logits = logits.masked_fill(logits < logits.topk(top_k, dim=-1).values[:, -1:], -torch.inf)
+    if top_p < 1.0:
+        ordered, order = logits.sort(dim=-1, descending=True)
+        mass_before = ordered.softmax(-1).cumsum(-1) - ordered.softmax(-1)
+        logits = logits.scatter(-1, order, ordered.masked_fill(mass_before >= top_p, -torch.inf))
+    return logits

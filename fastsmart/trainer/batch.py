@@ -1,0 +1,101 @@
+"""One line of metrics.jsonl: what a step's batch was like, what its update did, how long it took."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from fastsmart.machine.distributed import Ranks
+from fastsmart.reward import Scores
+from fastsmart.trainer.rollout_worker import ScoredRollout
+from fastsmart.trainer.update import Update
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What every rank knows of a step's N completions.
+
+    scores  : float32 [N] each
+    notes   : int64 [N], notes of each clip
+    lengths : int64 [N], tokens of each completion
+    group   : int64 [N], number of its prompt
+    mine    : the numbers of this rank's own completions
+    version : of the policy that drew them
+    """
+
+    scores: Scores
+    notes: np.ndarray
+    lengths: np.ndarray
+    group: np.ndarray
+    mine: range
+    version: int
+
+    @staticmethod
+    def gather(scored: ScoredRollout, prompts: int, ranks: Ranks) -> Batch:
+        """Put the ranks' performances of `prompts` prompts side by side."""
+        scores, rollout = scored.scores, scored.rollout
+        columns = [*scores.terms.values(), scores.total, scored.notes.counts, rollout.lengths]
+        size = len(rollout) // len(ranks.share(prompts))  # completions a prompt
+        per_prompt = np.stack(columns, axis=1).astype(np.float64).reshape(len(rollout) // size, -1)
+        table = ranks.gather(per_prompt, prompts).reshape(prompts * size, -1)
+        *terms, total, notes, lengths = table.T
+        share = ranks.share(prompts)
+        return Batch(
+            Scores({name: values.astype(np.float32) for name, values in zip(scores.terms, terms, strict=True)},
+                   total.astype(np.float32)),
+            notes.astype(np.int64),
+            lengths.astype(np.int64),
+            np.repeat(np.arange(prompts), size),
+            range(share.start * size, share.stop * size),
+            rollout.version,
+        )  # fmt: skip
+
+
+def metrics(step: int, batch: Batch, advantage: torch.Tensor, change: Update) -> dict[str, Any]:
+    """What a step's line of metrics says about its batch and its update; `step` counts from 1."""
+    scores = batch.scores
+    return {
+        "step": step,
+        "reward": _mean(scores.total),
+        "terms": {name: _mean(values) for name, values in scores.terms.items()},
+        "notes": float(batch.notes.mean()),
+        "empty": int((batch.notes == 0).sum()),
+        "unscored": int(np.isnan(scores.total).sum()),
+        "idle_completions": int((advantage == 0).sum()),
+        "completion_tokens": float(batch.lengths.mean()),
+        "staleness": step - 1 - batch.version,
+        "skipped": change.skipped,
+        "grad_norm": change.grad_norm,
+        "learning_rate": change.learning_rate,
+        **change.stats,
+    }
+
+
+def timing(
+    seconds: dict[str, float], idle: dict[str, float], total: float, scored: ScoredRollout, clips: int
+) -> dict[str, Any]:
+    """Seconds of the step and of each stage on this rank, idle shares of its resources, and the rates people ask for.
+
+    Stages that run side by side add up to more than the step. `tokens_per_s` is the rate of this rank's sampler,
+    `clips_per_s` that of all ranks' steps with their `clips`. `gpu_mixed` of this rank's clips were mixed on its GPU.
+    """
+    return {
+        "step": total,
+        **seconds,
+        "tokens_per_s": int(scored.rollout.lengths.sum()) / max(scored.sample_s, 1e-9),
+        "clips_per_s": clips / max(total, 1e-9),
+        "gpu_mixed": scored.gpu_mixed,
+        "idle": idle,
+    }
+
+
+def _mean(values: np.ndarray) -> float:
+    """Mean of what could be scored; NaN where nothing could."""
+    return (
+        float(np.mean(values, where=np.isfinite(values), dtype=np.float64))
+        if np.isfinite(values).any()
+        else float("nan")
+    )

@@ -1,0 +1,137 @@
+"""Held-out evaluation: the same prompts and the same random numbers before, during and after training."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fastsmart.audio import FluidSynthRenderer, listening_seconds, listening_settings, render_file
+from fastsmart.machine.files import make_folder
+from fastsmart.music.diversity import histograms, spread
+from fastsmart.music.features import features
+from fastsmart.notes import NoteBatch
+from fastsmart.sampling import SamplingSettings
+from fastsmart.tokens.decode import decode
+from fastsmart.tokens.prompts import make_prompts
+from fastsmart.trainer.rollout_worker import RolloutWorker, ScoredRollout
+
+EVALUATION_STREAM = 1  # second number of the seed; training steps draw from stream 0
+TABLE_FEATURES = (
+    "notes",
+    "notes_per_beat",
+    "polyphony",
+    "polyphony_rate",
+    "empty_beat_rate",
+    "scale_consistency",
+    "pitch_range",
+    "pitch_class_entropy",
+    "mean_pitch",
+    "mean_velocity",
+    "velocity_range",
+    "mean_duration_beats",
+)
+
+
+def evaluate(
+    worker: RolloutWorker, progress: Callable[[str, int, int], None] | None = None
+) -> tuple[list[ScoredRollout], dict[str, Any]]:
+    """Perform the held-out prompts, one completion each, as many at a time as a step has.
+
+    Every rank performs its share; the performances are this rank's, the summary is of all.
+    """
+    config, ranks = worker.config, worker.ranks
+    settings: SamplingSettings = replace(config.sampling, group=1)
+    seed = (config.train.seed, EVALUATION_STREAM)
+    share = ranks.share(config.train.eval_prompts)
+    scored_rollouts = []
+    for first in range(share.start, share.stop, worker.batch):
+        count = min(worker.batch, share.stop - first)
+        prompts = make_prompts(config.prompts, worker.vocab, "heldout", first, count)
+        scored_rollouts.append(worker.generate(prompts, settings, seed, progress, first))
+    table = clip_table(scored_rollouts)
+    rows = ranks.gather(np.stack(list(table.values()), axis=1), config.train.eval_prompts)
+    summary = summarise(dict(zip(table, rows.T, strict=True)))
+    played = histograms(NoteBatch.concat([p.notes for p in scored_rollouts]))
+    together = {name: ranks.gather(rows, config.train.eval_prompts) for name, rows in played.items()}
+    return scored_rollouts, summary | {"diversity": spread(together)}
+
+
+def clip_table(scored_rollouts: Sequence[ScoredRollout]) -> dict[str, np.ndarray]:
+    """`reward`, `term <name>` for each of its terms and every feature of the N clips, float64 [N] each."""
+    table = {"reward": np.concatenate([p.scores.total for p in scored_rollouts])}
+    for name in scored_rollouts[0].scores.terms:
+        table[f"term {name}"] = np.concatenate([p.scores.terms[name] for p in scored_rollouts])
+    measured = features(NoteBatch.concat([p.notes for p in scored_rollouts]))
+    table |= {name: measured[name] for name in TABLE_FEATURES}
+    return {name: np.asarray(values, np.float64) for name, values in table.items()}
+
+
+def summarise(table: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    """Mean and standard deviation over clips of the reward, each of its terms and each feature; NaN left out."""
+    terms = {name.removeprefix("term "): values for name, values in table.items() if name.startswith("term ")}
+    return {
+        "reward": _moments(table["reward"]),
+        "terms": {name: _moments(values) for name, values in terms.items()},
+        "features": {name: _moments(table[name]) for name in TABLE_FEATURES},
+        "clips": len(table["reward"]),
+        "unscored": int(np.isnan(table["reward"]).sum()),
+        "empty": int((table["notes"] == 0).sum()),
+    }
+
+
+def write_listening(worker: RolloutWorker, scored_rollouts: Sequence[ScoredRollout], folder: Path, label: str) -> None:
+    """This rank's first held-out clips, whole, as MIDI and as 48 kHz stereo WAV: `NN-<label>.mid`, `NN-<label>.wav`."""
+    config = worker.config
+    if not config.train.listen:
+        return
+    make_folder(folder)
+    sequences = [sequence for p in scored_rollouts for sequence in p.rollout.sequences()][: config.train.listen]
+    whole = decode(sequences, worker.vocab)
+    for i in range(len(whole)):
+        whole.to_midi(i, folder / f"{i + 1:02d}-{label}.mid")
+    if worker.pool:
+        with FluidSynthRenderer(listening_settings(config.audio, listening_seconds(whole))) as renderer:
+            for i in range(len(whole)):
+                render_file(whole, i, folder / f"{i + 1:02d}-{label}.wav", renderer=renderer)
+
+
+def before_after(before: dict, after: dict, steps: int) -> str:
+    """A Markdown table of two summaries: mean ± standard deviation, and the change in standard deviations of before."""
+    rows = [("reward", before["reward"], after["reward"])]
+    rows += [(f"reward: {name}", before["terms"][name], after["terms"][name]) for name in before["terms"]]
+    rows += [(name.replace("_", " "), before["features"][name], after["features"][name]) for name in before["features"]]
+    lines = [
+        f"# Before and after {steps} steps, on {before['clips']} held-out prompts",
+        "",
+        "| | before | after | change, in standard deviations of before |",
+        "|---|---|---|---|",
+    ]
+    for name, old, new in rows:
+        known = old["std"] and new["mean"] is not None
+        change = f"{(new['mean'] - old['mean']) / old['std']:+.2f}" if known else "–"
+        lines.append(f"| {name} | {_cell(old)} | {_cell(new)} | {change} |")
+    lines += [
+        f"| diversity: {name.replace('_', ' ')} | {value:.3f} | {after['diversity'][name]:.3f} | |"
+        for name, value in before.get("diversity", {}).items()
+    ]
+    lines += [
+        f"| empty clips | {before['empty']} | {after['empty']} | |",
+        f"| clips that could not be scored | {before['unscored']} | {after['unscored']} | |",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _moments(values: np.ndarray) -> dict[str, float]:
+    values = np.asarray(values, np.float64)
+    values = values[np.isfinite(values)]
+    if not len(values):
+        return {"mean": float("nan"), "std": float("nan")}
+    return {"mean": float(values.mean()), "std": float(values.std(ddof=1)) if len(values) > 1 else 0.0}
+
+
+def _cell(moments: dict[str, float]) -> str:
+    return f"{moments['mean']:.3f} ± {moments['std']:.3f}" if moments["mean"] is not None else "–"

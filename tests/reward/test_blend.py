@@ -1,0 +1,165 @@
+"""The blend: names, weights, settings, the training signal, and what is not imported."""
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from fastsmart.audio.batch import AudioBatch
+from fastsmart.errors import UserError
+from fastsmart.music.windows import cut_windows
+from fastsmart.notes import NoteBatch
+from fastsmart.reward import REWARDS, Clips, RewardBlend, RewardSettings, combine, load_reward
+from fastsmart.reward.typicality import fit_typicality
+
+
+@pytest.fixture(scope="module")
+def notes(make_pieces: Callable[..., NoteBatch]) -> NoteBatch:
+    return cut_windows(make_pieces(2, seed=0)).select(range(8))
+
+
+@pytest.fixture(scope="module")
+def statistics(make_pieces: Callable[..., NoteBatch], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("statistics") / "typicality.json"
+    fit_typicality(make_pieces(20, seed=1), "synthetic").save(path)
+    return path
+
+
+def noise(clips: int) -> AudioBatch:
+    rng = np.random.default_rng(0)
+    samples = rng.normal(size=(clips, 64_000)).astype(np.float32) * np.linspace(0.3, 0.01, 64_000, dtype=np.float32)
+    return AudioBatch(samples, np.full(clips, 64_000), 16_000)
+
+
+def test_every_reward_goes_by_its_name(statistics: Path) -> None:
+    for name in REWARDS:
+        if name in ("audiobox", "clap_class", "clap_similarity", "pam"):  # need weights; tests of their own
+            continue
+        reward = load_reward(name, **({"statistics": statistics} if name in ("presence", "typicality") else {}))
+        assert reward.name == name
+        assert "Hacked" in (type(reward).__doc__ or "")
+
+
+def test_the_mix_reports_every_term_and_the_weighted_sum(notes: NoteBatch, statistics: Path) -> None:
+    weights = {"consonance": 4.0, "typicality": 1.0, "presence": 0.5, "variety": 0.0}
+    mix = RewardBlend(RewardSettings(terms=weights), statistics)
+    clips = Clips(notes, noise(len(notes)))
+    scores = mix(clips)
+    assert mix.needs_audio
+    assert list(scores.terms) == list(weights)
+    terms = {name: load_reward(name, **({} if name in ("consonance", "variety") else {"statistics": statistics}))(clips)
+             for name in weights}  # fmt: skip
+    for name, values in terms.items():
+        np.testing.assert_array_equal(scores.terms[name], values)
+    expected = 4 * terms["consonance"] + terms["typicality"] + 0.5 * terms["presence"]
+    np.testing.assert_allclose(scores.total, expected, rtol=1e-6)
+    assert scores.total.dtype == np.float32
+
+
+def test_a_clip_that_could_not_be_rendered_has_no_total_but_keeps_its_other_terms(notes: NoteBatch) -> None:
+    audio = noise(len(notes))
+    audio.samples[2] = np.nan
+    weights = {"consonance": 1.0, "scale_consistency": 1.0, "brightness": 0.0}
+    scores = RewardBlend(RewardSettings(terms=weights))(Clips(notes, audio))
+    np.testing.assert_array_equal(np.isnan(scores.total), np.arange(len(notes)) == 2)
+    assert np.isfinite(scores.terms["scale_consistency"]).all()
+    unweighted = RewardBlend(RewardSettings(terms=weights | {"consonance": 0.0}))(Clips(notes, audio))
+    assert np.isfinite(unweighted.total).all()
+
+
+def test_symbolic_terms_need_no_audio_and_audio_terms_say_so(notes: NoteBatch) -> None:
+    mix = RewardBlend(RewardSettings(terms={"scale_consistency": 1.0, "polyphony_rate": 2.0}))
+    assert not mix.needs_audio
+    assert len(mix(Clips(notes))) == len(notes)
+    with pytest.raises(UserError, match="consonance listens to audio"):
+        RewardBlend(RewardSettings(terms={"consonance": 1.0}))(Clips(notes))
+
+
+def test_combine_without_normalization_is_the_weighted_sum() -> None:
+    terms = {"a": np.array([1, 2, np.nan], np.float32), "b": np.array([4, np.nan, 5], np.float32)}
+    group = np.zeros(3, int)
+    np.testing.assert_array_equal(combine(terms, {"a": 2.0, "b": 0.5}, group, "none"), [4, np.nan, np.nan])
+    np.testing.assert_array_equal(combine(terms, {"a": 2.0, "b": 0.0}, group, "none"), [2, 4, np.nan])
+
+
+def test_combine_by_group_agrees_with_the_formula_written_out() -> None:
+    rng = np.random.default_rng(0)
+    group = rng.permutation(np.repeat([7, 3, 11], [8, 8, 4]))
+    terms = {name: rng.normal(5, scale, 20).astype(np.float32) for name, scale in (("a", 1.0), ("b", 100.0))}
+    terms["a"][[2, 9]] = np.nan
+    weights = {"a": 1.0, "b": 0.25}
+    expected = np.zeros(20)
+    for name, values in terms.items():
+        for g in (7, 3, 11):
+            inside = values[group == g].astype(np.float64)
+            standard = (inside - np.nanmean(inside)) / (np.nanstd(inside, ddof=1) + 1e-4)
+            expected[group == g] += weights[name] * standard
+    actual = combine(terms, weights, group, "group")
+    assert actual.dtype == np.float32
+    np.testing.assert_allclose(actual, expected, atol=1e-5)
+    assert np.isnan(actual).sum() == 2
+    scaled = combine(terms | {"b": terms["b"] * 10}, weights, group, "group")
+    np.testing.assert_allclose(scaled, actual, atol=1e-4)  # a term's scale is not its weight
+
+
+def test_combine_gives_nothing_to_a_group_with_nothing_to_compare() -> None:
+    terms = {"a": np.array([0.3, 0.3, 0.9, np.nan, np.nan, np.nan], np.float32)}
+    signal = combine(terms, {"a": 1.0}, np.array([0, 0, 1, 1, 2, 2]), "group")
+    np.testing.assert_array_equal(signal, [0, 0, 0, np.nan, np.nan, np.nan])
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"terms": {"consonence": 1.0}}, r"reward\.terms\.consonence: .*did you mean consonance\?"),
+        ({"terms": {"zzz": 1.0}}, r"reward\.terms\.zzz: .*there are audiobox, brightness"),
+        ({"terms": {"consonance": -1.0}}, r"reward\.terms\.consonance is -1\.0"),
+        ({"terms": {"consonance": float("nan")}}, r"reward\.terms\.consonance is nan"),
+        ({"terms": {"consonance": "much"}}, r"reward\.terms\.consonance is 'much'"),
+        ({"terms": {"consonance": True}}, r"reward\.terms\.consonance is True"),
+        ({"normalize": "batch"}, r"reward\.normalize is 'batch'"),
+        ({"audiobox_axes": {"XX": 1.0}}, r"reward\.audiobox_axes\.XX"),
+        ({"audiobox_axes": {"CE": -1.0}}, r"reward\.audiobox_axes\.CE is -1\.0"),
+        ({"audiobox_axes": {"CE": 0.0}}, r"reward\.audiobox_axes weighs no axis"),
+        ({"audiobox_batch": 0}, r"reward\.audiobox_batch is 0"),
+        ({"audiobox_dtype": "int4"}, r"reward\.audiobox_dtype is 'int4'"),
+    ],
+)
+def test_settings_that_make_no_sense_are_refused_by_key(settings: dict, says: str) -> None:
+    with pytest.raises(UserError, match=says):
+        RewardSettings(**settings)
+
+
+def test_a_mix_of_nothing_or_without_its_statistics_is_refused() -> None:
+    for terms in ({}, {"consonance": 0.0}):
+        with pytest.raises(UserError, match=r"reward\.terms weighs no reward"):
+            RewardBlend(RewardSettings(terms=terms))
+    with pytest.raises(UserError, match=r"reward\.terms\.presence .*reward\.typicality"):
+        RewardBlend(RewardSettings(terms={"presence": 1.0}))
+
+
+def test_an_unknown_reward_is_answered_with_the_nearest() -> None:
+    with pytest.raises(UserError, match=r"no reward is called 'audiobx'; did you mean audiobox\?"):
+        load_reward("audiobx")
+
+
+def test_notes_and_audio_of_different_clips_do_not_mix(notes: NoteBatch) -> None:
+    with pytest.raises(ValueError, match="8 clips of notes but 3 of audio"):
+        Clips(notes, noise(3))
+
+
+@pytest.mark.parametrize(
+    ("code", "absent"),
+    [
+        ("import fastsmart.reward", ("torch", "numba", "scipy", "mido", "soundfile")),
+        ("from fastsmart.reward import load_reward; load_reward('scale_consistency')", ("torch", "soundfile")),
+        ("from fastsmart.reward import load_reward; load_reward('consonance')", ("torch",)),
+    ],
+)
+def test_nothing_heavy_is_imported_before_it_is_asked_for(code: str, absent: tuple[str, ...]) -> None:
+    check = f"{code}\nimport sys\nprint([name for name in {absent!r} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

@@ -1,0 +1,183 @@
+"""A batch in memory that never moves draws what the batch that is compacted draws, and a step of it can be recorded."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from tiny_policy import eager_to_end, make_policy
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fastsmart.errors import UserError
+from fastsmart.kernels import decode_step
+from fastsmart.sampling import SamplingSettings, cuda_graph_batch
+from fastsmart.sampling.native import _STATIC_KEPT, NativeEngine
+from fastsmart.tokens.token_batch import TokenBatch
+
+PROMPTS = TokenBatch.pack([[21, 400, 180, 330], [1], [21, 401], [21, 400, 180, 331, 50, 120, 150]])
+SAME_LENGTH = TokenBatch.pack([[21, 400, 180, 330], [21, 401, 180, 331]])
+WAITS = {
+    "item",
+    "_local_scalar_dense",
+    "is_nonzero",
+    "nonzero",
+    "masked_select",
+    "equal",
+    "unique",
+}  # of the GPU
+
+
+def sampled(engine, settings, prompts=PROMPTS, seed=0, first=0):
+    """The completions in the order they came."""
+    return list(engine.stream(prompts, settings, (seed,), first))
+
+
+def assert_same(some, others):
+    assert sorted(c.index for c in some) == sorted(c.index for c in others)
+    others = {c.index: c for c in others}
+    for c in some:
+        np.testing.assert_array_equal(c.ids, others[c.index].ids)
+        np.testing.assert_allclose(c.logprobs, others[c.index].logprobs, atol=1e-4)
+        assert c.version == others[c.index].version
+
+
+@pytest.mark.parametrize(
+    "max_tokens",
+    [1, 2, cuda_graph_batch.LOOK_EVERY, cuda_graph_batch.LOOK_EVERY + 1, cuda_graph_batch.LOOK_EVERY + 2, 100],
+)
+def test_it_draws_what_the_other_draws(vocab, max_tokens):
+    """Lengths around one look of the host, and far beyond."""
+    policy, settings = eager_to_end(vocab, 0.08), SamplingSettings(group=8, max_tokens=max_tokens)
+    plain, batch = (
+        sampled(NativeEngine(policy, 3), settings),
+        sampled(NativeEngine(policy, 3, static_cache=True), settings),
+    )
+    assert_same(batch, plain)
+    if max_tokens == 100:
+        lengths = [len(c.ids) for c in plain]
+        assert len(set(lengths)) > 5, "the test needs completions of different lengths"
+        assert max(lengths) > 64
+        assert [len(c.ids) for c in batch] == lengths  # each is handed on after those that ended before it
+
+
+@pytest.mark.parametrize("shape", [{"num_kv_heads": 2}, {"tied_head": True}], ids=["gqa", "tied"])
+@pytest.mark.parametrize("drawing", [{"temperature": 0.7}, {"top_k": 20}, {"top_p": 0.8}], ids=str)
+def test_whatever_the_policy_and_the_distribution(vocab, shape, drawing):
+    policy, settings = make_policy(vocab, **shape), SamplingSettings(group=4, max_tokens=70, max_rows=7, **drawing)
+    assert_same(sampled(NativeEngine(policy, static_cache=True), settings), sampled(NativeEngine(policy), settings))
+
+
+def test_in_16_bit_it_stays_near_the_other(vocab):
+    """Products of other shapes round differently, so it is the log-probs of the same first tokens that are compared."""
+    policy, settings = make_policy(vocab), SamplingSettings(group=64, max_tokens=1)
+    engines = (NativeEngine(policy, 0, torch.bfloat16, static_cache=static_cache) for static_cache in (True, False))
+    assert_same(*(sampled(engine, settings, SAME_LENGTH) for engine in engines))
+
+
+def test_memory_is_used_again_for_other_prompts_weights_and_numbers(vocab):
+    """Nothing of the batch before may be seen: longer prompts than before, shorter ones, padded and not."""
+    first, second = eager_to_end(vocab), make_policy(vocab, seed=1)
+    engine, settings = NativeEngine(first, static_cache=True), SamplingSettings(group=4, max_tokens=70)
+    sampled(engine, settings)
+    (batch,) = engine.graph_batches.values()
+    held = [batch.token, batch.sampled, batch.cache[0].kv, engine.embed, *(m.weight for m in engine._matrices())]
+    where = [tensor.data_ptr() for tensor in held]
+    engine.load(second, 4)
+    shorter = TokenBatch.pack([[1], [21], [400], [21]])
+    for prompts, seed in ((shorter, 5), (PROMPTS, 6)):
+        expected = sampled(NativeEngine(second, 4), settings, prompts, seed, first=32)
+        assert_same(sampled(engine, settings, prompts, seed, first=32), expected)
+    assert list(engine.graph_batches.values()) == [batch]
+    assert [tensor.data_ptr() for tensor in held] == where
+    assert engine.first_difference(second) is None
+    assert engine.first_difference(first) == "model.embed_tokens.weight"
+
+
+def test_memory_is_kept_for_a_few_shapes_only(policy):
+    engine = NativeEngine(policy, static_cache=True)
+    for group in range(1, _STATIC_KEPT + 3):
+        sampled(engine, SamplingSettings(group=group, max_tokens=3))
+    rows = [key[0] for key in engine.graph_batches]
+    assert rows == [len(PROMPTS) * group for group in range(3, _STATIC_KEPT + 3)]
+    sampled(engine, SamplingSettings(group=3, max_tokens=3))  # the oldest, which is the newest from now on
+    assert [key[0] for key in engine.graph_batches] == [*rows[1:], rows[0]]
+
+
+def test_a_policy_that_has_diverged_is_found_and_leaves_nothing_behind(vocab):
+    good, bad = make_policy(vocab), make_policy(vocab)
+    with torch.no_grad():
+        bad.model.layers[0].self_attn.qkv_proj.weight.fill_(torch.nan)
+    engine, settings = NativeEngine(good, static_cache=True), SamplingSettings(group=2, max_tokens=30)
+    sampled(engine, settings)
+    engine.load(bad, 1)
+    with pytest.raises(UserError, match="no longer finite"):
+        sampled(engine, settings)
+    engine.load(good, 0)
+    assert_same(sampled(engine, settings), sampled(NativeEngine(good), settings))
+
+
+def test_two_streams_at_once_do_not_share_memory(vocab):
+    policy, settings = eager_to_end(vocab), SamplingSettings(group=2, max_tokens=60)
+    engine = NativeEngine(policy, static_cache=True)
+    one, two = (engine.stream(PROMPTS, settings, (seed,)) for seed in (0, 1))
+    turns = [(next(one, None), next(two, None)) for _ in range(len(PROMPTS) * 2)]
+    plain = NativeEngine(policy)
+    for seed, completions in enumerate(zip(*turns, strict=True)):
+        assert_same(completions, sampled(plain, settings, seed=seed))
+
+
+class Operators(TorchDispatchMode):
+    """The names of the operators that were called."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = set()
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        self.names.add(operator.overloadpacket.__name__)
+        return operator(*args, **(kwargs or {}))
+
+
+def test_a_step_waits_for_nothing(policy):
+    """What is recorded must not ask the GPU for a number."""
+    engine = NativeEngine(policy, static_cache=True)
+    sampled(engine, SamplingSettings(group=2, max_tokens=30))
+    (batch,) = engine.graph_batches.values()
+    with torch.inference_mode():
+        batch.column.zero_()
+        with Operators() as step:
+            batch.step()
+    with Operators() as asking:
+        batch.column.item()
+    assert {"matmul", "index_copy_"} < step.names
+    assert not step.names & WAITS
+    assert asking.names & WAITS
+
+
+def test_with_tritons_kernels(vocab, monkeypatch):
+    """In the interpreter: the sampler draws the same, from prompts of different lengths, with shared keys."""
+    pytest.importorskip("triton")
+    policy, settings = make_policy(vocab, num_kv_heads=2, num_layers=1), SamplingSettings(group=1, max_tokens=8)
+    plain = sampled(NativeEngine(policy), settings)
+    asked = []
+    monkeypatch.setattr(decode_step, "choose_kernel", lambda kernel, device: asked.append(kernel) or "triton")
+    assert_same(sampled(NativeEngine(policy, static_cache=True), settings), plain)
+    assert set(asked) == {"auto"}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_on_a_gpu_replays_draw_what_launches_draw(vocab, dtype):
+    policy, settings = eager_to_end(vocab).to("cuda"), SamplingSettings(group=8, max_tokens=100)
+    other = make_policy(vocab, seed=1).to("cuda")
+    engine = NativeEngine(policy, 0, dtype)
+    replayed = sampled(engine, settings)
+    engine.load(other, 0)
+    replayed_other = sampled(engine, settings)
+    if dtype == torch.float32:
+        assert_same(replayed_other, sampled(engine, replace(settings, cuda_graph=False)))
+    (batch,) = engine.graph_batches.values()
+    batch.step = batch._step
+    assert_same(replayed_other, sampled(engine, settings))
+    engine.load(policy, 0)
+    assert_same(replayed, sampled(engine, settings))
