@@ -25,7 +25,18 @@ def demo() -> Config:
     """
     return Config(
         policy=PolicySettings(source="pop909-tiny"),
-        prompts=PromptSettings(source="procedural", time_signatures=("4/4",), tempo_min=60.0, tempo_max=150.0),
+        prompts=PromptSettings(
+            source="first-note",
+            time_signatures=("4/4",),
+            tempo_min=60.0,
+            tempo_max=150.0,
+            pitch_min=38,  # of POP909's first notes nine in ten lie between each two of these limits
+            pitch_max=81,
+            velocity_min=51,
+            velocity_max=115,
+            duration_min=0.25,
+            duration_max=4.0,
+        ),
         sampling=SamplingSettings(group=8, max_tokens=250),
         reward=RewardSettings(
             terms={"consonance": 5.0, "typicality": 1.0, "presence": 3.0, "variety": 1.0}, normalize="none"

@@ -136,7 +136,7 @@ class Performer:
     ) -> tuple[TokenBatch, TokenBatch]:
         """Prompts [count] and completions [count x group]."""
         config = self.config
-        prompts = make_prompts(config.prompts, policy.vocab, "heldout", 0, count)
+        prompts = make_prompts(config.prompts, policy.vocab, "test", 0, count)
         settings: SamplingSettings = replace(config.sampling, group=group)
         engine = make_engine(settings, policy, dtype=resolved_dtype(config.policy), completions=count * group)
         completions: dict[int, np.ndarray] = {}

@@ -1,7 +1,9 @@
-"""What the policy is asked to continue: four sources of prompts. Shape letters: P prompts, K tokens of a prompt.
+"""What the policy is asked to continue: five sources of prompts. Shape letters: P prompts, K tokens of a prompt.
 
 * `procedural`: Bar, a time signature, Position_0 and a tempo, uniformly random: the paper's prompts (section 4).
 * `procedural-note`: the same and a first note of random pitch, velocity and duration: the released script's default.
+* `first-note`: the same seven tokens, but the pitch belongs to the opening, as time signature and tempo do, and so do a
+  velocity and a duration drawn once for it: many openings even in one metre.
 * `dataset`: the same four tokens with the first time signature and tempo of random pieces (the paper, section 5.3).
 * `bos`: only the token that begins a piece.
 """
@@ -20,11 +22,19 @@ from fastsmart.tokens.dataset import TokenDataset
 from fastsmart.tokens.token_batch import TokenBatch
 from fastsmart.tokens.vocabulary import Vocabulary
 
-SOURCES = ("procedural", "procedural-note", "dataset", "bos")
-SPLITS = ("train", "heldout")
-NOTE_KINDS = ("Pitch", "Velocity", "Duration")
+SOURCES = ("procedural", "procedural-note", "first-note", "dataset", "bos")
+SPLITS = ("train", "selection", "test")
 HELDOUT_SHARE = 8  # one in eight
-MIN_TO_SPLIT = 16  # openings or pieces; below it train and held-out prompts are drawn from all of them
+FIRST_NOTE_SHARE = 4  # one in four for selection, one in four for test
+MIN_TO_SPLIT = 16  # openings or pieces; below it the prompts of every split are drawn from all of them
+NOTE_KINDS = ("Pitch", "Velocity", "Duration")
+LIMITED = {  # what a kind of token is called in the settings, and its unit
+    "Tempo": ("tempo", " bpm"),
+    "Pitch": ("pitch", ""),
+    "Velocity": ("velocity", ""),
+    "Duration": ("duration", " beats"),
+}
+TRAIN_STREAM, HELDOUT_STREAM, UNSPLIT_STREAM, ORDER_STREAM, NOTE_STREAM = range(5)  # second number of the seed
 
 
 @dataclass(frozen=True)
@@ -33,9 +43,12 @@ class PromptSettings:
 
     source         : one of `SOURCES`
     time_signatures: of procedural prompts, such as "3/4"; none means all of the vocabulary
-    tempo_min, tempo_max : bpm of procedural prompts, both included; 0 means no limit
+    tempo_min, tempo_max : bpm of procedural prompts, both included; 0 means no limit, here and below
+    pitch_min, pitch_max : MIDI numbers of first notes, both included
+    velocity_min, velocity_max : of first notes, 1 to 127, both included
+    duration_min, duration_max : beats of first notes, both included
     dataset        : folder of an encoded dataset, for source "dataset"
-    seed           : of which prompts are held out and in which order all of them come
+    seed           : of which openings are held out and in which order all of them come
 
     Raises UserError for an unknown source or a negative seed; what depends on the vocabulary `make_prompts` checks.
     """
@@ -44,6 +57,12 @@ class PromptSettings:
     time_signatures: tuple[str, ...] = ()
     tempo_min: float = 0.0
     tempo_max: float = 0.0
+    pitch_min: int = 0
+    pitch_max: int = 0
+    velocity_min: int = 0
+    velocity_max: int = 0
+    duration_min: float = 0.0
+    duration_max: float = 0.0
     dataset: str = ""
     seed: int = 0
 
@@ -126,31 +145,31 @@ def bos(vocab: Vocabulary, n: int) -> Prompts:
 
 
 def make_prompts(settings: PromptSettings, vocab: Vocabulary, split: str, start: int, n: int) -> TokenBatch:
-    """Prompts number `start` to `start + n - 1` of a split, "train" or "heldout".
+    """Prompts number `start` to `start + n - 1` of a split: "train"; "selection", which evaluates a run as it goes and
+    chooses its checkpoint; or "test", which no run sees.
 
     A prompt is a function of the settings, the vocabulary, the split and its number alone, so a run resumes from a
-    number. Train prompts are drawn at random with repetition; held-out prompts go through theirs in turn, so that an
-    evaluation repeats none before all have come.
+    number. Train prompts are drawn at random with repetition; the other splits go through their openings in turn, so
+    that an evaluation repeats none before all have come.
 
-    One opening in eight (procedural: a pair of time signature and tempo; dataset: a piece) is held out and never
-    trained on. Below 16 openings, and for `bos`, both splits draw from the same ones. Two pieces of a dataset can
-    begin in the same time signature and tempo: then it is the piece that is held out, not the four tokens.
+    An opening is a time signature and a tempo, of `first-note` also a note, of `dataset` a piece. Of `first-note`, one
+    in four is kept for selection and another one in four for test. Of the other sources one in eight is held out, few
+    enough that selection and test share them: prompt i is the same in both. Below 16 openings, and for `bos`, all
+    splits draw from the same ones. Two pieces of a dataset can begin in the same time signature and tempo: then it is
+    the piece that is held out, not the four tokens.
 
     Raises UserError naming the setting that cannot be met.
     """
     if split not in SPLITS:
         raise ValueError(f"split must be one of {', '.join(SPLITS)}, not {split!r}")
-    size, opening = _openings(settings, vocab)
-    pool = _shuffled(size, settings.seed)
-    if size >= MIN_TO_SPLIT:
-        heldout = size // HELDOUT_SHARE
-        pool = pool[:heldout] if split == "heldout" else pool[heldout:]
+    (size, opening), added = _openings(settings, vocab), _added_note(settings, vocab)
+    pool = _of_split(_shuffled(size, settings.seed), settings.source, split)
     rows = []
     for number in range(start, start + n):
-        random = _random(settings.seed, SPLITS.index(split), number)
+        random = _random(settings.seed, TRAIN_STREAM if split == "train" else HELDOUT_STREAM, number)
         drawn = int(random.integers(len(pool)))
-        chosen = number % len(pool) if split == "heldout" else drawn
-        rows.append(opening(int(pool[chosen])) + _first_note(settings, vocab, random))
+        chosen = drawn if split == "train" else number % len(pool)
+        rows.append(opening(int(pool[chosen])) + [int(random.choice(ids)) for ids in added])
     return TokenBatch.pack(rows)
 
 
@@ -170,10 +189,21 @@ def describe(ids: Sequence[int] | np.ndarray, vocab: Vocabulary) -> str:
 
 def _any_split(settings: PromptSettings, vocab: Vocabulary, n: int) -> Prompts:
     """n random prompts with nothing held out."""
-    size, opening = _openings(settings, vocab)
-    random = _random(settings.seed, len(SPLITS))
-    rows = [opening(int(random.integers(size))) + _first_note(settings, vocab, random) for _ in range(n)]
+    (size, opening), added = _openings(settings, vocab), _added_note(settings, vocab)
+    random = _random(settings.seed, UNSPLIT_STREAM)
+    rows = [opening(int(random.integers(size))) + [int(random.choice(ids)) for ids in added] for _ in range(n)]
     return Prompts(TokenBatch.pack(rows), vocab)
+
+
+def _of_split(pool: np.ndarray, source: str, split: str) -> np.ndarray:
+    """The openings of a split, out of all in the order of the seed."""
+    if len(pool) < MIN_TO_SPLIT:
+        return pool
+    if source != "first-note":
+        heldout = len(pool) // HELDOUT_SHARE
+        return pool[heldout:] if split == "train" else pool[:heldout]
+    share = len(pool) // FIRST_NOTE_SHARE
+    return {"test": pool[:share], "selection": pool[share : 2 * share], "train": pool[2 * share :]}[split]
 
 
 def _openings(settings: PromptSettings, vocab: Vocabulary) -> tuple[int, Callable[[int], list[int]]]:
@@ -187,19 +217,31 @@ def _openings(settings: PromptSettings, vocab: Vocabulary) -> tuple[int, Callabl
     if settings.source == "dataset":
         dataset = _dataset(settings.dataset, vocab)
         return len(dataset), lambda j: _opening(vocab, *_first_time(dataset, j))
-    signatures, tempi = _time_signatures(settings, vocab), _tempi(settings, vocab)
-    return len(signatures) * len(tempi), lambda j: _opening(vocab, signatures[j // len(tempi)], tempi[j % len(tempi)])
+    signatures, tempi = _time_signatures(settings, vocab), _within(settings, vocab, "Tempo")
+    metres = len(signatures) * len(tempi)
+
+    def in_time(j: int) -> list[int]:
+        return _opening(vocab, signatures[j // len(tempi)], tempi[j % len(tempi)])
+
+    if settings.source != "first-note":
+        return metres, in_time
+    pitches, velocities, durations = (_within(settings, vocab, kind) for kind in NOTE_KINDS)
+
+    def with_note(j: int) -> list[int]:
+        random = _random(settings.seed, NOTE_STREAM, j)
+        touch = [int(random.choice(velocities)), int(random.choice(durations))]
+        return [*in_time(j // len(pitches)), pitches[j % len(pitches)], *touch]
+
+    return metres * len(pitches), with_note
 
 
 def _opening(vocab: Vocabulary, time_signature: int, tempo: int) -> list[int]:
     return [vocab.id("Bar_None"), time_signature, vocab.id("Position_0"), tempo]
 
 
-def _first_note(settings: PromptSettings, vocab: Vocabulary, random: np.random.Generator) -> list[int]:
-    if settings.source != "procedural-note":
-        return []
-    choices = [vocab.ids_of(kind) for kind in NOTE_KINDS]
-    return [ids[random.integers(len(ids))] for ids in choices]
+def _added_note(settings: PromptSettings, vocab: Vocabulary) -> list[list[int]]:
+    """What `procedural-note` draws the note from that it adds to an opening, ids for each of its tokens."""
+    return [_within(settings, vocab, kind) for kind in NOTE_KINDS] if settings.source == "procedural-note" else []
 
 
 def _time_signatures(settings: PromptSettings, vocab: Vocabulary) -> list[int]:
@@ -210,16 +252,25 @@ def _time_signatures(settings: PromptSettings, vocab: Vocabulary) -> list[int]:
     return [known[name] for name in dict.fromkeys(settings.time_signatures) or known]
 
 
-def _tempi(settings: PromptSettings, vocab: Vocabulary) -> list[int]:
-    low, high = settings.tempo_min, settings.tempo_max or float("inf")
-    bpm = [float(value) for value in vocab.values_of("Tempo")]
-    chosen = [i for i, value in zip(vocab.ids_of("Tempo"), bpm, strict=True) if low <= value <= high]
+def _within(settings: PromptSettings, vocab: Vocabulary, kind: str) -> list[int]:
+    """Ids of the tokens of a kind between its two limits; raises UserError naming the limits where there is none."""
+    key, unit = LIMITED[kind]
+    low, high = getattr(settings, f"{key}_min"), getattr(settings, f"{key}_max")
+    values = [_number(value) for value in vocab.values_of(kind)]
+    chosen = [i for i, x in zip(vocab.ids_of(kind), values, strict=True) if low <= x <= (high or float("inf"))]
     if not chosen:
         raise UserError(
-            f"prompts.tempo_min {low:g} and prompts.tempo_max {high:g} leave no tempo; the vocabulary has "
-            f"{', '.join(f'{value:g}' for value in bpm)} bpm"
+            f"prompts.{key}_min {low:g} and prompts.{key}_max {high:g} leave no {key}; the vocabulary has "
+            f"{', '.join(f'{x:g}' for x in values)}{unit}"
         )
     return chosen
+
+
+def _number(value: str) -> float:
+    """What follows the underscore of a token; of a duration such as `1.6.12`, a beat and six twelfths, in beats."""
+    beats, _, part = value.partition(".")
+    steps, _, resolution = part.partition(".")
+    return int(beats) + int(steps) / int(resolution) if resolution else float(value)
 
 
 def _dataset(folder: str, vocab: Vocabulary) -> TokenDataset:
@@ -254,7 +305,7 @@ def _first_time(dataset: TokenDataset, p: int) -> tuple[int, int]:
 
 @lru_cache(maxsize=8)
 def _shuffled(size: int, seed: int) -> np.ndarray:
-    return _random(seed, len(SPLITS) + 1).permutation(size)
+    return _random(seed, ORDER_STREAM).permutation(size)
 
 
 def _random(seed: int, *key: int) -> np.random.Generator:

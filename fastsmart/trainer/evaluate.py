@@ -50,7 +50,7 @@ def evaluate(
     scored_rollouts = []
     for first in range(share.start, share.stop, worker.batch):
         count = min(worker.batch, share.stop - first)
-        prompts = make_prompts(config.prompts, worker.vocab, "heldout", first, count)
+        prompts = make_prompts(config.prompts, worker.vocab, "selection", first, count)
         scored_rollouts.append(worker.generate(prompts, settings, seed, progress, first))
     table = clip_table(scored_rollouts)
     rows = ranks.gather(np.stack(list(table.values()), axis=1), config.train.eval_prompts)

@@ -27,7 +27,7 @@ def shipped(request):
 @pytest.fixture(scope="module")
 def rollout(shipped):
     policy = fs.load_policy(shipped)
-    return sample(policy, make_prompts(SETTINGS, policy.vocab, "heldout", 0, 32), group=20, max_tokens=80)
+    return sample(policy, make_prompts(SETTINGS, policy.vocab, "test", 0, 32), group=20, max_tokens=80)
 
 
 def test_it_is_sixteen_bit_small_and_comes_with_a_card(shipped):

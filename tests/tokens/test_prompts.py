@@ -1,5 +1,6 @@
 """Prompts have the promised form, are functions of their number, and what is held out is never trained on."""
 
+import hashlib
 import shutil
 from collections import Counter
 
@@ -8,6 +9,7 @@ from miditok import REMI, TokenizerConfig
 from token_sources import write_piece
 
 from fastsmart.errors import UserError
+from fastsmart.presets import demo, smart_paper, smart_released
 from fastsmart.tokens.dataset import TokenDataset, encode_folder
 from fastsmart.tokens.decode import decode
 from fastsmart.tokens.prompts import (
@@ -112,8 +114,8 @@ def settings_of(source: str, dataset_folder: str, **more) -> PromptSettings:
     return PromptSettings(source, dataset=dataset_folder if source == "dataset" else "", **more)
 
 
-@pytest.mark.parametrize("source", ["procedural", "procedural-note", "dataset", "bos"])
-@pytest.mark.parametrize("split", ["train", "heldout"])
+@pytest.mark.parametrize("source", ["procedural", "procedural-note", "first-note", "dataset", "bos"])
+@pytest.mark.parametrize("split", ["train", "selection", "test"])
 def test_a_prompt_is_a_function_of_its_number(source, split, dataset_folder):
     settings = settings_of(source, dataset_folder, seed=6)
     whole = texts(make_prompts(settings, SMART, split, 0, 40))
@@ -126,23 +128,24 @@ def test_a_prompt_is_a_function_of_its_number(source, split, dataset_folder):
 @pytest.mark.parametrize("source", ["procedural", "procedural-note"])
 def test_train_and_heldout_prompts_never_overlap_and_cover_everything(source):
     settings = PromptSettings(source, seed=7)
-    train, heldout = (
-        {" ".join(text.split()[:4]) for text in texts(make_prompts(settings, SMART, split, 0, 12_000))}
-        for split in ("train", "heldout")
+    train, selection, heldout = (
+        {" ".join(text.split()[:4]) for text in texts(make_prompts(settings, SMART, split, 0, n))}
+        for split, n in (("train", 12_000), ("selection", 240), ("test", 240))
     )
+    assert selection == heldout
     assert len(heldout) == 15 * 64 // 8
     assert len(train) == 15 * 64 - len(heldout)
     assert not train & heldout
 
 
 def test_heldout_prompts_do_not_repeat_before_all_have_come():
-    heldout = texts(make_prompts(PromptSettings(seed=8), SMART, "heldout", 0, 240))
+    heldout = texts(make_prompts(PromptSettings(seed=8), SMART, "test", 0, 240))
     assert len(set(heldout[:120])) == 120
     assert heldout[120:] == heldout[:120]
 
 
 def test_what_is_held_out_depends_on_the_seed_alone():
-    one, same, other = (texts(make_prompts(PromptSettings(seed=seed), SMART, "heldout", 0, 120)) for seed in (9, 9, 10))
+    one, same, other = (texts(make_prompts(PromptSettings(seed=seed), SMART, "test", 0, 120)) for seed in (9, 9, 10))
     assert one == same
     assert set(one) != set(other)
 
@@ -150,7 +153,7 @@ def test_what_is_held_out_depends_on_the_seed_alone():
 def test_pieces_are_held_out_of_a_dataset(dataset_folder, dataset):
     train, heldout = (
         Counter(texts(make_prompts(settings_of("dataset", dataset_folder), SMART, split, 0, n)))
-        for split, n in (("train", 2000), ("heldout", PIECES // 8))
+        for split, n in (("train", 2000), ("test", PIECES // 8))
     )
     everything = Counter(texts(from_dataset(SMART, dataset_folder, 2000)))
     assert set(train) | set(heldout) == set(everything)
@@ -158,11 +161,52 @@ def test_pieces_are_held_out_of_a_dataset(dataset_folder, dataset):
     assert alone  # these pieces begin as no other does: this seed holds at least one such piece out
 
 
-def test_few_openings_are_shared_by_both_splits():
+def test_few_openings_are_shared_by_all_splits():
     settings = PromptSettings(time_signatures=("4/4",), tempo_min=100, tempo_max=120)
-    train, heldout = (set(texts(make_prompts(settings, SMART, split, 0, 500))) for split in ("train", "heldout"))
-    assert train == heldout
+    train, selection, test = (
+        set(texts(make_prompts(settings, SMART, split, 0, 500))) for split in ("train", "selection", "test")
+    )
+    assert train == selection == test
     assert len(train) == 7
+
+
+def test_the_demo_is_chosen_and_judged_by_hundreds_of_openings_it_never_trains_on():
+    splits = {
+        split: texts(make_prompts(demo().prompts, SMART, split, 0, n))
+        for split, n in (("train", 12_000), ("selection", 256), ("test", 256))
+    }
+    openings = {split: {" ".join(text.split()[:5]) for text in rows} for split, rows in splits.items()}
+    assert {split: len(found) for split, found in openings.items()} == {"train": 616, "selection": 256, "test": 256}
+    assert len(set().union(*openings.values())) == 616 + 256 + 256  # none is in two splits
+    everything = [text for rows in splits.values() for text in rows]
+    assert len(set(everything)) == 616 + 256 + 256  # one opening has one velocity and one duration
+
+
+def test_a_first_note_lies_within_its_limits():
+    settings = PromptSettings(
+        "first-note", pitch_min=60, pitch_max=64, velocity_min=63, velocity_max=71, duration_min=0.25, duration_max=0.5
+    )
+    words = [text.split() for text in texts(make_prompts(settings, SMART, "train", 0, 2000))]
+    assert {len(row) for row in words} == {7}
+    assert {row[4] for row in words} == {f"Pitch_{pitch}" for pitch in range(60, 65)}
+    assert {row[5] for row in words} == {"Velocity_63", "Velocity_67", "Velocity_71"}
+    assert {row[6] for row in words} == {f"Duration_0.{twelfths}.12" for twelfths in (3, 4, 5, 6)}
+
+
+# sha256 of the ids of prompts 0 to 1,599, as they were when the first runs were published
+PUBLISHED = {
+    ("paper", "train"): "a10617b69f403c74158f1e9ca4b02e40405b7bc6d41916556644af484ff9a05b",
+    ("paper", "test"): "78f0beb7c79acfee7ec8fea4df0b4726d57cc55ffeb598f6c12a3e13921f2f0e",
+    ("released", "train"): "ea0a8a0b5467df18a10eb714fa3e7df650b1ef04cc320a1cce74890870f61156",
+    ("released", "test"): "e38e14a0977d4f5c9919a4a1e7d9618ff368c08e5e117e0bc205b0d1b6cedb08",
+}
+
+
+@pytest.mark.parametrize(("preset", "split"), PUBLISHED)
+def test_the_prompts_of_published_runs_stay_what_they_were(preset, split):
+    settings = {"paper": smart_paper, "released": smart_released}[preset]().prompts
+    ids = make_prompts(settings, SMART, split, 0, 1600).ids
+    assert hashlib.sha256(ids.tobytes()).hexdigest() == PUBLISHED[preset, split]
 
 
 def test_a_time_signature_named_twice_counts_once():
@@ -181,6 +225,9 @@ def test_a_time_signature_named_twice_counts_once():
         ({"tempo_min": 300}, r"prompts\.tempo_min 300.*40, 43\.33.*250 bpm"),
         ({"tempo_min": 100, "tempo_max": 99}, r"prompts\.tempo_max 99.*40, 43\.33.*250 bpm"),
         ({"tempo_min": float("nan")}, r"prompts\.tempo_min nan"),
+        ({"source": "first-note", "pitch_min": 109}, r"prompts\.pitch_min 109 .*leave no pitch.*21, 22.*108$"),
+        ({"source": "first-note", "velocity_min": 4, "velocity_max": 6}, r"prompts\.velocity_max 6 .*3, 7, .*127$"),
+        ({"source": "procedural-note", "duration_min": 4.5}, r"prompts\.duration_min 4\.5 .*4 beats$"),
         ({"source": "dataset"}, r"prompts\.dataset is empty"),
         ({"source": "dataset", "dataset": "/nowhere/at/all"}, "/nowhere/at/all is not an encoded dataset"),
         ({"seed": -1}, r"prompts\.seed"),
@@ -215,6 +262,6 @@ def test_a_replaced_dataset_is_read_again(dataset_folder, tmp_path):
     assert len(after) == 1
 
 
-def test_only_two_splits():
-    with pytest.raises(ValueError, match="train, heldout"):
-        make_prompts(PromptSettings(), SMART, "test", 0, 1)
+def test_only_three_splits():
+    with pytest.raises(ValueError, match="train, selection, test"):
+        make_prompts(PromptSettings(), SMART, "heldout", 0, 1)
