@@ -54,8 +54,10 @@ class LossStats:
         """The statistics of both."""
         return LossStats(self.sums + other.sums, torch.maximum(self.peaks, other.peaks))
 
-    def means(self) -> dict[str, float]:
+    def means(self, completions: int | None = None) -> dict[str, float]:
         """Plain numbers by name.
+
+        completions: of the whole optimizer batch, all micro-batches and all ranks; needed for `kl_per_completion` only.
 
         loss = policy_loss + kl_loss + entropy_loss, each with its weight and the batch's denominator;
         tokens, dropped: completion tokens in the loss, and those left out for a sampler log-prob that is not finite.
@@ -65,6 +67,9 @@ class LossStats:
         kl: the estimate of KL(policy ‖ reference), without beta; entropy: nats;
         token_mult_prob_error: exp |policy − sampler log-prob|, above 1.05 the two disagree (NeMo-RL's metric);
         mismatch_k3: k3 estimate of KL(sampler ‖ policy); logprob_gap_max: largest |policy − sampler log-prob|.
+        kl_per_completion: nats a piece, the token estimates of `kl` summed over each completion, then the mean over
+        completions. By the chain rule of the KL that is an estimate of the KL of whole completions, which the mean over
+        tokens is not: pieces get longer and shorter in training.
         """
         sums = dict(zip(self.TOTALS + self.MEANS, self.sums.tolist(), strict=True))
         ratio_max, negative_ratio_min, gap_max = self.peaks.tolist()
@@ -72,6 +77,8 @@ class LossStats:
         result = {name: sums[name] for name in self.TOTALS}
         result["loss"] = sums["policy_loss"] + sums["kl_loss"] + sums["entropy_loss"]
         result |= {name: sums[name] / tokens if tokens else math.nan for name in self.MEANS}
+        if completions is not None:
+            result["kl_per_completion"] = sums["kl"] / completions if tokens else math.nan
         result["ratio_min"] = -negative_ratio_min if tokens else math.nan
         result["ratio_max"] = ratio_max if tokens else math.nan
         result["logprob_gap_max"] = gap_max if tokens else math.nan

@@ -37,7 +37,7 @@ def curves(lines: list[dict[str, Any]]) -> Figure | None:
     if not steps:
         return None
     figure = Figure(figsize=(12, 7), layout="constrained")
-    places = ("reward", "terms", "notes", "kl"), ("entropy", "diversity", "time", "time")
+    places = ("reward", "terms", "notes", "kl"), ("entropy", "diversity", "time", "kl per completion")
     axes = list(figure.subplot_mosaic([list(row) for row in places]).values())
     x = [line["step"] for line in steps]
     x_held_out = [line["step"] for line in held_out]
@@ -80,7 +80,9 @@ def curves(lines: list[dict[str, Any]]) -> Figure | None:
     stages = [s for s in ("sample", "decode", "render", "score", "update", "sync") if s in steps[-1]["time"]]
     axes[6].stackplot(x, *[[line["time"].get(s, 0.0) for line in steps] for s in stages], labels=stages)
     axes[6].set(title="seconds per step", xlabel="step")
-    axes[6].legend(fontsize="small", loc="upper right", ncols=3)
+    axes[6].legend(fontsize="small", loc="upper right", ncols=2)
+    axes[7].plot(x, [_number(line.get("kl_per_completion")) for line in steps])
+    axes[7].set(title="KL to the base policy, nats per clip", xlabel="step")
     return figure
 
 

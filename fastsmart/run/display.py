@@ -137,6 +137,8 @@ def summary(line: dict[str, Any]) -> str:
     """The numbers of a step."""
     parts = [f"reward {_show(line['reward'])}"]
     parts += [f"{key} {_show(line[key])}" for key in ("kl", "entropy") if line.get(key) is not None]
+    if line.get("kl_per_completion") is not None:
+        parts.insert(2, f"({_show(line['kl_per_completion'], 2)} nats/clip)")
     spent = line["time"]
     parts.append(
         f"{line['notes']:.0f} notes/clip  {spent['tokens_per_s']:.0f} tokens/s  {spent['clips_per_s']:.1f} clips/s"

@@ -129,7 +129,7 @@ def _curves(steps: list[dict[str, Any]]) -> Table:
     table = Table.grid(padding=(0, 2))
     rows = {"reward": [line["reward"] for line in steps]}
     rows |= {name: [line["terms"][name] for line in steps] for name in steps[-1]["terms"]}
-    rows |= {name: [line.get(name) for line in steps] for name in ("kl", "entropy", "notes")}
+    rows |= {name: [line.get(name) for line in steps] for name in ("kl", "kl_per_completion", "entropy", "notes")}
     for name, values in rows.items():
         last = "–" if values[-1] is None else f"{values[-1]:.3g}"
         table.add_row(name, curve(values), last)

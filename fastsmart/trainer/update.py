@@ -30,7 +30,7 @@ from fastsmart.sampling.rollout import Rollout
 class Update:
     """What an optimizer step did.
 
-    stats         : loss terms and means over tokens, by name (see `LossStats.means`)
+    stats         : loss terms, means over tokens and the KL a completion, by name (see `LossStats.means`)
     grad_norm     : before clipping
     learning_rate : of this step
     skipped       : whether the gradient was not finite and the weights have been left as they were
@@ -172,7 +172,7 @@ def update(
             raise UserError("the weights are no longer finite; lower train.learning_rate and start again")
     optimizer.zero_grad(set_to_none=True)
     policy.eval()
-    return Update(total.means(), float(grad_norm), learning_rate, skipped)
+    return Update(total.means(len(lengths)), float(grad_norm), learning_rate, skipped)
 
 
 def over_ranks(stats: LossStats, ranks: Ranks) -> LossStats:

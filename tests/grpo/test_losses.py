@@ -275,6 +275,8 @@ def test_the_kl_is_measured_without_beta_and_not_invented_without_a_reference():
     assert torch.equal(grad, same_grad)
     assert stats.means()["kl"] > 0
     assert math.isnan(blind.means()["kl"])
+    assert math.isnan(blind.means(4)["kl_per_completion"])
+    assert "kl_per_completion" not in stats.means()  # without the number of completions there is none
 
 
 @settings(max_examples=60, deadline=None)

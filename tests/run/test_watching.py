@@ -58,7 +58,11 @@ def test_top_follows_a_run_and_shows_a_finished_one(checkpoint, tmp_path, capsys
     assert "step 6 of 6: finished" in said
     lines = JsonLines(out / "metrics.jsonl").lines()
     assert f"reward {lines[-1]['reward']:.3f}" in said
-    assert all(name in said for name in ("consonance", "variety", "kl", "entropy", "sampler", "trainer", "memory"))
+    assert f"({lines[-1]['kl_per_completion']:.2f} nats/clip)" in said
+    assert all(
+        name in said
+        for name in ("consonance", "variety", "kl", "kl_per_completion", "entropy", "sampler", "trainer", "memory")
+    )
 
 
 def test_top_tells_a_dead_run_from_a_silent_one(checkpoint, tmp_path):

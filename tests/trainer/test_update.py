@@ -3,6 +3,7 @@
 import copy
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from tiny_policy import make_policy
@@ -58,6 +59,24 @@ def test_micro_batches_do_not_change_the_step(batch, loss):
     assert cut.stats["loss"] == pytest.approx(whole.stats["loss"], rel=1e-5, abs=1e-7)
     for a, b in zip(whole_optimizer.state.values(), cut_optimizer.state.values(), strict=True):
         torch.testing.assert_close(a["exp_avg"], b["exp_avg"], rtol=1e-3, atol=1e-7)
+
+
+@pytest.mark.parametrize("micro_batch", [100, 3])
+def test_the_kl_of_a_piece_is_the_sum_over_its_tokens(batch, micro_batch):
+    """Against both policies run on one piece at a time; the pieces differ in length, so a mean of means is not it."""
+    policy, rollout, advantage = batch
+    lengths = (rollout.lengths - 2 * np.arange(len(rollout))).astype(rollout.lengths.dtype)
+    rollout = replace(rollout, lengths=lengths)
+    reference = make_policy(policy.vocab, seed=5)
+    change = step((policy, rollout, advantage), LossSettings(kl="k1"), micro_batch, reference)[2]
+    pieces = []
+    for i in range(len(rollout)):
+        ids = torch.from_numpy(rollout.sequence(i)).long()
+        first = int(rollout.prompt_lengths[i])
+        ours, theirs = (((p(ids[None])[0] / 0.9).log_softmax(-1)) for p in (policy, reference))
+        gap = (ours - theirs)[:-1].gather(1, ids[1:, None])[first - 1 :, 0]
+        pieces.append(float(gap.double().sum().detach()))
+    assert change.stats["kl_per_completion"] == pytest.approx(sum(pieces) / len(pieces), rel=1e-4)
 
 
 @pytest.mark.parametrize("loss", ["bnpo", "gspo", "cispo"])
