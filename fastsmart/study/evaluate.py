@@ -13,7 +13,9 @@ from fastsmart.config import Config, to_toml
 from fastsmart.errors import UserError
 from fastsmart.machine.files import make_folder, write_atomic
 from fastsmart.music.bootstrap import LEVEL, RESAMPLES
-from fastsmart.music.diversity import TrainingSet, prompt_numbers
+from fastsmart.music.diversity import prompt_numbers
+from fastsmart.music.rarefied import NOTES, TOKENS
+from fastsmart.music.training_set import TrainingSet
 from fastsmart.policy.checkpoints import policy_source
 from fastsmart.policy.hf_format import load_policy
 from fastsmart.policy.transformer import Policy
@@ -29,7 +31,7 @@ from fastsmart.study.evaluation import (
     outputs_path,
     without_nan,
 )
-from fastsmart.study.measures import against, best_of_point, measure
+from fastsmart.study.measures import Ruler, against, best_of_point, measure
 from fastsmart.study.outputs import Outputs, Performer, Progress, best_of_counts, named_soundfonts
 from fastsmart.tokens.dataset import TokenDataset, encode_folder
 from fastsmart.tokens.vocabulary import Vocabulary
@@ -69,17 +71,20 @@ def evaluate(
         if vocab is not None and vocab.tokens != policy.vocab.tokens:
             raise UserError(f"{source} has another vocabulary than {records[0].source}; they share no prompts")
         if not records:
+            base = policy
             best = stage.best_of(record, policy, best_of, progress) if best_of > 1 else {}
         vocab = policy.vocab
         records.append(record)
         played[label] = outputs
     assert vocab is not None  # `labelled` gives at least one
-    curve = [best_of_point(k, outputs, vocab, config) for k, outputs in best.items()]
+    training = _training_set(training_set, stage.out, vocab, progress) if training_set else None
+    progress("fitting on the first policy", 0, 1)
+    ruler = Ruler.fit(played[pairs[0][0]], training, base)
+    curve = [best_of_point(k, outputs, vocab, config, ruler) for k, outputs in best.items()]
     margin = against(played, best[best_of]) if best else {}
     if best:
         played[best_of_label(best_of)] = best[best_of]
-    training = _training_set(training_set, stage.out, vocab, progress) if training_set else None
-    metrics = measure(played, vocab, config, training, progress)
+    metrics = measure(played, vocab, config, ruler, progress)
     heard = stage.performer.soundfonts.items() if stage.performer.mix.needs_audio else ()
     tree = {
         "prompts": prompts,
@@ -88,6 +93,7 @@ def evaluate(
         "level": LEVEL,
         "resamples": RESAMPLES,
         "soundfonts": {name: {"path": str(path), "sha256": soundfont_hash(path)} for name, path in heard},
+        "compared": {"notes": NOTES, "tokens": TOKENS, "good_from": ruler.good_from},
         "training_set": str(Path(training_set).resolve()) if training_set else "",
         "best_of": curve,
         "against_best_of": margin,

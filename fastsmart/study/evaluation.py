@@ -22,7 +22,7 @@ import numpy as np
 from fastsmart.config import Config, read_config
 from fastsmart.errors import UserError
 from fastsmart.music.bootstrap import LEVEL, Estimate
-from fastsmart.music.diversity import prompt_numbers
+from fastsmart.music.diversity import RAREFIED, prompt_numbers
 from fastsmart.music.features import features
 from fastsmart.run.folder import CONFIG_FILE
 from fastsmart.study.outputs import Outputs
@@ -96,6 +96,11 @@ class Evaluation:
             if (metric.group, metric.name) == (group, name) and soundfont in (None, metric.soundfont):
                 return metric
         raise KeyError(f"{group} {name}")
+
+    def diversity(self) -> list[Metric]:
+        """The metrics of diversity to conclude from: at equal size; else of whole outputs."""
+        metrics = [m for m in self.metrics if m.group == "diversity"]
+        return [m for m in metrics if m.name in RAREFIED] or metrics
 
     def outputs(self, label: str) -> Outputs:
         """What a policy played; raises UserError when the file is gone."""

@@ -108,7 +108,7 @@ def changes(evaluation: Evaluation) -> Figure:
 
 def diversity_changes(evaluation: Evaluation) -> Figure:
     """Every diversity metric that is a share, of every policy, with intervals."""
-    metrics = [m for m in evaluation.metrics if m.group == "diversity" and m.name != "effective_outputs"]
+    metrics = [m for m in evaluation.diversity() if "effective" not in m.name]
     metrics = [m for m in metrics if np.isfinite(m.values[evaluation.labels[0]].value)]
     figure = _figure(9, 0.3 * len(metrics) * max(1, len(evaluation.labels) / 3) + 1.2)
     ax = figure.subplots()
@@ -170,7 +170,12 @@ def average_rolls(notes: dict[str, NoteBatch]) -> Figure:
 
 
 def frontier(evaluation: Evaluation, measures: Sequence[str] = ("effective_outputs", "own_ngrams")) -> Figure:
-    """Reward against metrics of diversity, a point for each policy, and best-of-n as the line to beat."""
+    """Reward against metrics of diversity, a point for each policy, and best-of-n as the line to beat.
+
+    measures : names without `rarefied_`; the rarefied metric is shown where the evaluation has it
+    """
+    known = {m.name for m in evaluation.diversity()}
+    measures = [f"rarefied_{m}" if f"rarefied_{m}" in known else m for m in measures]
     reward = evaluation.metric("reward", "reward")
     tuned = [p.label for p in evaluation.policies]
     figure = _figure(5.5 * len(measures), 4.2)

@@ -77,8 +77,8 @@ def _price(evaluation: Evaluation, label: str) -> str:
     first = evaluation.labels[0]
     known = [
         m
-        for m in evaluation.metrics
-        if m.group == "diversity" and math.isfinite(m.changes[label].value)  # some need the training pieces
+        for m in evaluation.diversity()
+        if math.isfinite(m.changes[label].value)  # some need the training pieces
     ]
     lost: list[str] = []
     gained: list[str] = []

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from fastsmart.config import Config
 from fastsmart.music.bootstrap import Draws, mean_draws, resample_weights
-from fastsmart.music.diversity import TrainingSet, diversity, prompt_numbers
+from fastsmart.music.diversity import diversity, prompt_numbers
 from fastsmart.music.features import features
+from fastsmart.music.rarefied import SIZES, Sizes
+from fastsmart.music.training_set import TrainingSet
+from fastsmart.notes import NoteBatch
+from fastsmart.policy.transformer import Policy
+from fastsmart.study.embedding import Embedding, excerpt_states
 from fastsmart.study.evaluation import Metric
 from fastsmart.study.outputs import Outputs, Progress
 from fastsmart.tokens.vocabulary import Vocabulary
@@ -21,14 +26,61 @@ BOOTSTRAP_SEED = 0
 Key = tuple[str, str, str]  # group, name, soundfont
 
 
+@dataclass(frozen=True)
+class Ruler:
+    """What the outputs of every policy of an evaluation are measured with; fitted on those of the first.
+
+    weights   : of `resample_weights`
+    good_from : reward on the first soundfont from which an output counts as good: the median of the first policy's
+    training  : the pieces it was trained on, None = not given
+    base      : the first policy, and the embedding fitted on its outputs; None = embeddings are not measured
+    sizes     : how much of each output is compared
+    """
+
+    weights: np.ndarray
+    good_from: float
+    training: TrainingSet | None = None
+    base: tuple[Policy, Embedding] | None = None
+    sizes: Sizes = SIZES
+
+    @staticmethod
+    def fit(outputs: Outputs, training: TrainingSet | None = None, base: Policy | None = None) -> Ruler:
+        """From the outputs of the first policy; `base` is that policy."""
+        reward = next(iter(outputs.scores.values())).total
+        known = reward[np.isfinite(reward)]
+        good_from = float(np.median(known)) if len(known) else float("inf")
+        ruler = Ruler(resample_weights(len(outputs), BOOTSTRAP_SEED), good_from, training)
+        if base is None:
+            return ruler
+        return replace(ruler, base=(base, Embedding.fit(_states(base, outputs, ruler.sizes))))
+
+    def diversity(self, outputs: Outputs, notes: NoteBatch) -> dict[str, Draws]:
+        """Every metric of `DIVERSITY` of outputs with these notes."""
+        reward = next(iter(outputs.scores.values())).total
+        embedded = None
+        if self.base is not None:
+            policy, embedding = self.base
+            embedded = embedding.similarities(_states(policy, outputs, self.sizes))
+        return diversity(
+            notes,
+            outputs.completions,
+            prompt_numbers(outputs.prompts),
+            self.weights,
+            self.training,
+            BOOTSTRAP_SEED,
+            good=np.nan_to_num(reward, nan=-np.inf) >= self.good_from,
+            embedded=embedded,
+            sizes=self.sizes,
+        )
+
+
 def measure(
-    played: Mapping[str, Outputs], vocab: Vocabulary, config: Config, training: TrainingSet | None, progress: Progress
+    played: Mapping[str, Outputs], vocab: Vocabulary, config: Config, ruler: Ruler, progress: Progress
 ) -> list[Metric]:
     """Every metric of every policy on the same resamples of the prompts; changes are against the first policy."""
-    weights = resample_weights(len(next(iter(played.values()))), BOOTSTRAP_SEED)
     tables: dict[str, dict[Key, tuple[Draws, float | None]]] = {}
     for label, outputs in played.items():
-        tables[label] = _draws(outputs, vocab, config, weights, training)
+        tables[label] = _draws(outputs, vocab, config, ruler)
         progress("measuring", len(tables), len(played))
     first, *others = tables
     metrics = []
@@ -45,9 +97,7 @@ def measure(
     return metrics
 
 
-def _draws(
-    outputs: Outputs, vocab: Vocabulary, config: Config, weights: np.ndarray, training: TrainingSet | None
-) -> dict[Key, tuple[Draws, float | None]]:
+def _draws(outputs: Outputs, vocab: Vocabulary, config: Config, ruler: Ruler) -> dict[Key, tuple[Draws, float | None]]:
     """(group, name, soundfont) -> the metric on all resamples, and its standard deviation over outputs."""
     notes = outputs.notes(vocab, config.audio.max_seconds)
     table: dict[Key, tuple[Draws, float | None]] = {}
@@ -55,7 +105,10 @@ def _draws(
     def add(group: str, name: str, font: str, values: np.ndarray) -> None:
         values = np.asarray(values, np.float64)
         known = values[np.isfinite(values)]
-        table[group, name, font] = mean_draws(values, weights), float(known.std(ddof=1)) if len(known) > 1 else None
+        table[group, name, font] = (
+            mean_draws(values, ruler.weights),
+            float(known.std(ddof=1)) if len(known) > 1 else None,
+        )
 
     for font, scores in outputs.scores.items():
         add("reward", "reward", font, scores.total)
@@ -68,19 +121,20 @@ def _draws(
     add("share", "empty outputs", "", notes.counts == 0)
     unscored = [np.isnan(scores.total) for scores in outputs.scores.values()]
     add("share", "outputs that could not be scored", "", np.any(unscored, axis=0))
-    prompt = prompt_numbers(outputs.prompts)
-    for name, draws in diversity(notes, outputs.completions, prompt, weights, training, BOOTSTRAP_SEED).items():
+    sizes = ruler.sizes
+    add("share", f"outputs of fewer than {sizes.notes} notes", "", notes.counts < sizes.notes)
+    add("share", f"outputs of fewer than {sizes.tokens} tokens", "", outputs.completions.lengths < sizes.tokens)
+    for name, draws in ruler.diversity(outputs, notes).items():
         table["diversity", name, ""] = draws, None
     return table
 
 
-def best_of_point(k: int, outputs: Outputs, vocab: Vocabulary, config: Config) -> dict[str, Any]:
+def best_of_point(k: int, outputs: Outputs, vocab: Vocabulary, config: Config, ruler: Ruler) -> dict[str, Any]:
     """A point of the best-of-n curve; its divergence from the base is at most log k - (k - 1) / k nats an output
     (Beirami et al. 2024, "Theoretical guarantees on the best-of-n alignment policy")."""
-    weights = resample_weights(len(outputs), BOOTSTRAP_SEED)
-    reward = mean_draws(next(iter(outputs.scores.values())).total, weights)
+    reward = mean_draws(next(iter(outputs.scores.values())).total, ruler.weights)
     notes = outputs.notes(vocab, config.audio.max_seconds)
-    measured = diversity(notes, outputs.completions, prompt_numbers(outputs.prompts), weights)
+    measured = ruler.diversity(outputs, notes)
     return {
         "n": k,
         "kl_nats_at_most": float(np.log(k) - (k - 1) / k),
@@ -97,3 +151,9 @@ def against(played: Mapping[str, Outputs], other: Outputs) -> dict[str, dict[str
         return mean_draws(next(iter(outputs.scores.values())).total, weights)
 
     return {label: asdict(draws(outputs).minus(draws(other)).estimate()) for label, outputs in played.items()}
+
+
+def _states(policy: Policy, outputs: Outputs, sizes: Sizes) -> np.ndarray:
+    """Hidden states of `excerpt_states` over the outputs' token excerpts."""
+    excerpts = sizes.token_excerpts(outputs.completions)
+    return excerpt_states(policy, outputs.prompts, outputs.completions, excerpts)

@@ -32,7 +32,14 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 MOST_PLAYED = 3  # policies whose outputs can be heard side by side
-GROUPS = {"reward": "Rewards", "feature": "Features of the music", "diversity": "Diversity", "share": "Faults"}
+WHOLE = "diversity of whole outputs"  # of the metrics' group "diversity" those that outputs' lengths move
+GROUPS = {
+    "reward": "Rewards",
+    "feature": "Features of the music",
+    "diversity": "Diversity",
+    WHOLE: "Diversity of whole outputs, which depends on how much they hold",
+    "share": "Faults",
+}
 
 
 def write_report(
@@ -178,15 +185,17 @@ _ROLLS = "Average piano rolls: how many outputs sound a pitch at a beat. Sharp p
 def _table(evaluation: Evaluation) -> list[dict[str, Any]]:
     fonts = {m.soundfont for m in evaluation.metrics if m.soundfont}
     groups = []
+    main = {m.name for m in evaluation.diversity()}
     for group, title in GROUPS.items():
         rows = []
         for m in evaluation.metrics:
-            if m.group != group:
+            if group != (WHOLE if m.group == "diversity" and m.name not in main else m.group):
                 continue
             name = m.name.replace("_", " ") + (f" ({m.soundfont})" if m.soundfont and len(fonts) > 1 else "")
             changed = [_change(m, e) for e in m.changes.values()]
             rows.append({"name": name, "cells": [_value(e) for e in m.values.values()], "changes": changed})
-        groups.append({"title": title, "rows": rows})
+        if rows:
+            groups.append({"title": title, "rows": rows})
     return groups
 
 

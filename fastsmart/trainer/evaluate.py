@@ -11,8 +11,8 @@ import numpy as np
 
 from fastsmart.audio import FluidSynthRenderer, listening_seconds, listening_settings, render_file
 from fastsmart.machine.files import make_folder
-from fastsmart.music.diversity import histograms, spread
 from fastsmart.music.features import features
+from fastsmart.music.histograms import histograms, spread
 from fastsmart.notes import NoteBatch
 from fastsmart.sampling import SamplingSettings
 from fastsmart.tokens.decode import decode

@@ -14,13 +14,12 @@ from fastsmart.music.diversity import (
     TrainingSet,
     average_roll,
     diversity,
-    onset_histograms,
-    pitch_class_histograms,
     prompt_numbers,
-    total_variation,
     vendi_score,
+    whole_diversity,
 )
 from fastsmart.music.features import features
+from fastsmart.music.histograms import histograms, total_variation
 from fastsmart.music.ngrams import figures, ngrams, share_not_in
 from fastsmart.tokens.dataset import TokenDataset
 from fastsmart.tokens.decode import decode
@@ -36,7 +35,7 @@ def tokens_of(clips, first: int = 0) -> TokenBatch:
 
 def measured(clips, prompt=None, training=None) -> dict[str, float]:
     prompt = np.arange(len(clips)) % 3 if prompt is None else prompt
-    draws = diversity(made(clips), tokens_of(clips), prompt, resample_weights(len(clips), 0, 50), training)
+    draws = whole_diversity(made(clips), tokens_of(clips), prompt, resample_weights(len(clips), 0, 50), training)
     return {name: d.value for name, d in draws.items()}
 
 
@@ -65,7 +64,7 @@ def test_equal_outputs_have_no_diversity():
 def test_outputs_with_nothing_in_common_have_all_diversity():
     clips, prompt = [unlike(k) for k in range(3)], np.array([0, 0, 1])
     shifted = TokenBatch.pack([[1000 * i + x for x in row] for i, row in enumerate(tokens_of(clips))])
-    draws = diversity(made(clips), shifted, prompt, resample_weights(3, 0, 50))
+    draws = whole_diversity(made(clips), shifted, prompt, resample_weights(3, 0, 50))
     found = {name: d.value for name, d in draws.items()}
     assert all(found[name] == pytest.approx(1) for name in found if "distance_" in name)
     assert found["effective_outputs"] == pytest.approx(3)
@@ -89,7 +88,7 @@ def test_silence_is_like_silence_and_like_nothing_else():
     assert measured([[]] * N)["effective_outputs"] == pytest.approx(1)
     assert measured([[]] * N)["pitch_class_distance_across"] == 0
     clips = [melody(k) for k in range(N - 1)]
-    distance = total_variation(pitch_class_histograms(made([*clips, []])))
+    distance = total_variation(histograms(made([*clips, []]))["pitch_class"])
     np.testing.assert_allclose(distance[-1, :-1], 1)
     assert (distance <= 1 + 1e-12).all()
 
@@ -121,8 +120,8 @@ def test_distances_within_prompts_and_across_tell_the_two_kinds_of_sameness_apar
 
 def test_onsets_are_counted_in_the_bar_of_the_meter():
     clip = [(k * 36, 2, 60) for k in range(8)]  # every three beats
-    assert onset_histograms(made([clip], (3, 4)))[0, 0] == 1
-    assert onset_histograms(made([clip], (4, 4)))[0, [0, 4, 8, 12]].tolist() == [0.25] * 4
+    assert histograms(made([clip], (3, 4)))["onset"][0, 0] == 1
+    assert histograms(made([clip], (4, 4)))["onset"][0, [0, 4, 8, 12]].tolist() == [0.25] * 4
 
 
 def test_figures_are_those_of_the_features(vocab):
@@ -182,4 +181,6 @@ def test_prompt_numbers_are_equal_for_equal_prompts():
 
 
 def test_names_are_those_announced():
-    assert tuple(measured([melody(k) for k in range(3)])) == DIVERSITY
+    clips = [melody(k) for k in range(3)]
+    found = diversity(made(clips), tokens_of(clips), np.zeros(3, int), resample_weights(3, 0, 50))
+    assert tuple(found) == DIVERSITY

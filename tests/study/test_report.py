@@ -104,8 +104,8 @@ def test_findings_say_what_the_numbers_say(evaluation):
     assert "includes no change" in unsure.reward
     moved = findings(with_change(evaluation, "feature", "notes", 60.0, 20.0, sure=True))[0]
     assert moved.music.startswith("What changed most in the music: notes 60.0 → 20.0")
-    alike = findings(with_change(evaluation, "diversity", "self_bleu", 0.3, 0.9, sure=True))[0]
-    assert "self bleu (less is more diverse) 0.300 → 0.900" in alike.price.split("More diverse")[0]
+    alike = findings(with_change(evaluation, "diversity", "rarefied_self_bleu", 0.3, 0.9, sure=True))[0]
+    assert "rarefied self bleu (less is more diverse) 0.300 → 0.900" in alike.price.split("More diverse")[0]
     beaten = {"tuned": {"value": -0.4, "low": -0.6, "high": -0.2}}
     behind = replace(evaluation, record=evaluation.record | {"against_best_of": beaten})
     assert "falls short of the best of 2 outputs of base" in findings(behind)[0].baseline
