@@ -7,7 +7,9 @@ as likely as any other, and clips of fewer than k are not compared. Neighbours, 
 independent draws: k notes picked from a whole long piece cover more of it than a piece of k notes does, so a long one
 would look more like others (Chiarucci et al. 2009, Community Ecology 10, "Spatially constrained rarefaction"). Of a
 source that goes on as it began, the excerpts of long and of short pieces have the same distribution, so every mean over
-excerpts, and over pairs of excerpts of different pieces, is the same whatever the lengths.
+excerpts, and over pairs of excerpts of different pieces, is the same whatever the lengths. What does not go on as it
+began is the place in the bar: clips start on a bar line, so those hardly longer than an excerpt differ a little less in
+their onsets than longer ones of the same source.
 
 Shape letters: N clips, K of them long enough, R excerpts of each, k their size, B bins, W items of all clips.
 """
