@@ -62,7 +62,12 @@ class VllmEngine:
         self.asleep: set[str] = set()  # what a sleep took from the GPU
         with isolated():
             check_api(missing_api(), installed_version() or "")
-        with isolated(), groups.joined(), tempfile.TemporaryDirectory(prefix="fastsmart-vllm-") as folder:
+        with (
+            packed_alike(),
+            isolated(),
+            groups.joined(),
+            tempfile.TemporaryDirectory(prefix="fastsmart-vllm-") as folder,
+        ):
             # a head of its own: after a sync, vLLM's CPU layers would go on with a tied head's old copy
             config = to_hf_config(replace(policy.size, tied_head=False), policy.vocab, dtype)
             (Path(folder) / CONFIG_FILE).write_text(json.dumps(config), encoding="utf-8")
@@ -79,7 +84,8 @@ class VllmEngine:
         if self.on_gpu:  # into the live parameters: their addresses stay, and with them the CUDA graphs
             self.engine.apply_model(lambda model: model.load_weights(tensors))
         else:  # the CPU's layers hold repacked copies, which vLLM's own reload makes anew
-            self.engine.collective_rpc("reload_weights", kwargs={"weights_iterator": tensors})
+            with packed_alike():
+                self.engine.collective_rpc("reload_weights", kwargs={"weights_iterator": tensors})
         self.engine.set_weight_version(str(version))
         self.version = version
 
@@ -224,6 +230,30 @@ def read_back(module: Any, shape: torch.Size, dtype: torch.dtype) -> Tensor:
         return module(torch.arange(shape[0], device=module.weight.device))
     identity = torch.eye(shape[1], dtype=dtype, device=module.weight.device)
     return module.quant_method.apply(module, identity)[:, : shape[0]].t()
+
+
+_packing_threads: list[int] = []  # the number under which this process packs; empty before its first engine
+
+
+@contextmanager
+def packed_alike() -> Iterator[None]:
+    """Have every engine of this process pack its weights under one number of threads: that of the first.
+
+    oneDNN lays a weight out by the number of threads (on CPUs without AVX-512), and vLLM keeps its compiled products
+    for the whole process, found by shape alone: an engine or a sync under another number multiplies by a weight whose
+    elements it takes for each other.
+    """
+    threads = torch.get_num_threads()
+    if not _packing_threads:
+        _packing_threads.append(threads)
+    if threads == _packing_threads[0]:
+        yield
+        return
+    torch.set_num_threads(_packing_threads[0])
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 class ProcessGroups:

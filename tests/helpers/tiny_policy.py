@@ -19,9 +19,10 @@ def make_policy(vocab: Vocabulary, seed: int = 0, spread: float = 8.0, **size: i
     return policy.eval()
 
 
-def eager_to_end(vocab: Vocabulary, wish: float = 0.12) -> Policy:
-    """A policy that ends a piece with a probability of about a tenth at every token, of less where the wish is less."""
-    policy = make_policy(vocab, spread=2.0)
+def eager_to_end(vocab: Vocabulary, wish: float = 0.12, **size: int) -> Policy:
+    """A policy that ends a piece with a probability of about a tenth at every token, of less where the wish is less;
+    a policy twice as wide needs half the wish."""
+    policy = make_policy(vocab, spread=2.0, **size)
     with torch.no_grad():
         bias = policy.model.norm.weight
         bias.fill_(1.0)

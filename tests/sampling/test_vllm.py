@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 from scipy.stats import chi2_contingency
-from vllm_policy import make_vllm_policy
+from tiny_policy import eager_to_end
+from vllm_policy import SHAPE, make_vllm_policy
 
 from fastsmart.errors import UserError
 from fastsmart.policy.hf_format import save_policy
@@ -115,20 +116,20 @@ def test_the_engine_has_its_own_copy_and_an_unsent_tensor_stays_behind(shared, v
 
 
 def test_completions_stream_as_they_end_with_their_version(shared):
+    """Of a policy that ends at any token with about the same probability: lengths differ whatever is drawn."""
     engine, policy = shared
-    engine.eos = 60  # a token this policy draws now and then
-    try:
-        done = list(engine.stream(PROMPTS, replace(SETTINGS, max_tokens=100), (3,), first=100))
-    finally:
-        engine.eos = policy.vocab.eos_id
+    eos = policy.vocab.eos_id
+    engine.load(eager_to_end(policy.vocab, 0.06, **SHAPE), 8)
+    done = list(engine.stream(PROMPTS, replace(SETTINGS, max_tokens=100), (3,), first=100))
+    engine.load(policy, 7)
     lengths = np.array([len(c.ids) for c in done])
     assert len(set(lengths)) > 5, "the test needs completions of different lengths"
     assert (np.diff(lengths) >= 0).all()  # shortest first: each was handed on when it ended
     assert sorted(c.index for c in done) == list(range(100, 124))
     for c in done:
-        assert (c.ids[:-1] != 60).all()
-        assert c.ids[-1] == 60 or len(c.ids) == 100
-        assert (c.ids.dtype, c.logprobs.dtype, c.version) == (np.int32, np.float32, 7)
+        assert (c.ids[:-1] != eos).all()
+        assert c.ids[-1] == eos or len(c.ids) == 100
+        assert (c.ids.dtype, c.logprobs.dtype, c.version) == (np.int32, np.float32, 8)
         assert len(c.logprobs) == len(c.ids)
 
 
@@ -231,6 +232,26 @@ def test_engines_side_by_side_end_one_by_one(vocab):
     engines[1].close()
 
 
+def test_engines_and_syncs_under_other_numbers_of_threads_compute_with_the_weights_they_were_sent(vocab):
+    """Without AVX-512, oneDNN lays a weight out by the number of threads; vLLM's compiled products know one layout."""
+    engines = []
+    try:
+        for seed, threads in enumerate((1, 2, 3)):
+            torch.set_num_threads(threads)
+            policy = make_vllm_policy(vocab, seed=seed)
+            engines.append(make_engine(SETTINGS, policy))
+            assert torch.get_num_threads() == threads
+            assert engines[-1].first_difference(policy) is None
+            assert worst_gap(policy, draw(engines[-1], SETTINGS), 1.0) < 1e-4
+        torch.set_num_threads(2)
+        engines[0].load(policy, 1)
+        assert engines[0].first_difference(policy) is None
+        assert worst_gap(policy, draw(engines[0], SETTINGS), 1.0) < 1e-4
+    finally:
+        for engine in engines:
+            engine.close()
+
+
 def test_memory_is_what_the_plan_says(shared):
     engine, policy = shared
     memory = engine.memory
@@ -302,7 +323,7 @@ def test_vllm_loads_the_checkpoint_we_save_by_itself(vocab, tmp_path):
     policy = make_vllm_policy(vocab, tied_head=True, num_kv_heads=1)
     save_policy(policy, tmp_path / "saved")
     engine = make_engine(SETTINGS, policy)
-    with isolated(), vllm_engine.groups.joined():
+    with vllm_engine.packed_alike(), isolated(), vllm_engine.groups.joined():
         from vllm.engine.arg_utils import EngineArgs
         from vllm.v1.engine.llm_engine import LLMEngine
 
