@@ -13,6 +13,7 @@ import argparse
 import statistics
 import tempfile
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,10 @@ import numpy as np
 import torch
 from harness import REFERENCE, Job, Work, interleaved, measured_ceilings, parser, report
 from memory import added_mib, peak_in_own_process
-from stages import finish, made, parse, run
+from stages import finish, made, parse, run, tried
 
 from fastsmart.audio import AudioBatch
+from fastsmart.errors import UserError
 from fastsmart.reward import Clips
 from fastsmart.reward.audiobox import AudioboxReward, make_random_weights
 from fastsmart.reward.settings import AUDIOBOX_AXES
@@ -48,11 +50,16 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any] | None:
             rate, one = scorer(given.peak, checkpoint, given), clips(1)
             print(added_mib(lambda: rate(one), given.device))
             return None
-        scorers = {name: scorer(name, checkpoint, given) for name in given.dtypes}
+        refused: dict[str, str] = {}
+        found = {name: tried(name, partial(scorer, name, checkpoint, given), refused) for name in given.dtypes}
+        scorers = {name: rate for name, rate in found.items() if rate}
+        if not scorers:
+            raise UserError("; ".join(refused.values()))
+        given.dtypes = list(scorers)
         peers, left_out = made({"upstream": lambda: {"upstream": upstream(checkpoint, given.device)}}, given)  # type: ignore[dict-item]
     ceilings = measured_ceilings(given.device, getattr(torch, given.dtypes[0]))
     cases = {f"batch {b}": compare(scorers | peers, b, given, ceilings) for b in given.batches}  # type: ignore[operator]
-    more: dict[str, Any] = {"weights": "random", "left_out": left_out}
+    more: dict[str, Any] = {"weights": "random", "left_out": refused | left_out}
     if given.memory:
         own = ["--device", given.device, "--threads", str(given.threads)]
         names = [*given.dtypes, *peers]

@@ -11,7 +11,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from harness import Job, Work, chosen_peers
@@ -26,6 +26,7 @@ from fastsmart.sampling.native import NativeEngine
 from fastsmart.tokens.vocabulary import load_vocabulary
 from fastsmart.trainer.settings import PolicySettings
 
+T = TypeVar("T")
 Makers = Mapping[str, Callable[[], dict[str, Job]]]  # peer -> a function that makes its contenders
 
 
@@ -56,12 +57,18 @@ def made(makers: Makers, options: argparse.Namespace) -> tuple[dict[str, Job], d
     jobs: dict[str, Job] = {}
     left_out: dict[str, str] = {}
     for peer in chosen_peers(options, list(makers)):
-        try:
-            jobs |= makers[peer]()
-        except (ImportError, UserError) as error:
-            left_out[peer] = str(error)
-            print(f"{peer} is left out: {error}")
+        jobs |= tried(peer, makers[peer], left_out) or {}
     return jobs, left_out
+
+
+def tried(name: str, make: Callable[[], T], left_out: dict[str, str]) -> T | None:
+    """A contender, or None where this machine refuses or lacks it; `left_out` is then told why, under its name."""
+    try:
+        return make()
+    except (ImportError, UserError) as error:
+        left_out[name] = str(error)
+        print(f"{name} is left out: {error}")
+        return None
 
 
 def one_pass(seconds: Mapping[str, Sequence[float]], passes: Mapping[str, int]) -> dict[str, list[float]]:

@@ -21,6 +21,7 @@ from collections import defaultdict
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ from harness import REFERENCE, Work, chosen_peers, interleaved, measured_ceiling
 from policies import PAPER, playing_policy
 from results import write_result
 from score import GFLOP as WINDOW_GFLOP
-from stages import decoding_work, update_work
+from stages import decoding_work, run, tried, update_work
 
 from fastsmart.audio import find_soundfont
 from fastsmart.audio.bank_tools import build_bank
@@ -82,13 +83,17 @@ def measured(options: argparse.Namespace) -> dict[str, Any]:
         config = step_config(options, checkpoint, audiobox)
         build_bank(config.audio)  # once a soundfont, some seconds
         contenders: dict[str, OwnStep | Any] = {}
+        left_out: dict[str, str] = {}
         for peer in chosen_peers(options, PEERS):
             contenders[peer] = public_step(config, peer, options.runs + 1, audiobox)
             stack.callback(contenders[peer].close)
         for dtype in ("float32", "int8" if options.device == "cpu" else "float16"):
             for pipeline, name in (("off", f"fastsmart {dtype}"), ("overlap", f"fastsmart {dtype}, overlapped")):
-                contenders[name] = OwnStep(changed(config, dtype, pipeline), Path(folder, "runs"))
-                stack.callback(contenders[name].close)
+                own = tried(name, partial(OwnStep, changed(config, dtype, pipeline), Path(folder, "runs")), left_out)
+                if own is None:
+                    continue
+                contenders[name] = own
+                stack.callback(own.close)
         taken: dict[str, list[Times]] = {name: [] for name in contenders}
         jobs = {name: noted(contender.step, taken[name]) for name, contender in contenders.items()}
         whole = interleaved(jobs, options.runs, options.device)
@@ -106,6 +111,7 @@ def measured(options: argparse.Namespace) -> dict[str, Any]:
     return {
         "clips": {"number": len(notes), "notes": float(notes.counts.mean()), "seconds": float(clip_s(notes).mean())},
         "soundfont": Path(config.audio.soundfont).name,
+        "left_out": left_out,
         "stages": stages,
         "public_over": table(stages),
     }
@@ -242,4 +248,4 @@ def table(stages: dict[str, dict[str, Any]]) -> dict[str, dict[str, list[float]]
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

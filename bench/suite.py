@@ -22,6 +22,7 @@ from stages import run
 
 from fastsmart.errors import UserError
 from fastsmart.machine.files import cpu_cores, make_folder, processor, write_atomic
+from fastsmart.machine.hardware import cpu_family, instruction_sets, library_limits
 
 BENCH = Path(__file__).parent
 STAGES = ("sampling", "decode", "render", "score", "logprob", "update", "sync")
@@ -60,6 +61,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"{given.baselines} has this run for {machine()} now; commit it")
         return 0
     if entry is None:
+        if old := of_unknown_chip(known):
+            print(f"the baselines of {old!r} do not say of which chip they are; they are kept, and not compared with")
         print(
             f"{given.baselines} has nothing for {machine()}, so nothing was compared; on a quiet machine, "
             "`python bench/suite.py --accept` writes this run there"
@@ -71,8 +74,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def machine() -> str:
-    """The name of an entry: cores count too, because not every stage gains from them as the reference kernel does."""
-    return f"{processor()}, {cpu_cores()} cores"
+    """The name of an entry: of the chip, since chips of one name differ, what holds its libraries back, and the number
+    of cores, because not every stage gains from them as the reference kernel does."""
+    limits = "".join(f", {name}={value}" for name, value in library_limits().items())
+    return f"{processor()}, {cpu_family()}, {' '.join(instruction_sets())}{limits}, {cpu_cores()} cores"
+
+
+def of_unknown_chip(known: Mapping[str, object]) -> str:
+    """The entry of this processor's name that does not say which chip it is from; "" where there is none."""
+    name = f"{processor()}, {cpu_cores()} cores"
+    return name if name in known else ""
 
 
 def measure(stage: str, folder: Path) -> bool:

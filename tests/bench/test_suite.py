@@ -6,6 +6,8 @@ import pytest
 import suite
 
 from fastsmart.errors import UserError
+from fastsmart.machine.files import cpu_cores, processor
+from fastsmart.machine.hardware import cpu_family
 
 CASES = {"sampling": "64 x 64", "decode": "64 x 256"}
 BASELINE = {"sampling 64 x 64": 10.0, "decode 64 x 256": 0.5}
@@ -68,6 +70,16 @@ def test_an_unknown_processor_is_told_how_to_add_itself(bench, monkeypatch, caps
         "another, 8 cores": {"sampling 64 x 64": 90.0, "decode 64 x 256": 90.0},
     }
     assert bench({"sampling": 20.0, "decode": 9.0}) == 1
+
+
+def test_an_entry_that_names_no_chip_is_kept_and_not_compared_with(bench, monkeypatch, capsys):
+    """Two generations of one name, which once shared an entry."""
+    monkeypatch.undo()
+    old = f"{processor()}, {cpu_cores()} cores"
+    assert suite.machine() != old
+    assert cpu_family() in suite.machine()
+    assert suite.of_unknown_chip({old: BASELINE}) == old
+    assert suite.of_unknown_chip({suite.machine(): BASELINE}) == ""
 
 
 def test_a_stage_that_does_not_run_fails_and_is_not_accepted(bench, capsys):

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from fastsmart.errors import UserError
 from fastsmart.machine.files import mkl_knows_processor
+from fastsmart.machine.hardware import onednn_may_use_vnni
 from fastsmart.reward.audiobox.architecture import FIELD, FRAMES, HOP, KERNELS, NORM_EPS, STRIDES, frames_of
 from fastsmart.reward.audiobox.encoder import EncoderWeights, Norm, gates, normalised_first
 
@@ -147,8 +148,10 @@ class _Layer:
 
 
 def int8_is_fast() -> bool:
-    """Whether this machine multiplies 8-bit integers faster than floats."""
-    return torch.backends.mkldnn.is_available() and bool(torch.cpu._is_vnni_supported())
+    """Whether oneDNN multiplies 8-bit integers faster than floats here: it may be held back by ONEDNN_MAX_CPU_ISA."""
+    if not torch.backends.mkldnn.is_available() or not onednn_may_use_vnni():
+        return False
+    return bool(torch.cpu._is_vnni_supported())
 
 
 class _FloatLinear:

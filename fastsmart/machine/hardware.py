@@ -1,0 +1,69 @@
+"""What this machine computes with: the processor and its instruction sets, how busy it is, and how threads wait."""
+
+from __future__ import annotations
+
+import os
+import platform
+from functools import cache
+from pathlib import Path
+
+CPUINFO = Path("/proc/cpuinfo")
+# Of the flags the kernel lists, those that the libraries under fastsmart choose their code by, on x86 and on ARM
+_FLAGS = (
+    *("avx", "avx2", "fma", "avx_vnni", "avx512f", "avx512bw", "avx512vl", "avx512_vnni", "avx512_bf16"),
+    *("avx512_fp16", "amx_bf16", "amx_int8", "asimd", "asimddp", "bf16", "i8mm", "sve"),
+)
+# Variables that hold a library back to a part of what the processor has
+LIMITS = ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY", "MKL_ENABLE_INSTRUCTIONS")
+# What oneDNN may be held back to that has no 8-bit products on 512 bits; it does not tell upper from lower case
+_ONEDNN_WITHOUT_VNNI = ("sse41", "avx", "avx2", "avx2_vnni", "avx2_vnni_2", "avx512_core")
+
+
+@cache
+def _cpuinfo() -> dict[str, str]:
+    """Key -> value of the first processor the kernel lists; nothing where there is no list."""
+    try:
+        first = CPUINFO.read_text(encoding="utf-8").split("\n\n", 1)[0]
+    except OSError:
+        return {}
+    pairs = (line.split(":", 1) for line in first.splitlines() if ":" in line)
+    return {key.strip(): value.strip() for key, value in pairs}
+
+
+def cpu_family() -> str:
+    """Vendor, family and model numbers of the processor: chips of one name, as "AMD EPYC", differ in them.
+
+    On ARM implementer and part; the kind of machine where the kernel says neither.
+    """
+    info = _cpuinfo()
+    if "cpu family" in info:
+        return f"{info.get('vendor_id', '?')} family {info['cpu family']} model {info.get('model', '?')}"
+    if "CPU part" in info:
+        return f"implementer {info.get('CPU implementer', '?')} part {info['CPU part']}"
+    return platform.machine()
+
+
+def instruction_sets() -> tuple[str, ...]:
+    """The vector instruction sets the processor has, as the kernel names them, that libraries choose their code by."""
+    info = _cpuinfo()
+    flags = set(info.get("flags", info.get("Features", "")).split())
+    return tuple(flag for flag in _FLAGS if flag in flags)
+
+
+def library_limits() -> dict[str, str]:
+    """Variables of the environment that hold a library back to a part of those sets, with their values."""
+    return {name: os.environ[name] for name in LIMITS if os.environ.get(name)}
+
+
+def onednn_may_use_vnni() -> bool:
+    """Whether the environment leaves oneDNN the 8-bit products of AVX-512 VNNI; says nothing about the processor."""
+    limit = os.environ.get("ONEDNN_MAX_CPU_ISA") or os.environ.get("DNNL_MAX_CPU_ISA") or ""
+    return limit.lower() not in _ONEDNN_WITHOUT_VNNI
+
+
+def load_average() -> list[float] | None:
+    """Processes that ran or waited for a core, on average over the last 1, 5 and 15 minutes; None where unknown."""
+    try:
+        return [round(value, 2) for value in os.getloadavg()]
+    except (OSError, AttributeError):
+        return None
