@@ -9,6 +9,8 @@ import argparse
 import json
 from pathlib import Path
 
+import fastsmart  # noqa: F401  # isort: skip  # before torch: OpenMP's threads then wait politely
+
 import matplotlib.pyplot as plt
 import numpy as np
 from results import write_result

@@ -12,6 +12,8 @@ from collections.abc import Sequence
 from dataclasses import fields
 from typing import Any
 
+import fastsmart  # noqa: F401  # isort: skip  # before torch: OpenMP's threads then wait politely
+
 import numpy as np
 from harness import Job, Work, interleaved, measured_ceilings, parser, report
 from stages import finish, made, one_pass, parse, played, run

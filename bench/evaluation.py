@@ -9,6 +9,8 @@ import argparse
 import time
 from pathlib import Path
 
+import fastsmart  # noqa: F401  # isort: skip  # before torch: OpenMP's threads then wait politely
+
 import torch
 from results import write_result
 

@@ -17,6 +17,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import fastsmart  # noqa: F401  # isort: skip  # before torch: OpenMP's threads then wait politely
+
 import torch
 from harness import Ceilings, Job, Work, interleaved, measured_ceilings, parser, report
 from memory import added_mib, peak_in_own_process

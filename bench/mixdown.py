@@ -8,6 +8,8 @@ level. Without a GPU the kernel's twin in torch takes its place, and says nothin
 
 from __future__ import annotations
 
+import fastsmart  # noqa: F401  # isort: skip  # before torch: OpenMP's threads then wait politely
+
 import numpy as np
 import torch
 from harness import Work, interleaved, measured_ceilings, parser, report

@@ -16,6 +16,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+import fastsmart  # noqa: F401  # isort: skip  # before torch: OpenMP's threads then wait politely
+
 import torch
 from harness import parser
 from policies import playing_policy

@@ -15,6 +15,8 @@ from dataclasses import asdict, dataclass
 from functools import cache
 from typing import Any
 
+import fastsmart  # noqa: F401  # isort: skip  # before torch: OpenMP's threads then wait politely
+
 from counting import audiobox_work, decode_kernels, update_work
 from harness import Ceilings, Work
 from results import write_result

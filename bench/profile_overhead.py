@@ -18,6 +18,8 @@ from dataclasses import replace
 from pathlib import Path
 from unittest import mock
 
+import fastsmart  # noqa: F401  # isort: skip  # before torch: OpenMP's threads then wait politely
+
 from harness import interleaved, parser
 from results import write_result
 from torch.profiler import record_function

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from fastsmart.machine.files import cpu_cores, processor
-from fastsmart.machine.hardware import cpu_family, instruction_sets, library_limits, load_average
+from fastsmart.machine.hardware import cpu_family, instruction_sets, library_limits, load_average, waiting
 from fastsmart.run.provenance import PACKAGES, installed_version
 
 PEERS = ("transformers", "trl", "triton", "tinysoundfont", "liger_kernel")  # beside what fastsmart itself is built on
@@ -35,6 +35,7 @@ def write_result(path: str | Path, figures: dict[str, Any]) -> None:
             "instruction_sets": instruction_sets(),
             "held_back_by": library_limits(),
             "load_average": load_average(),
+            "threads_wait": waiting(),
             "cores": cpu_cores(),
             "threads": torch.get_num_threads(),
             "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,

@@ -15,6 +15,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+import fastsmart  # noqa: F401  # isort: skip  # before torch: OpenMP's threads then wait politely
+
 import torch
 from harness import REFERENCE, Job, interleaved, measured_ceilings, parser, report
 from stages import compute_dtype, decoding_work, finish, made, paper_policy, parse, phi3, run

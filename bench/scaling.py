@@ -13,6 +13,8 @@ import argparse
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 
+import fastsmart  # noqa: F401  # isort: skip  # before torch: OpenMP's threads then wait politely
+
 import numpy as np
 import torch
 from harness import timed

@@ -17,6 +17,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import fastsmart  # noqa: F401  # isort: skip  # before torch: OpenMP's threads then wait politely
+
 import numpy as np
 import torch
 from harness import REFERENCE, Job, Work, interleaved, measured_ceilings, parser, report

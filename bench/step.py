@@ -25,6 +25,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import fastsmart  # noqa: F401  # isort: skip  # before torch: OpenMP's threads then wait politely
+
 import numpy as np
 import torch
 from harness import REFERENCE, Work, chosen_peers, interleaved, measured_ceilings, parser, report

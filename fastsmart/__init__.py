@@ -7,13 +7,17 @@
     notes   = fs.decode(rollout.sequences(), policy.vocab, max_seconds=10.0)
     notes.to_midi(0, "first.mid")
 
-Names are imported when they are first used, so that `import fastsmart` is instant.
+Names are imported when they are first used, so that `import fastsmart` is instant. Where torch is not imported yet, it
+sets GOMP_SPINCOUNT, so that the threads torch computes with do not hold a core while they wait; a GOMP_SPINCOUNT or
+OMP_WAIT_POLICY of yours is left alone.
 """
 
 from __future__ import annotations
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
+
+from fastsmart.machine.hardware import wait_politely
 
 if TYPE_CHECKING:
     from fastsmart import presets as presets
@@ -44,6 +48,8 @@ _HOME = {
     "train": "fastsmart.trainer.loop",
 }
 _MODULES = {"presets": "fastsmart.presets", "prompts": "fastsmart.tokens.prompts"}
+
+wait_politely()
 
 __all__ = [*_HOME, *_MODULES]
 

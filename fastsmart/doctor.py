@@ -12,6 +12,7 @@ from fastsmart.audio import find_soundfont, list_soundfonts
 from fastsmart.audio.fluidsynth import load_library
 from fastsmart.errors import UserError
 from fastsmart.machine.files import cpu_cores
+from fastsmart.machine.hardware import waiting
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,10 @@ def examine() -> int:
 def _torch() -> Check:
     import torch
 
-    return Check("PyTorch", f"{torch.__version__}, {cpu_cores()} cores", True, True)
+    how = waiting()
+    waits = ", ".join(f"{name}={value}" for name, value in how.items() if name != "set_by") or "as GNU OpenMP does"
+    found = f"{torch.__version__}, {cpu_cores()} cores; threads wait by {waits} (set by {how['set_by']})"
+    return Check("PyTorch", found, True, True)
 
 
 def _gpu() -> Check:

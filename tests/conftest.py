@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import fastsmart  # noqa: F401  # isort: skip  # before torch, so that OpenMP's threads wait politely
+
 import pytest
 import torch
 

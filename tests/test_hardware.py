@@ -1,12 +1,17 @@
 """What the kernel says of processors, and what a library may use of them."""
 
+import ast
+import os
 import platform
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from fastsmart.machine import hardware
+
+ROOT = Path(__file__).parents[1]
 
 ZEN3 = """\
 processor\t: 0
@@ -66,6 +71,43 @@ def test_this_processor_is_what_lscpu_says():
     said = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in listed.splitlines())}
     assert hardware.cpu_family() == f"{said['Vendor ID']} family {said['CPU family']} model {said['Model']}"
     assert set(hardware.instruction_sets()) <= set(said["Flags"].split())
+
+
+def openmp_says(code: str, **environment: str) -> str:
+    """What GNU OpenMP prints of its settings when it is loaded, in a process without any but those given."""
+    clean = {name: value for name, value in os.environ.items() if name not in hardware.WAITING}
+    environment = clean | {"OMP_DISPLAY_ENV": "verbose"} | environment
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
+    return done.stdout + done.stderr
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="torch computes with another OpenMP there")
+def test_threads_wait_as_fastsmart_says_unless_the_user_or_torch_was_first():
+    """By GNU OpenMP's own word, not ours."""
+    show = "print(fastsmart.machine.hardware.waiting())"
+    said = openmp_says(f"import fastsmart, torch; {show}")
+    assert "GOMP_SPINCOUNT = '1000'" in said
+    assert "{'GOMP_SPINCOUNT': '1000', 'set_by': 'fastsmart'}" in said
+    said = openmp_says(f"import fastsmart, torch; {show}", OMP_WAIT_POLICY="active")
+    assert "OMP_WAIT_POLICY = 'ACTIVE'" in said
+    assert "{'OMP_WAIT_POLICY': 'active', 'set_by': 'environment'}" in said
+    said = openmp_says(f"import torch, fastsmart; {show}; import os; print(os.environ.get('GOMP_SPINCOUNT'))")
+    assert "GOMP_SPINCOUNT = '1000'" not in said
+    assert "{'set_by': 'nobody'}\nNone" in said
+
+
+@pytest.mark.parametrize("script", sorted((ROOT / "bench").glob("*.py")), ids=lambda path: path.stem)
+def test_benchmarks_import_fastsmart_before_whatever_loads_torch(script):
+    tree = ast.parse(script.read_text(encoding="utf-8"))
+    names = [
+        name.split(".")[0]
+        for node in tree.body
+        if isinstance(node, ast.Import | ast.ImportFrom)
+        for name in ([node.module] if isinstance(node, ast.ImportFrom) else [alias.name for alias in node.names])
+    ]
+    foreign = [name for name in names if name not in sys.stdlib_module_names]
+    if any(isinstance(node, ast.If) and "__main__" in ast.unparse(node.test) for node in tree.body):
+        assert foreign[0] == "fastsmart"
 
 
 @pytest.mark.parametrize(

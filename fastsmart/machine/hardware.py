@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import sys
 from functools import cache
 from pathlib import Path
 
@@ -17,6 +18,35 @@ _FLAGS = (
 LIMITS = ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY", "MKL_ENABLE_INSTRUCTIONS")
 # What oneDNN may be held back to that has no 8-bit products on 512 bits; it does not tell upper from lower case
 _ONEDNN_WITHOUT_VNNI = ("sse41", "avx", "avx2", "avx2_vnni", "avx2_vnni_2", "avx512_core")
+
+# Turns of a loop in which a thread of GNU OpenMP looks whether work has come, before it sleeps: some microseconds. Its
+# own 300,000 are milliseconds, in which a thread that waits holds a core against whoever would work there.
+SPIN_COUNT = "1000"
+WAITING = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")  # what GNU OpenMP waits by; it reads them when it is loaded, once
+_waiting = {"set_by": "nobody"}
+
+
+def wait_politely() -> None:
+    """Have the threads of GNU OpenMP leave their core to others soon after they begin to wait.
+
+    Called by `import fastsmart`, for this process and those it starts. Sets nothing where torch was imported before,
+    when it would have no effect, nor where the environment says already how threads wait.
+    """
+    if any(name in os.environ for name in WAITING):
+        _waiting["set_by"] = "environment"
+    elif "torch" not in sys.modules:
+        os.environ["GOMP_SPINCOUNT"] = SPIN_COUNT
+        _waiting["set_by"] = "fastsmart"
+
+
+def waiting() -> dict[str, str]:
+    """How threads of GNU OpenMP wait here: the variables they go by, and under `set_by` who chose.
+
+    "fastsmart"; "environment", a setting found there; or "nobody", where torch came first and GNU OpenMP waits as it
+    does by itself, which is slow beside other processes.
+    """
+    own = _waiting["set_by"] != "nobody"
+    return {name: os.environ[name] for name in WAITING if own and name in os.environ} | _waiting
 
 
 @cache

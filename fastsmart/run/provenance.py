@@ -14,6 +14,7 @@ from fastsmart.audio import find_soundfont, soundfont_hash
 from fastsmart.config import Config
 from fastsmart.errors import UserError
 from fastsmart.machine.files import cpu_cores, processor
+from fastsmart.machine.hardware import cpu_family, instruction_sets, waiting
 from fastsmart.policy.hf_format import shipped_file, shipped_policies
 from fastsmart.policy.transformer import Policy
 from fastsmart.reward.registry import FROM_STATISTICS
@@ -84,10 +85,17 @@ def provenance(config: Config, policy: Policy, statistics: Path | str, mixdown: 
 
 
 def machine() -> dict[str, Any]:
-    """What computes: the GPU or None, processor, cores, Python, and the versions of the packages that matter."""
+    """What computes: the GPU or None, processor, cores, how threads wait, Python, and versions of packages."""
     return {
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "machine": {"processor": processor(), "cores": cpu_cores(), "python": platform.python_version()},
+        "machine": {
+            "processor": processor(),
+            "family": cpu_family(),
+            "instruction_sets": list(instruction_sets()),
+            "cores": cpu_cores(),
+            "threads_wait": waiting(),
+            "python": platform.python_version(),
+        },
         "packages": {name: version for name in PACKAGES if (version := installed_version(name))},
     }
 
