@@ -66,8 +66,9 @@ def footprint(shipped: Any, architecture: str) -> Footprint:
     names = shipped.kernel.arg_names
     constants = {name: value for name, value in shipped.constants.items() if name in names}
     types = {name: kind for name, kind in shipped.types.items() if name in names}
-    # as at a launch: torch's memory is aligned
-    aligned = {(names.index(name),): [["tt.divisibility", 16]] for name, kind in types.items() if kind[0] == "*"}
+    # as at a launch: torch's memory is aligned, and so is what `Shipped.aligned` names
+    multiples = [name for name, kind in types.items() if kind[0] == "*" or name in shipped.aligned]
+    aligned = {(names.index(name),): [["tt.divisibility", 16]] for name in multiples}
     source = ASTSource(shipped.kernel, types | dict.fromkeys(constants, "constexpr"), constants, aligned)
     options = {"num_warps": shipped.num_warps, "enable_fp_fusion": True}
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)

@@ -142,6 +142,7 @@ SHIPPED = [
         | dict.fromkeys(_INTEGERS, "i32"),
         {"E": 64, "QUERIES": QUERIES, "KEYS": KEYS},
         NUM_WARPS,
+        aligned=("stride_h", "out_stride_b", "out_stride_h", "out_stride_t"),
     )
     for dtype in ("fp16", "bf16")
 ]

@@ -93,6 +93,7 @@ SHIPPED = [
         | dict.fromkeys(("length", "outputs", "channels", "stride"), "i32"),
         {"TAPS": 10, "BLOCK_T": BLOCK_T, "BLOCK_C": BLOCK_C},
         NUM_WARPS,
+        aligned=("length", "channels"),  # 160,000 and 512
     )
     for dtype in ("fp16", "bf16")
 ]

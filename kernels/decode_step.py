@@ -198,11 +198,14 @@ def _shipped(kind: str) -> list[Shipped]:
     moved = dict.fromkeys(("x", "more", "out", "qkv", "keys", "values", "gate_up"), f"*{kind}")
     numbers = dict.fromkeys(("width", "heads", "kv_heads", "slots", "size"), "i32")
     types = moved | numbers | {"epsilon": "fp32", "rope": "*fp32", "slot": "*i64", "left": "*i64"}
+    aligned = ("width", "slots", "size")  # 512 and more, a multiple of 64, 64
     return [
-        Shipped(f"add_normalised, {kind}", _add_normalised, types, {"ADD": True, "BLOCK": 512}),
-        Shipped(f"add_normalised, D 2048, {kind}", _add_normalised, types, {"ADD": True, "BLOCK": 2048}),
-        Shipped(f"attend_next, {kind}", _attend_next, types, {"E": 64, "SLOTS": SLOTS}),
-        Shipped(f"gated, {kind}", _gated, types, {"BLOCK": FEATURES}),
+        Shipped(f"add_normalised, {kind}", _add_normalised, types, {"ADD": True, "BLOCK": 512}, aligned=aligned),
+        Shipped(
+            f"add_normalised, D 2048, {kind}", _add_normalised, types, {"ADD": True, "BLOCK": 2048}, aligned=aligned
+        ),
+        Shipped(f"attend_next, {kind}", _attend_next, types, {"E": 64, "SLOTS": SLOTS}, aligned=aligned),
+        Shipped(f"gated, {kind}", _gated, types, {"BLOCK": FEATURES}, aligned=aligned),
     ]
 
 

@@ -2,13 +2,16 @@
 
 The kernels keep to what Triton 3.6 (that of torch 2.11) to 3.9 have in common. A file declares the configurations it
 runs with in a module-level list `SHIPPED`, which `python -m fastsmart.kernels.aot` compiles.
+
+The interpreter of Triton 3.6 needs a numpy below 2.5, which refuses a tensor of one number as a bound of `range`.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -35,6 +38,7 @@ class Shipped:
     types     : Triton type of each argument by name, "*fp32" or "i32"; names the kernel does not have are left out
     constants : value of each tl.constexpr argument by name; names the kernel does not have are left out
     num_warps : as at the launch
+    aligned   : integer arguments that are multiples of 16 at the launch, which Triton compiles for
     """
 
     name: str
@@ -42,11 +46,18 @@ class Shipped:
     types: Mapping[str, str]
     constants: Mapping[str, Any] = field(default_factory=dict)
     num_warps: int = 4
+    aligned: Sequence[str] = ()
 
 
-def jit(kernel: Callable[..., None]) -> Any:
-    """`triton.jit` where there is Triton; elsewhere the function as it is, which nobody calls."""
-    return kernel if triton is None else triton.jit(kernel)
+def jit(kernel: Callable[..., None] | None = None, *, varying: Sequence[str] = ()) -> Any:
+    """`triton.jit` where there is Triton; elsewhere the function as it is, which nobody calls.
+
+    varying : integer arguments that change from launch to launch. Triton would compile the kernel again for the first
+              of them that is 1 or a multiple of 16, one to two seconds in the middle of a run.
+    """
+    if kernel is None:
+        return partial(jit, varying=varying)
+    return kernel if triton is None else triton.jit(kernel, do_not_specialize=list(varying))
 
 
 def choose_kernel(kernel: str, device: torch.device) -> str:

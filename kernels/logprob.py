@@ -155,7 +155,7 @@ def rows_backward(
 # ---------------------------------------------------------------------------------------------------- Triton kernels
 
 
-@jit
+@jit(varying=("rows",))
 def _forward_whole(
     logits,
     ids,
@@ -225,7 +225,7 @@ def _forward_looped(
     tl.store(log_total + row, log_sum)
 
 
-@jit
+@jit(varying=("rows",))
 def _backward(
     logits,
     out,
@@ -296,16 +296,16 @@ def _triton_backward(
 
 def _shipped() -> list[Shipped]:
     """Both regimes in fp32: the 413 tokens of preset smart, and the 151,936 of a large language model."""
-    ours, wide = 413, 151_936
+    ours, wide, even = 413, 151_936, ("vocabulary",)  # 151,936 is a multiple of 16, 413 is not
     floats = ("logits", "out", *Rows._fields, "slope_chosen", "slope_entropy", "slope_row")
     types = dict.fromkeys(floats, "*fp32") | {"ids": "*i64", "rows": "i32", "vocabulary": "i32"}
     plain = {"TEMPERATURE": 1.0, "WITH_ENTROPY": False, **_tile(ours, BACKWARD_TILE)}
     return [
         Shipped(f"logprob forward, V {ours}", _forward_whole, types, plain | _tile(ours, WHOLE_ROW)),
-        Shipped(f"logprob forward, V {wide}", _forward_looped, types, plain | {"BLOCK": WHOLE_ROW}),
+        Shipped(f"logprob forward, V {wide}", _forward_looped, types, plain | {"BLOCK": WHOLE_ROW}, aligned=even),
         Shipped(f"logprob backward, V {ours}", _backward, types, plain),
         Shipped(f"logprob backward, V {ours}, entropy", _backward, types, plain | {"WITH_ENTROPY": True}),
-        Shipped(f"logprob backward, V {wide}", _backward, types, plain | _tile(wide, BACKWARD_TILE)),
+        Shipped(f"logprob backward, V {wide}", _backward, types, plain | _tile(wide, BACKWARD_TILE), aligned=even),
     ]
 
 

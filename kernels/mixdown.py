@@ -123,7 +123,7 @@ def _shipped() -> list[Shipped]:
     whole = dict.fromkeys(("start", "length", "hold", "bins", "notes", "clips"), "*i32")
     real = dict.fromkeys(("out", "top", "part", "gain", "rate"), "*fp32")
     types = whole | real | {"waves": "*i16", "wave": "*i64", "samples": "i32", "tiles": "i32"}
-    return [Shipped("mixdown", _mix, types, {"TILE": TILE})]
+    return [Shipped("mixdown", _mix, types, {"TILE": TILE}, aligned=("samples",))]  # 160,000
 
 
 SHIPPED = _shipped()

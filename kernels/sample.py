@@ -171,5 +171,5 @@ _TYPES = {"logits": "*fp32", "uniform": "*fp32", "vocabulary": "i32"}
 _NEXT = {"column": "*i64", "ids": "*i32", "logprobs": "*fp32", "token": "*i64", "columns": "i32"}
 SHIPPED = [
     Shipped("sample, V 413", _sample, _TYPES | {"ids": "*i64", "logprob": "*fp32"}, _CONSTANTS),
-    Shipped("sample next, V 413", _sample_next, _TYPES | _NEXT, _CONSTANTS),
+    Shipped("sample next, V 413", _sample_next, _TYPES | _NEXT, _CONSTANTS, aligned=("columns",)),  # 256
 ]

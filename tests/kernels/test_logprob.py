@@ -317,7 +317,7 @@ PEAK_MEMORY = textwrap.dedent("""
 def peak_mib(what, tokens):
     """Growth of the resident set over loss and backward pass at V = 151,936, in a process of its own."""
     run = subprocess.run(
-        [sys.executable, "-c", PEAK_MEMORY, what, str(tokens)], capture_output=True, text=True, check=True
+        [sys.executable, "-P", "-c", PEAK_MEMORY, what, str(tokens)], capture_output=True, text=True, check=True
     )
     return int(run.stdout) / 1024
 
