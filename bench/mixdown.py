@@ -43,7 +43,7 @@ def main() -> None:
         name = f"mixdown on {torch.device(given.device).type}"
         jobs = {
             name: lambda: gpu.render(clips),
-            "one CPU core": lambda: [cpu.render_into(out, *piece) for out, piece in zip(one, pieces, strict=True)],
+            "one CPU core": lambda: [cpu.render_into(out, piece) for out, piece in zip(one, pieces, strict=True)],
         }
         seconds = interleaved(jobs, given.runs, given.device)
         difference = float(np.abs(gpu.render(clips)[0].cpu().numpy() - one).max() / np.abs(one).max())

@@ -6,8 +6,6 @@ import json
 import sys
 from pathlib import Path
 
-import tomli_w
-
 from fastsmart.config import Config, merged
 
 SMALL = {
@@ -51,6 +49,8 @@ def command(out: Path, *options: str) -> list[str]:
 
 
 def write_config(folder: Path, checkpoint: Path, *changes: dict) -> Path:
+    import tomli_w  # a development dependency, which a GPU machine may lack
+
     tree: dict = {**SMALL, "policy": {"source": str(checkpoint)}}
     for change in changes:
         for section, keys in change.items():

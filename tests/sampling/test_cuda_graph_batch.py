@@ -41,6 +41,21 @@ def assert_same(some, others):
         assert c.version == others[c.index].version
 
 
+def assert_same_until_a_border(some, others):
+    """For two ways of multiplying: a random number within rounding of a border between two tokens parts two completions
+    for good. Until there their log-probs are the same, and few are parted."""
+    some, others = (sorted(completions, key=lambda c: c.index) for completions in (some, others))
+    parted = 0
+    for one, other in zip(some, others, strict=True):
+        n = min(len(one.ids), len(other.ids))
+        differ = one.ids[:n] != other.ids[:n]
+        first = int(differ.argmax()) if differ.any() else n
+        parted += first < n
+        np.testing.assert_allclose(one.logprobs[:first], other.logprobs[:first], atol=1e-4)
+        assert first < n or len(one.ids) == len(other.ids)
+    assert parted <= max(1, len(some) // 16)
+
+
 @pytest.mark.parametrize(
     "max_tokens",
     [1, 2, cuda_graph_batch.LOOK_EVERY, cuda_graph_batch.LOOK_EVERY + 1, cuda_graph_batch.LOOK_EVERY + 2, 100],
@@ -157,7 +172,9 @@ def test_a_step_waits_for_nothing(policy):
 def test_with_tritons_kernels(vocab, monkeypatch):
     """In the interpreter: the sampler draws the same, from prompts of different lengths, with shared keys."""
     pytest.importorskip("triton")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     policy, settings = make_policy(vocab, num_kv_heads=2, num_layers=1), SamplingSettings(group=1, max_tokens=8)
+    policy = policy.to(device)
     plain = sampled(NativeEngine(policy), settings)
     asked = []
     monkeypatch.setattr(decode_step, "choose_kernel", lambda kernel, device: asked.append(kernel) or "triton")
@@ -175,7 +192,7 @@ def test_on_a_gpu_replays_draw_what_launches_draw(vocab, dtype):
     engine.load(other, 0)
     replayed_other = sampled(engine, settings)
     if dtype == torch.float32:
-        assert_same(replayed_other, sampled(engine, replace(settings, cuda_graph=False)))
+        assert_same_until_a_border(replayed_other, sampled(engine, replace(settings, cuda_graph=False)))
     (batch,) = engine.graph_batches.values()
     batch.step = batch._step
     assert_same(replayed_other, sampled(engine, settings))
