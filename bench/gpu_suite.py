@@ -2,14 +2,16 @@
 
     python bench/gpu_suite.py --out runs/gpu-suite
 
-Needs torch, numpy, numba, safetensors and triton; what else is missing costs the parts that use it, each with its
-reason (the tests: pytest and hypothesis, and for those of the note bank FluidSynth). Nothing need be installed of this
-repository: the checkout is what is measured. Notes come from a synthetic piano (bench/synthetic_piano.py), Audiobox has
-random weights, and the policy plays real music at the paper's size.
+Needs torch, numpy, numba and safetensors; what else is missing costs the parts that use it, each with its reason
+(triton for the kernels; pytest and hypothesis for the tests, which pytest-xdist spreads over the cores). Nothing need
+be installed of this repository: the checkout is what is measured. Notes come from a synthetic piano
+(bench/synthetic_piano.py), Audiobox has random weights, and the policy plays real music at the paper's size.
 
-Each part is a process of its own with its own limit; they run in order of importance, and what does not fit into
---limit is named. --out gets gpu_suite.json, with the result of every part, and gpu_suite.log, with what they said. A
-machine without a GPU does what it can, in the sizes of --quick. The exit code is 1 when a part failed.
+Each part is a process of its own with its own limit, so that one that crashes or overruns takes no other along; they
+run in order of importance, and what does not fit into --limit is named. --out gets gpu_suite.json, rewritten after
+every part with the results so far, and gpu_suite.log, into which the parts write as they run. A machine without a GPU
+runs every part in its quick form with ten times the limit; of the tests that need a GPU it can only see whether they
+would be found. The exit code is 1 when a part failed.
 """
 
 from __future__ import annotations
@@ -24,25 +26,33 @@ import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import fastsmart  # noqa: F401  # isort: skip  # before torch: OpenMP's threads then wait politely
 
 import torch
-from synthetic_piano import FONT
 
 BENCH = Path(__file__).resolve().parent
 ROOT = BENCH.parent
 NAME = "gpu_suite"
-TESTS = (  # those that use a GPU where there is one
-    *(ROOT / "tests" / name for name in ("kernels", "grpo/test_fused.py", "audio/test_device.py")),
-    ROOT / "tests" / "sampling" / "test_fixed.py",
-    f"{ROOT / 'tests/trainer/test_modes.py'}::test_on_a_gpu_clips_are_mixed_there",
+FONT = "synthetic-piano.sf2"  # as bench/synthetic_piano.py has it, which needs fastsmart and so runs as a part
+TESTS = ROOT / "tests"
+MARKED = ("sampling/test_fixed.py", "train/test_modes.py", "kernels/test_logprob.py")  # that have tests marked `gpu`
+KERNEL_TESTS = (  # every kernel beside its twin; of the objective the variants that say most, each is a kernel
+    *(f"kernels/test_{name}.py" for name in ("decode_step", "attention", "sample", "logprob", "mixdown")),
+    "sampling/test_fixed.py",
+    "audio/test_device.py",
+    "grpo/test_fused.py::test_every_loss_with_every_kl_and_mask",
+    "grpo/test_fused.py::test_completions_longer_than_a_block",
+    "grpo/test_fused.py::test_dropped_and_broken_tokens",
 )
+QUICK_TESTS = ("kernels/test_sample.py",)
+AT_ONCE, EACH_TEST_S = 12, 120  # tests side by side, and seconds of each
 LEAST_S = 10.0  # what a part needs to be worth starting
+PATIENCE = 10  # times its limit that a part may take without a GPU
 MIB = 2**20  # of what a part says are kept
 
 
@@ -90,39 +100,56 @@ def parts(device: str, quick: bool) -> list[Part]:
 
     def script(name: str, limit_s: float, *options: str, gpu: bool = False, needs: tuple[str, ...] = ()) -> Part:
         words = (str(BENCH / f"{name}.py"), "--device", device, "--out", "{result}", *options)
-        return Part(name, words + ("--quick",) * quick, limit_s, gpu, needs)
+        words += ("--quick",) * quick + ("--runs", "1") * (device == "cpu")
+        return Part(name, words, limit_s, gpu, needs)
 
     architecture = "sm_{}{}".format(*torch.cuda.get_device_capability()) if device != "cpu" else "sm_90"
-    tests = ("-P", "-m", "pytest", "-q", "-m", "gpu or not slow", "-p", "no:cacheprovider", *map(str, TESTS))
+    marked = tests("gpu", MARKED) + ("--collect-only",) * (device == "cpu")
+    beside_twins = tests("not gpu and not slow", QUICK_TESTS if quick else KERNEL_TESTS)
     return [
         Part("synthetic_piano", (str(BENCH / "synthetic_piano.py"), "{piano}")),
-        Part("gpu tests", tests, 150.0, gpu=True, needs=("pytest", "hypothesis")),
+        Part("gpu tests", marked, 90.0, needs=("pytest",)),
+        Part("kernel tests", beside_twins, 150.0, needs=("pytest", "hypothesis", "triton")),
         script("paper_run", 150.0),
         script("mixdown", 60.0),
         script("sampling", 90.0),
-        script("score", 90.0),
-        script("logprob", 90.0),
+        script("score", 90.0, "--no-memory"),
+        script("logprob", 90.0, "--no-memory"),
         script("update", 60.0),
         script("sync", 30.0),
-        Part("step", script("step", 120.0).command[:5], 120.0, gpu=True),  # it has no quick size
+        script("step", 120.0),
         Part("kernels compiled", ("-P", "-m", "fastsmart.kernels.aot", architecture), 90.0, needs=("triton",)),
         script("decode", 30.0),
     ]
 
 
+def tests(marked: str, which: Sequence[str]) -> tuple[str, ...]:
+    """What pytest is called with: names as they pass, one that cannot be imported stops no other."""
+    words = ["-P", "-m", "pytest", "-v", "-rfE", "--tb=short", "-p", "no:cacheprovider"]
+    words += ["--continue-on-collection-errors", "-m", marked]
+    if find_spec("xdist"):
+        words += ["-n", str(min(AT_ONCE, os.cpu_count() or 1)), "--dist", "worksteal"]
+    if find_spec("pytest_timeout"):
+        words += ["--timeout", str(EACH_TEST_S)]
+    return (*words, *(str(TESTS / name) for name in which))
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--out", type=Path, required=True, help="folder for gpu_suite.json and gpu_suite.log")
-    options.add_argument("--limit", type=float, default=570.0, help="seconds of the whole (570)")
+    options.add_argument("--limit", type=float, default=500.0, help="seconds of the whole (500)")
     options.add_argument("--quick", action="store_true", help="small sizes; implied without a GPU")
     options.add_argument("--only", nargs="+", default=[], metavar="PART", help="these, and the notes they play")
     given = options.parse_args(arguments)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # the part under way ends too
     on_gpu = torch.cuda.is_available()
     chosen = parts("cuda" if on_gpu else "cpu", given.quick or not on_gpu)
     unknown = sorted(set(given.only) - {part.name for part in chosen})
     if unknown:
         options.error(f"no part {', '.join(unknown)}; there are {', '.join(part.name for part in chosen)}")
     wanted = [part for part in chosen if not given.only or part.name in (*given.only, chosen[0].name)]
+    if not on_gpu:  # where its time says nothing, and the machine may have other things to do
+        wanted = [replace(part, limit_s=PATIENCE * part.limit_s) for part in wanted]
     outcomes = run_suite(wanted, given.out, given.limit, on_gpu)
     return int(any(outcome.status in ("failed", "timed out") for outcome in outcomes))
 
@@ -130,9 +157,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def run_suite(suite: Sequence[Part], out: Path, limit_s: float, on_gpu: bool) -> list[Outcome]:
     """Run the parts one after the other, write what came of them after each, print the table."""
     out.mkdir(parents=True, exist_ok=True)
+    log = out / f"{NAME}.log"
+    log.write_bytes(b"")
     end_s = time.monotonic() + limit_s
     outcomes: list[Outcome] = []
-    with tempfile.TemporaryDirectory() as folder, open(out / f"{NAME}.log", "w", encoding="utf-8") as log:
+    with tempfile.TemporaryDirectory() as folder:
         environment = surroundings(Path(folder))
         for part in suite:
             left_s = end_s - time.monotonic()
@@ -148,13 +177,16 @@ def run_suite(suite: Sequence[Part], out: Path, limit_s: float, on_gpu: bool) ->
     return outcomes
 
 
-def run_part(part: Part, limit_s: float, folder: Path, environment: Mapping[str, str], log: TextIO) -> Outcome:
+def run_part(part: Part, limit_s: float, folder: Path, environment: Mapping[str, str], log: Path) -> Outcome:
     """Run one part to its end or its limit; it and all it has started are gone afterwards."""
-    result, said = folder / f"{part.name.replace(' ', '-')}.json", folder / "said.txt"
+    result = folder / f"{part.name.replace(' ', '-')}.json"
     places = {"{result}": str(result), "{piano}": str(folder)}
     words = [places.get(word, word) for word in part.command]
     start_s = time.monotonic()
-    with open(said, "w", encoding="utf-8") as sink:
+    with open(log, "ab") as sink:
+        sink.write(f"\n===== {part.name}: python {' '.join(words)}\n".encode())
+        sink.flush()
+        begin = sink.tell()
         process = subprocess.Popen(
             [sys.executable, *words], cwd=ROOT, env=environment, stdout=sink, stderr=subprocess.STDOUT,
             stdin=subprocess.DEVNULL, start_new_session=True,
@@ -166,17 +198,29 @@ def run_part(part: Part, limit_s: float, folder: Path, environment: Mapping[str,
         finally:
             end_all(process)
     seconds = time.monotonic() - start_s
-    text = said.read_text(encoding="utf-8", errors="replace")
-    log.write(f"\n===== {part.name}: python {' '.join(words)}\n{text[-MIB:]}\n")
-    log.flush()
+    text = shortened(log, begin)
+    try:  # what a part has written by then counts, whatever became of it
+        found = json.loads(result.read_text(encoding="utf-8")) if result.exists() else {}
+        figure, floor = headline(found)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        found, figure, floor = {"passed": False}, f"its result cannot be read: {error!r}", ""
     if code is None:
-        return Outcome(part.name, "timed out", seconds, f"after {limit_s:.0f} s")
-    found = json.loads(result.read_text(encoding="utf-8")) if result.exists() else {}
-    passed = code == 0 and found.get("passed", True)
+        return Outcome(part.name, "timed out", seconds, f"after {limit_s:.0f} s  {figure}".strip(), floor, found)
+    status = "passed" if code == 0 and found.get("passed", True) else "failed"
     last = next((line.strip() for line in reversed(text.splitlines()) if line.strip()), "")
-    figure, floor = headline(found)
-    status = "passed" if passed else "failed"
     return Outcome(part.name, status, seconds, figure or last, floor, found)
+
+
+def shortened(log: Path, begin: int) -> str:
+    """What a part has written into the log from byte `begin` on, of which the last MiB stays there."""
+    with open(log, "rb+") as file:
+        file.seek(begin)
+        said = file.read()
+        if len(said) > MIB:
+            file.seek(begin)
+            file.write(said[-MIB:])
+            file.truncate()
+    return said.decode("utf-8", errors="replace")
 
 
 def end_all(process: subprocess.Popen[bytes]) -> None:
@@ -203,6 +247,7 @@ def surroundings(folder: Path) -> dict[str, str]:
             (package / entry.name).symlink_to(entry)
     paths = [str(package.parent), str(ROOT / "tests" / "helpers"), os.environ.get("PYTHONPATH", "")]
     return os.environ | {
+        "PYTHONUNBUFFERED": "1",
         "PYTHONPATH": os.pathsep.join(filter(None, paths)),
         "FASTSMART_CACHE": str(folder / "cache"),
         "FASTSMART_SOUNDFONT": str(folder / FONT),

@@ -52,16 +52,18 @@ class Problem:
 
     @staticmethod
     def of(shape: Sequence[int], device: str) -> Problem:
+        """Made where it is measured: the log-probs of size llm are 2 TFLOP."""
         n, t, d, v = shape
-        generator = torch.Generator().manual_seed(0)
-        hidden = torch.randn(n * t, d, generator=generator)
-        weight = torch.randn(v, d, generator=generator) / d**0.5
-        ids = torch.randint(v, (n * t,), generator=generator)
-        noise = 0.1 * torch.randn(2, n * t, generator=generator)
-        sampled = logprob(hidden, weight, ids, kernel="torch").logprob + noise
-        advantage = torch.randn(n, generator=generator)
-        tensors = (hidden.requires_grad_(), weight.requires_grad_(), ids, *sampled, advantage, torch.full((n,), t))
-        return Problem(*(x.detach().to(device).requires_grad_(x.requires_grad) for x in tensors))
+        generator = torch.Generator(device).manual_seed(0)
+
+        def normal(*size: int) -> Tensor:
+            return torch.randn(size, generator=generator, device=device)
+
+        hidden, weight = normal(n * t, d), normal(v, d) / d**0.5
+        ids = torch.randint(v, (n * t,), generator=generator, device=device)
+        sampled = logprob(hidden, weight, ids, kernel="torch").logprob + 0.1 * normal(2, n * t)
+        lengths = torch.full((n,), t, device=device)
+        return Problem(hidden.requires_grad_(), weight.requires_grad_(), ids, *sampled, normal(n), lengths)
 
 
 def whole_logits(hidden: Tensor, weight: Tensor, ids: Tensor, temperature: float = 1.0, kernel: str = "") -> LogProb:
@@ -166,7 +168,8 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any] | None:
     ceilings, cases, left_out = measured_ceilings(given.device), {}, {}
     for size in given.sizes:
         cases[size], left_out = measured(size, shapes[size], given, ceilings)
-    return finish("logprob", cases, given, left_out=left_out)
+        figures = finish("logprob", cases, given, left_out=left_out)
+    return figures
 
 
 def measured(

@@ -19,13 +19,17 @@ def peak_in_own_process(script: str, options: Sequence[str]) -> float:
 
 
 def added_mib(job: Callable[[], object], device: str) -> float:
-    """MiB above what was there before, at the highest, while a job runs for the second time."""
-    job()  # libraries and compilers take memory once
+    """MiB above what was there before, at the highest, while a job runs for the second time.
+
+    On a GPU: what PyTorch has taken from it for both runs, since a recorded graph keeps the memory of the first.
+    """
     if device.startswith("cuda"):
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
+        torch.cuda.empty_cache()
+        before = torch.cuda.memory_reserved()
         job()
-        return (torch.cuda.max_memory_allocated() - before) / 2**20
+        job()
+        return (torch.cuda.max_memory_reserved() - before) / 2**20
+    job()  # libraries and compilers take memory once
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)  # what is free is handed back
     Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # the peak so far is forgotten

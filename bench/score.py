@@ -4,7 +4,10 @@
 
 Random weights of the published size: scores mean nothing, the work is the same; a window of ten seconds is 148 GFLOP.
 The ceilings are those of the first of --dtypes, so int8 may pass the floor. Memory is what a forward pass adds at its
-peak to a process of its own.
+peak to a process of its own. Windows are where the scorer reads them in training: on a GPU, in its memory.
+
+What a GPU runs, and its twin in 16 bit, is held against the float32 encoder of a CPU: "encoder_error" is how far the
+mean over time of every layer is from that, relative to its length, and decides whether the result has passed.
 """
 
 from __future__ import annotations
@@ -24,8 +27,10 @@ import torch
 from harness import REFERENCE, Job, Work, interleaved, measured_ceilings, parser, report
 from memory import added_mib, peak_in_own_process
 from stages import finish, made, parse, run, tried
+from torch import Tensor
 
 from fastsmart.audio import AudioBatch
+from fastsmart.audio.batch import DeviceAudio
 from fastsmart.errors import UserError
 from fastsmart.reward import Clips
 from fastsmart.reward.audiobox import AudioboxReward, make_random_weights
@@ -35,17 +40,23 @@ RATE_HZ, WINDOW = 16_000, 160_000
 GFLOP = 148.0  # of one window
 WEIGHTS = 95e6  # numbers that a pass reads
 PEERS = ("upstream",)
-Rate = Callable[[np.ndarray], np.ndarray]  # windows [B, 160000] -> ratings [B, 4]
+TRUTH = 3  # windows that the float32 encoder of a CPU hears too, the first cut to HEARD samples
+HEARD = 37_001
+# Four times what the twins err on a CPU with random weights (4.5e-4 and 3.6e-3); float32 convolutions of a GPU are TF32
+ENCODER_LIMITS = {"float16": 2e-3, "bfloat16": 1.5e-2, "float32": 2e-3}
+Rate = Callable[[np.ndarray | Tensor], np.ndarray]  # windows [B, 160000] -> ratings [B, 4]
 
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any] | None:
     options = parser(__doc__, 5, PEERS)
-    options.add_argument("--batches", type=int, nargs="+", default=[1, 4, 16], help="windows at once (1 4 16)")
+    options.add_argument("--batches", type=int, nargs="+", help="windows at once (1 4 16; on a GPU 1 8 16 32 64)")
     options.add_argument("--dtypes", nargs="+", help="of our scorer (float32 int8; on a GPU float16)")
     options.add_argument("--memory", action=argparse.BooleanOptionalAction, default=True, help="measure the peak")
     options.add_argument("--peak", help=argparse.SUPPRESS)
     given = parse(options, {"batches": [1], "runs": 3, "memory": False}, arguments)
-    given.dtypes = given.dtypes or (["float16"] if given.device.startswith("cuda") else ["float32", "int8"])
+    on_gpu = given.device.startswith("cuda")
+    given.dtypes = given.dtypes or (["float16"] if on_gpu else ["float32", "int8"])
+    given.batches = given.batches or ([1, 8, 16, 32, 64] if on_gpu else [1, 4, 16])
     with tempfile.TemporaryDirectory() as folder:
         checkpoint = make_random_weights(Path(folder, "checkpoint.pt"))
         if given.peak:
@@ -58,20 +69,47 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any] | None:
         if not scorers:
             raise UserError("; ".join(refused.values()))
         given.dtypes = list(scorers)
+        more: dict[str, Any] = {"weights": "random"} | agreement(given.dtypes, checkpoint, given.device)
         peers, left_out = made({"upstream": lambda: {"upstream": upstream(checkpoint, given.device)}}, given)  # type: ignore[dict-item]
     ceilings = measured_ceilings(given.device, getattr(torch, given.dtypes[0]))
-    cases = {f"batch {b}": compare(scorers | peers, b, given, ceilings) for b in given.batches}  # type: ignore[operator]
-    more: dict[str, Any] = {"weights": "random", "left_out": refused | left_out}
+    cases: dict[str, Any] = {}
+    more["left_out"] = refused | left_out
+    for batch in given.batches:
+        cases[f"batch {batch}"] = compare(scorers | peers, batch, given, ceilings)  # type: ignore[operator]
+        figures = finish("score", cases, given, **more)
     if given.memory:
         own = ["--device", given.device, "--threads", str(given.threads)]
         names = [*given.dtypes, *peers]
         more["peak_mib_of_one_window"] = {name: peak_in_own_process(__file__, [*own, "--peak", name]) for name in names}
         print("peak memory, MiB:", {name: f"{mib:.0f}" for name, mib in more["peak_mib_of_one_window"].items()})
-    return finish("score", cases, given, **more)
+        figures = finish("score", cases, given, **more)
+    return figures
+
+
+def agreement(dtypes: Sequence[str], checkpoint: Path, device: str) -> dict[str, Any]:
+    """`encoder_error` of each of our dtypes that a GPU runs or its twin does, and whether all are within their limits
+    (`passed`); empty where there is none."""
+    chosen = [name for name in dtypes if name in ENCODER_LIMITS and (device != "cpu" or name != "float32")]
+    if not chosen:
+        return {}
+    windows = [window[: HEARD if i == 0 else None] for i, window in enumerate(clips(TRUTH))]
+    errors: dict[str, float] = {}
+    with torch.inference_mode():
+        exact = AudioboxReward(checkpoint).encoder(windows)  # float32 on a CPU
+        for name in chosen:
+            encoder = AudioboxReward(checkpoint, device=device, dtype=name).encoder
+            error = 0.0
+            for _ in range(2):  # on a GPU recorded, then replayed
+                found = encoder([torch.from_numpy(window).to(device) for window in windows]).cpu()
+                error = max(error, float(((found - exact).norm(dim=-1) / exact.norm(dim=-1)).max()))
+            errors[name] = error
+            print(f"  {name}: error of the encoder {error:.2g}, limit {ENCODER_LIMITS[name]:.2g}")
+    passed = all(error <= ENCODER_LIMITS[name] for name, error in errors.items())
+    return {"encoder_error": errors, "passed": passed}
 
 
 def compare(scorers: dict[str, Rate], batch: int, options: argparse.Namespace, ceilings: Any) -> dict[str, Any]:
-    windows = clips(batch)
+    windows = torch.from_numpy(clips(batch)).to(options.device) if options.device != "cpu" else clips(batch)
     ratings: dict[str, np.ndarray] = {}
 
     def job(name: str) -> Job:
@@ -109,8 +147,9 @@ def scorer(name: str, checkpoint: Path, options: argparse.Namespace) -> Rate:
         return upstream(checkpoint, options.device)
     reward = AudioboxReward(checkpoint, device=options.device, dtype=name, batch_size=max(options.batches))
 
-    def rate(windows: np.ndarray) -> np.ndarray:
-        audio = AudioBatch(windows, np.full(len(windows), WINDOW), RATE_HZ)
+    def rate(windows: np.ndarray | Tensor) -> np.ndarray:
+        on_device = isinstance(windows, Tensor)
+        audio = (DeviceAudio if on_device else AudioBatch)(windows, np.full(len(windows), WINDOW), RATE_HZ)  # type: ignore[arg-type]
         ratings = reward.rate(Clips(range(len(windows)), audio))  # type: ignore[arg-type]
         return np.stack([ratings[axis] for axis in AUDIOBOX_AXES], axis=1)
 
@@ -128,8 +167,8 @@ def upstream(checkpoint: Path, device: str) -> Rate:
     model = model.to(device).eval()
 
     @torch.inference_mode()
-    def rate(windows: np.ndarray) -> np.ndarray:
-        wav = torch.from_numpy(windows)[:, None].to(device)
+    def rate(windows: np.ndarray | Tensor) -> np.ndarray:
+        wav = torch.as_tensor(windows)[:, None].to(device)
         predicted = model({"wav": wav, "mask": torch.ones_like(wav, dtype=torch.bool)})
         return np.stack(
             [predicted[a].float().cpu().numpy() * target[a]["std"] + target[a]["mean"] for a in AUDIOBOX_AXES], axis=1

@@ -15,11 +15,12 @@ The floors are those of float32 arithmetic: scoring in int8 may stay below its o
 from __future__ import annotations
 
 import argparse
+import os
 import statistics
 import tempfile
 from collections import defaultdict
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -28,12 +29,11 @@ from typing import Any
 import fastsmart  # noqa: F401  # isort: skip  # before torch: OpenMP's threads then wait politely
 
 import numpy as np
-import torch
 from harness import REFERENCE, Work, chosen_peers, interleaved, measured_ceilings, parser, report
 from policies import PAPER, playing_policy
 from results import write_result
 from score import GFLOP as WINDOW_GFLOP
-from stages import decoding_work, run, tried, update_work
+from stages import decoding_work, parse, run, tried, update_work
 
 from fastsmart.audio import find_soundfont
 from fastsmart.audio.bank_tools import build_bank
@@ -69,8 +69,7 @@ def main() -> None:
     arguments.add_argument("--group", type=int, default=8, help="completions of a prompt (8)")
     arguments.add_argument("--tokens", type=int, default=256, help="of a completion (256)")
     arguments.add_argument("--soundfont", default="", help="SF2 or SF3 file; default: the first one installed")
-    options = arguments.parse_args()
-    torch.set_num_threads(options.threads)
+    options = parse(arguments, {"prompts": 1, "group": 2, "tokens": 32, "runs": 1})
     figures = measured(options)
     if options.out:
         write_result(options.out, figures)
@@ -143,6 +142,24 @@ def changed(config: Config, dtype: str, pipeline: str) -> Config:
     )
 
 
+def affinity() -> set[int]:
+    """Cores of this thread; none where the system does not say."""
+    return os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set()
+
+
+@contextmanager
+def on_cores(cores: set[int]) -> Iterator[None]:
+    """This thread on these cores, and on its own again afterwards."""
+    before = affinity()
+    if cores:
+        os.sched_setaffinity(0, cores)
+    try:
+        yield
+    finally:
+        if cores:
+            os.sched_setaffinity(0, before)
+
+
 def noted(step: Callable[[], Times], taken: list[Times]) -> Callable[[], None]:
     return lambda: taken.append(step())
 
@@ -158,6 +175,8 @@ class OwnStep:
         self.trainer = Trainer(config, Checkpoints(folder), self.ranks)
         sampler, version = self.trainer.sampler_weights()
         self.worker = RolloutWorker(config, sampler, statistics_path(config), self.trainer.dtype, version)
+        self.cores = affinity()  # of this thread while it trains: on a GPU one core, which the next contender takes too
+        self.worker.rejoin_cores()
         self.scheduler = RolloutScheduler(self.worker)
         engine, load = self.worker.engine, self.worker.engine.load
 
@@ -170,7 +189,11 @@ class OwnStep:
         self.notes = NoteBatch.empty(0)
 
     def step(self) -> Times:
-        """One step; seconds of each stage."""
+        """One step on the cores that a run has; seconds of each stage."""
+        with on_cores(self.cores):
+            return self._step()
+
+    def _step(self) -> Times:
         trace, trainer = self.worker.trace, self.trainer
         trace.pop_times()
         scored = self.scheduler.next(trainer.step, trainer.policy)

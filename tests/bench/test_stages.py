@@ -99,6 +99,21 @@ def test_a_result_names_the_chip_and_how_busy_the_machine_was(tmp_path):
     assert len(machine["load_average"]) == 3
 
 
+def test_an_encoder_that_errs_does_not_pass(toy, monkeypatch):
+    """What a GPU runs is held against the float32 encoder of a CPU, here its twin in 16 bit."""
+    from fastsmart.reward.audiobox import gpu
+
+    options = ["--batches", "1", "--no-memory", "--dtypes", "float16"]
+    figures = toy("score", *options)
+    assert figures["passed"]
+    assert 0 < figures["encoder_error"]["float16"] < 1e-3
+    table = gpu.relative_table
+    monkeypatch.setattr(gpu, "relative_table", lambda bias: table(bias).flip(1))  # distances with the wrong sign
+    wrong = toy("score", *options)
+    assert not wrong["passed"]
+    assert wrong["encoder_error"]["float16"] > 10 * figures["encoder_error"]["float16"]
+
+
 def test_rendering_is_measured_beside_its_peers(toy, tmp_path, monkeypatch):
     import render
 

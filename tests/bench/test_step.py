@@ -1,6 +1,7 @@
 """The benchmark of the whole step, at toy size."""
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -13,6 +14,7 @@ pytest.importorskip("trl", reason="TRL is a development dependency: pip install 
 import step
 from harness import Ceilings
 
+from fastsmart.machine import cpu_affinity
 from fastsmart.reward.audiobox.cpu import int8_is_fast
 from fastsmart.tokens.vocabulary import Vocabulary
 
@@ -24,10 +26,17 @@ def test_all_contenders_take_their_steps(
     monkeypatch.setattr(step, "playing_policy", lambda size: make_policy(vocab))
     monkeypatch.setattr(step, "make_random_weights", lambda path: write_small_audiobox(path, monkeypatch))
     monkeypatch.setattr(step, "measured_ceilings", lambda device: Ceilings(1.0, 1.0))
+    cores, taken = os.sched_getaffinity(0), []
+    # as on a GPU, where the training thread keeps one core to itself
+    monkeypatch.setattr(cpu_affinity, "split_cores", lambda cores, on_gpu: (list(cores[:1]), list(cores)))
+    close = step.OwnStep.close
+    monkeypatch.setattr(step.OwnStep, "close", lambda self: taken.append(self.cores) or close(self))
     out, font = tmp_path / "step.json", write_soundfont(tmp_path / "tiny.sf2")
     size = ["--prompts", "2", "--group", "2", "--tokens", "16", "--runs", "2"]
     monkeypatch.setattr(sys, "argv", ["step.py", "--peer", "all", "--soundfont", str(font), "--out", str(out), *size])
     step.main()
+    assert taken == [{min(cores)}] * 4
+    assert os.sched_getaffinity(0) == cores
     figures = json.loads(out.read_text())
     assert figures["clips"]["number"] == 4
     assert set(figures["stages"]) == set(step.STAGES)
