@@ -1,0 +1,193 @@
+"""Checks of gpu_first.py, kernel by kernel: beside its twin, and its time beside its floor, at the shapes of training.
+
+Twins compute in float32 from the same numbers, so "apart" is what 16 bit and another order of summation make of them.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import replace
+
+import torch
+from gpu_look import Finding, Look, apart
+from harness import Work
+
+from fastsmart.grpo.fused import fused_policy_loss
+from fastsmart.grpo.losses import loss_denominator, policy_loss
+from fastsmart.grpo.settings import LossSettings
+from fastsmart.kernels.attention import gated_attention
+from fastsmart.kernels.convolution import convolution_gelu
+from fastsmart.kernels.decode_step import add_normalised, attend_next, gated
+from fastsmart.kernels.jit import INTERPRETED, triton
+from fastsmart.kernels.logprob import logprob
+from fastsmart.kernels.sample import sample_tokens
+
+HEADS, HEAD, WIDTH, UNITS, VOCABULARY = 8, 64, 512, 2048, 413  # of the paper's policy
+ROWS = 64  # completions of a step
+FRAMES, EARS, EAR_WIDTH = 499, 12, 768  # of Audiobox: frames of a window, heads, width
+
+
+def machine(look: Look) -> Iterator[Finding]:
+    """The rates that floors are made of, a launch from Python, and a kernel of nothing inside a graph."""
+    version = triton.__version__ if triton is not None else None
+    yield {"case": "versions", "torch": torch.__version__, "triton": version, "interpreted": INTERPRETED}
+    name = torch.cuda.get_device_name() if look.on_gpu else "cpu"
+    yield {"case": "device", "name": name, "cores": len(os.sched_getaffinity(0))}
+    for dtype in (torch.bfloat16, torch.float32) if look.on_gpu else (torch.float32,):
+        rates = look.ceilings(dtype)
+        yield {
+            "case": str(dtype),
+            "tflop_per_s": rates.gemm_gflop_per_s / 1e3,
+            "copy_tb_per_s": rates.copy_gb_per_s / 1e3,
+        }
+    x = look.normal(1)
+    yield look.finding("launch", us=look.launched_us(lambda: [x.add_(1) for _ in range(200)]) / 200)
+    yield look.finding("graph node", us=look.replayed_us(lambda: x.add_(1), 500))
+
+
+def sample(look: Look) -> Iterator[Finding]:
+    """Draws of kernel and twin from the same numbers; one on a border may fall on either side of it."""
+    rows = look.size(4096, 64)
+    logits, uniform = 3 * look.normal(rows, VOCABULARY), torch.rand(rows, device=look.device)
+    drawn, twin = (sample_tokens(logits, uniform, 0.9, kernel) for kernel in (look.kernel, "torch"))
+    same = drawn[0] == twin[0]
+    yield look.finding("share of other tokens", apart=1 - float(same.float().mean()), limit=2e-3)
+    gap = float((drawn[1] - twin[1])[same].abs().max())
+    few = logits[:ROWS], uniform[:ROWS]
+    work = [Work("logits", gbyte=4e-9 * few[0].numel())]
+    yield look.finding(
+        f"log-probs, {ROWS} rows",
+        us=look.replayed_us(lambda: sample_tokens(*few, 1.0, look.kernel)),
+        work=work,
+        apart=gap,
+        limit=1e-4,
+    )
+
+
+def decode(look: Look) -> Iterator[Finding]:
+    """What a decode step does between its products, at the first slot, at borders of the kernel's loop, and late."""
+    rows, slots, dtype = look.size(ROWS, 2), 320, look.dtype(torch.bfloat16)
+    kv = look.normal(2, rows, HEADS, slots, HEAD, dtype=dtype)
+    qkv = look.normal(rows, 3 * HEADS * HEAD, dtype=dtype)
+    qkv[:, : HEADS * HEAD] *= HEAD**-0.5
+    angle = torch.randn(slots, HEAD // 2)
+    turn = torch.stack([angle.cos(), angle.sin()], -1).to(look.device)
+    padding = torch.randint(0, 4, (rows,), device=look.device)
+    for at in (0, 3, 64, 131, 259) if not look.quick else (0, 65):
+        slot, left = torch.tensor([at], device=look.device), padding.clamp(max=at)
+        found = attend_next(qkv, kv.clone(), turn, slot, left, HEADS, look.kernel)
+        exact = attend_next(qkv.float(), kv.float(), turn, slot, left, HEADS, "torch")
+        cache = kv.clone()
+        us = look.replayed_us(lambda c=cache, s=slot, p=left: attend_next(qkv, c, turn, s, p, HEADS, look.kernel))
+        work = [Work("keys and values", gbyte=2e-9 * rows * HEADS * (at + 1) * HEAD * dtype.itemsize)]
+        yield look.finding(f"attend, slot {at}", us=us, work=work, apart=apart(found, exact), limit=2e-2)
+    x, more = (look.normal(rows, WIDTH, dtype=dtype) for _ in range(2))
+    norm = add_normalised(x.clone(), more, 1e-5, dtype, look.kernel)
+    exact = add_normalised(x.float(), more.float(), 1e-5, torch.float32, "torch")
+    us = look.replayed_us(lambda: add_normalised(x, more, 1e-5, dtype, look.kernel))
+    work = [Work("rows", gbyte=4e-9 * x.numel() * dtype.itemsize)]
+    yield look.finding("norm of the sum", us=us, work=work, apart=apart(norm, exact), limit=2e-2)
+    pair = look.normal(rows, 2 * UNITS, dtype=dtype)
+    off = apart(gated(pair, look.kernel), gated(pair.float(), "torch"))
+    work = [Work("units", gbyte=1.5e-9 * pair.numel() * dtype.itemsize)]
+    yield look.finding("gate", us=look.replayed_us(lambda: gated(pair, look.kernel)), work=work, apart=off, limit=2e-2)
+
+
+def decode_products(look: Look) -> Iterator[Finding]:
+    """The matrix products of a decode step; the library's, so only their time is asked."""
+    rows = look.size(ROWS, 4)
+    shapes = {
+        "qkv": (WIDTH, 3 * WIDTH),
+        "out": (WIDTH, WIDTH),
+        "gate and up": (WIDTH, 2 * UNITS),
+        "down": (UNITS, WIDTH),
+    }
+    dtypes = dict.fromkeys(shapes, look.dtype(torch.bfloat16)) | {"head": torch.float32}
+    for name, (k, n) in {**shapes, "head": (WIDTH, VOCABULARY)}.items():
+        dtype = dtypes[name]
+        x, w = look.normal(rows, k, dtype=dtype), look.normal(k, n, dtype=dtype)
+        work = [Work(name, 2e-9 * rows * k * n, 1e-9 * dtype.itemsize * (k * n + rows * (k + n)))]
+        yield look.finding(name, us=look.replayed_us(lambda x=x, w=w: x @ w), work=work, dtype=dtype)
+
+
+def attention(look: Look) -> Iterator[Finding]:
+    """The encoder's attention with gated bias: slices of one product whose rows are as the encoder has them."""
+    frames, dtype = look.size(FRAMES, 70), look.dtype(torch.float16)
+    for batch in (2, 8, 64) if not look.quick else (1,):
+        packed = look.normal(batch, frames, 3 * EAR_WIDTH + 2 * EARS, dtype=dtype)
+        q, k, v = packed[..., : 3 * EAR_WIDTH].view(batch, frames, 3, EARS, HEAD).permute(2, 0, 3, 1, 4)
+        gate, table = 2 * torch.rand(batch, EARS, frames, device=look.device), look.normal(EARS, 2 * frames - 1)
+        lengths = torch.randint(1, frames + 1, (batch,), device=look.device, dtype=torch.int32)
+        off = None
+        if batch <= 2:
+            found = gated_attention(q, k, v, gate, table, lengths, look.kernel)
+            off = apart(found, gated_attention(q.float(), k.float(), v.float(), gate, table, lengths, "torch"))
+        lengths.fill_(frames)
+        us = look.replayed_us(lambda a=(q, k, v, gate, table, lengths): gated_attention(*a, look.kernel), 10)
+        products = 4e-9 * batch * EARS * frames**2 * HEAD
+        work = [Work("products", products, 4e-9 * batch * frames * EAR_WIDTH * dtype.itemsize)]
+        case = f"{batch} windows, rows of {packed.shape[-1]}"
+        yield look.finding(case, us=us, work=work, dtype=dtype, apart=off, limit=5e-3, tflop_per_s=1e3 * products / us)
+
+
+def convolution(look: Look) -> Iterator[Finding]:
+    """The encoder's first convolution, whose work is to write its output."""
+    samples, channels, dtype = look.size(160_000, 2_000), look.size(512, 128), look.dtype(torch.float16)
+    for batch in (2, 8, 64) if not look.quick else (1,):
+        given = look.normal(batch, samples), look.normal(batch, 10, channels), look.normal(batch, channels)
+        off = None
+        if batch <= 2:
+            found = convolution_gelu(*given, 5, dtype, look.kernel)
+            off = apart(found, convolution_gelu(*given, 5, torch.float32, "torch"))
+        us = look.replayed_us(lambda g=given: convolution_gelu(*g, 5, dtype, look.kernel), 5)
+        outputs = (samples - 10) // 5 + 1
+        work = [Work("output", gbyte=1e-9 * batch * outputs * channels * dtype.itemsize)]
+        yield look.finding(f"{batch} windows", us=us, work=work, apart=off, limit=2e-3)
+
+
+def log_probs(look: Look) -> Iterator[Finding]:
+    """Log-probs, entropies and their gradients; a number of rows that is a multiple of 16, and one that is not."""
+    for m in (8192, 8177) if not look.quick else (32, 31):
+        hidden = look.normal(m, WIDTH).requires_grad_()
+        weight = (look.normal(VOCABULARY, WIDTH) / WIDTH**0.5).requires_grad_()
+        ids, slope = torch.randint(VOCABULARY, (m,), device=look.device), look.normal(m)
+        results = []
+        for kernel in (look.kernel, "torch"):
+            hidden.grad = weight.grad = None
+            out = logprob(hidden, weight, ids, 1.0, kernel)
+            (out.logprob * slope + 0.1 * out.entropy).sum().backward()
+            assert hidden.grad is not None
+            assert weight.grad is not None
+            results.append([*out, hidden.grad.clone(), weight.grad.clone()])
+        off = max(apart(a, b) for a, b in zip(*results, strict=True))
+
+        def both_passes(h: torch.Tensor = hidden, w: torch.Tensor = weight, i: torch.Tensor = ids) -> None:
+            logprob(h, w, i, 1.0, look.kernel).logprob.sum().backward()
+
+        work = [Work("three products", 6e-9 * m * WIDTH * VOCABULARY, 24e-9 * m * VOCABULARY)]
+        yield look.finding(f"{m} tokens", us=look.launched_us(both_passes), work=work, apart=off, limit=1e-4)
+
+
+def objective(look: Look) -> Iterator[Finding]:
+    """The fused loss beside the readable one in float64 sums: value, gradient, statistics."""
+    lengths = torch.tensor([look.size(256, 20)] * look.size(31, 3) + [1])
+    m, n = int(lengths.sum()), len(lengths)
+    sampled = -3 * torch.rand(m)
+    now, anchor = (sampled + 0.1 * torch.randn(m) for _ in range(2))
+    entropy, advantage = 3 * torch.rand(m), torch.randn(n)
+    offsets = torch.nn.functional.pad(lengths.cumsum(0), (1, 0))
+    sequence = torch.arange(n).repeat_interleave(lengths)
+    plain = LossSettings()
+    for settings in (plain, replace(plain, loss="gspo", kl_ratio=True, mask_low=0.5, mask_high=2.0)):
+        results = []
+        fused = fused_policy_loss if look.kernel == "triton" else policy_loss
+        for loss, where in ((policy_loss, sequence), (fused, offsets if fused is fused_policy_loss else sequence)):
+            device = look.device if loss is fused_policy_loss else "cpu"
+            given = [x.to(device) for x in (now, sampled, anchor, advantage, where)]
+            given[0].requires_grad_()
+            value, stats = loss(*given, settings, loss_denominator(lengths, settings), entropy.to(device))
+            value.backward()
+            results.append((value, given[0].grad, stats.sums))
+        off = max(apart(b, a) for a, b in zip(*results, strict=True))
+        yield look.finding(settings.loss, apart=off, limit=1e-4)
