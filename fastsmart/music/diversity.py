@@ -47,11 +47,11 @@ The last two of each list need the training pieces. Shape letters: N outputs.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
-from fastsmart.music.bootstrap import JACKKNIFE_GROUPS, Draws, jackknife_draws, mean_draws, pair_draws
+from fastsmart.music.bootstrap import Draws, jackknife_draws, kept_by_jackknife, mean_draws, pair_draws
 from fastsmart.music.histograms import histograms
 from fastsmart.music.ngrams import figures, ngrams, self_bleu, share_not_in, share_of_own
 from fastsmart.music.rarefied import RAREFIED, SIZES, Sizes, rarefied_diversity
@@ -118,10 +118,10 @@ def whole_diversity(
     played = histograms(notes)
     distances = {name: cdist(rows := played[name], rows, "cityblock") / 2 for name in ("pitch_class", "onset", "move")}
     for name, distance in distances.items():
-        results[f"{name}_distance_within"] = pair_draws(distance, same, weights)
-        results[f"{name}_distance_across"] = pair_draws(distance, other, weights)
+        results[f"{name}_distance_within"] = pair_draws(distance, same, weights, prompt)
+        results[f"{name}_distance_across"] = pair_draws(distance, other, weights, prompt)
     kernel = 1.0 - np.mean(list(distances.values()), axis=0)
-    without = np.array([vendi_score(kernel[np.ix_(kept, kept)]) for kept in _kept(len(notes), seed)])
+    without = np.array([vendi_score(kernel[np.ix_(kept, kept)]) for kept in kept_by_jackknife(prompt, seed)])
     results["effective_outputs"] = jackknife_draws(vendi_score(kernel), without, seed, len(weights) - 1)
     grams = ngrams(completions, NGRAM)
     results["self_bleu"] = mean_draws(self_bleu(completions), weights)
@@ -169,9 +169,3 @@ def prompt_numbers(prompts: TokenBatch) -> np.ndarray:
     """A number for each prompt, int64 [N], equal for equal ones."""
     numbers: dict[bytes, int] = {}
     return np.array([numbers.setdefault(row.tobytes(), len(numbers)) for row in prompts], np.int64)
-
-
-def _kept(n: int, seed: int) -> Iterator[np.ndarray]:
-    """For each group of the jackknife, the prompts that are not in it."""
-    groups = np.array_split(np.random.default_rng(seed).permutation(n), min(JACKKNIFE_GROUPS, n))
-    return (np.setdiff1d(np.arange(n), group) for group in groups if len(group) < n)

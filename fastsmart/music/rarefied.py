@@ -88,7 +88,7 @@ def rarefied_diversity(
         for r in range(excerpts.start.shape[1])
     ]
     results["rarefied_effective_outputs"] = effective_number(similar, excerpts.known, weights)
-    results["rarefied_effective_outputs_order_2"] = effective_number_2(similar, excerpts, weights)
+    results["rarefied_effective_outputs_order_2"] = effective_number_2(similar, excerpts, weights, prompt)
     unknown = Draws(float("nan"), np.full(len(weights) - 1, np.nan))
     chosen = excerpts.known if good is None else excerpts.known & good
     among = np.ix_(chosen[excerpts.of], chosen[excerpts.of])
@@ -99,7 +99,7 @@ def rarefied_diversity(
     number = number_2 = unknown
     if embedded is not None:
         number = effective_number(embedded, heard.known, weights)
-        number_2 = effective_number_2(embedded, heard, weights)
+        number_2 = effective_number_2(embedded, heard, weights, prompt)
     results["rarefied_effective_embeddings"] = number
     results["rarefied_effective_embeddings_order_2"] = number_2
     return results | _texts(notes, completions, excerpts, heard, weights, training)
@@ -139,12 +139,15 @@ def vendi_influence(kernel: np.ndarray) -> np.ndarray:
     return -size * (vectors[:, kept] ** 2 @ (shares[kept] * np.log(shares[kept])))
 
 
-def effective_number_2(similar: Sequence[np.ndarray], excerpts: Excerpts, weights: np.ndarray) -> Draws:
+def effective_number_2(
+    similar: Sequence[np.ndarray], excerpts: Excerpts, weights: np.ndarray, opening: np.ndarray | None = None
+) -> Draws:
     """The effective number of order 2, 1 / mean k_ij² over all pairs, an output's with itself too, 1..K.
 
     That is the inverse of the sum of the squared eigenvalues of kernel / K (Jalali et al. 2023, NeurIPS, "RKE").
 
     similar : [K, K] for each of the R excerpts of the K outputs
+    opening : of each output, as the weights were drawn by; None: each output has one of its own
     """
     size = len(excerpts.of)
     if size < 2:
@@ -152,7 +155,7 @@ def effective_number_2(similar: Sequence[np.ndarray], excerpts: Excerpts, weight
     squares = np.mean([np.square(kernel, dtype=np.float32) for kernel in similar], axis=0)
     pairs = excerpts.known[:, None] & excerpts.known
     np.fill_diagonal(pairs, False)
-    mean = pair_draws(excerpts.per_pair(squares, 0.0), pairs, weights)
+    mean = pair_draws(excerpts.per_pair(squares, 0.0), pairs, weights, opening)
     return Draws(_inverse(mean.value, size), _inverse(mean.draws, size))
 
 
@@ -184,7 +187,7 @@ def _distances(
         distance = excerpts.per_pair(1.0 - expected_similarity(counts[name]), 0.0)
         for kind, chosen in pairs.items():
             both = chosen & known
-            seen = pair_draws(distance, both, weights)
+            seen = pair_draws(distance, both, weights, prompt)
             if chosen.any() and not both.any():  # outputs too short to tell apart count as equal
                 seen = Draws(0.0, np.zeros(len(weights) - 1))
             results[f"rarefied_{name}_distance_{kind}"] = seen

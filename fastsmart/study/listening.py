@@ -18,6 +18,7 @@ from fastsmart.audio.loudness import loudness_lufs
 from fastsmart.audio.rendering import LISTENING_RATE_HZ
 from fastsmart.errors import UserError
 from fastsmart.machine.files import make_folder, write_atomic
+from fastsmart.music.diversity import prompt_numbers
 from fastsmart.study.evaluation import Evaluation
 from fastsmart.study.outputs import Progress
 from fastsmart.study.report import render_page
@@ -37,7 +38,7 @@ class ListeningSettings:
     """A blind test.
 
     design   : "rating", one clip at a time on a scale of five, as in the paper; "ab", two clips of one prompt
-    prompts  : held-out prompts; each policy's clip of each is heard
+    prompts  : numbers of held-out prompts, which go through the openings in turn; each policy's clip of each is heard
     seconds  : length of every clip; outputs shorter than that are passed over, for all policies alike
     checks   : attention checks, in which tones are counted
     repeats  : clips (or pairs) that come twice, to see how steady a listener is
@@ -92,7 +93,8 @@ def make_test(
     sounds += [_tones(k, settings.seconds) for k in tones]
     sounds, loudness = _equally_loud(sounds)
     names = [secrets.token_hex(8) for _ in sounds]
-    origin = [{"policy": label, "prompt": int(i)} for label in labels for i in prompts]
+    opening = prompt_numbers(evaluation.outputs(labels[0]).prompts)
+    origin = [{"policy": label, "prompt": int(opening[i])} for label in labels for i in prompts]
     clips = {name: data_url(mp3(samples, constant=True)) for name, samples in zip(names, sounds, strict=True)}
     heard = dict(zip(names, origin, strict=False))
     trials, answers = trials_of(names, len(labels), len(prompts), settings)

@@ -49,7 +49,7 @@ class Ruler:
         reward = next(iter(outputs.scores.values())).total
         known = reward[np.isfinite(reward)]
         good_from = float(np.median(known)) if len(known) else float("inf")
-        ruler = Ruler(resample_weights(len(outputs), BOOTSTRAP_SEED), good_from, training)
+        ruler = Ruler(resample_weights(prompt_numbers(outputs.prompts), BOOTSTRAP_SEED), good_from, training)
         if base is None:
             return ruler
         return replace(ruler, base=(base, Embedding.fit(_states(base, outputs, ruler.sizes))))
@@ -77,7 +77,7 @@ class Ruler:
 def measure(
     played: Mapping[str, Outputs], vocab: Vocabulary, config: Config, ruler: Ruler, progress: Progress
 ) -> list[Metric]:
-    """Every metric of every policy on the same resamples of the prompts; changes are against the first policy."""
+    """Every metric of every policy on the same resamples of the openings; changes are against the first policy."""
     tables: dict[str, dict[Key, tuple[Draws, float | None]]] = {}
     for label, outputs in played.items():
         tables[label] = _draws(outputs, vocab, config, ruler)
@@ -145,7 +145,7 @@ def best_of_point(k: int, outputs: Outputs, vocab: Vocabulary, config: Config, r
 
 def against(played: Mapping[str, Outputs], other: Outputs) -> dict[str, dict[str, float]]:
     """By label, how much more reward the outputs have than the `other` ones, on the first soundfont."""
-    weights = resample_weights(len(other), BOOTSTRAP_SEED)
+    weights = resample_weights(prompt_numbers(other.prompts), BOOTSTRAP_SEED)
 
     def draws(outputs: Outputs) -> Draws:
         return mean_draws(next(iter(outputs.scores.values())).total, weights)

@@ -44,6 +44,15 @@ def sound(url: str) -> bytes:
     return base64.b64decode(url.split(",", 1)[1])
 
 
+def test_the_key_holds_openings_not_rows(long_enough, tmp_path):
+    ends = [long_enough.outputs(label).notes(long_enough.vocab).end_s for label in ("base", "tuned")]
+    rows = np.flatnonzero((np.stack(ends) >= 5).all(axis=0))
+    assert {0, 7} <= set(rows)  # the eighth prompt is the first again: there are seven openings
+    _, _, key = made(long_enough, tmp_path / "t", prompts=len(rows), repeats=0)
+    prompts = sorted(clip["prompt"] for clip in key["clips"].values() if clip["policy"] == "base")
+    assert prompts == sorted(row % 7 for row in rows)
+
+
 def test_the_page_says_nothing_of_what_the_clips_are(rating_test, long_enough):
     text, data, key = rating_test
     without_audio = re.sub(r"base64,[A-Za-z0-9+/=]+", "", text)
