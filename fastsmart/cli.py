@@ -251,7 +251,13 @@ def _evaluate(p: argparse.ArgumentParser) -> None:
 
 
 def _evaluation(p: argparse.ArgumentParser) -> None:
-    p.add_argument("-n", "--prompts", type=int, default=1000, help="held-out prompts; default 1000")
+    p.add_argument(
+        "-n",
+        "--prompts",
+        type=int,
+        default=1000,
+        help="outputs of each policy, the held-out openings in turn; default 1000",
+    )
     p.add_argument(
         "--best-of", type=int, default=8, metavar="N", help="outputs of the baseline's choice; default 8, 0 = none"
     )

@@ -57,6 +57,7 @@ def report(options: argparse.Namespace) -> int:
         else:
             raise UserError(f"{source} is neither a run nor an evaluation; name a folder that train or evaluate made")
         page = write_report(found, options.out or source / "report.html", options.players, show)
+    print(found.basis)
     print(f"open {page} in a browser")
     return 0
 
@@ -72,11 +73,14 @@ def sweep(options: argparse.Namespace) -> int:
 
     from fastsmart.machine.progress import stage_bars
     from fastsmart.run.display import Plain
+    from fastsmart.study.evaluation import EVALUATION_FILE, Evaluation
     from fastsmart.study.sweep import run_sweep
 
     with stage_bars() as show:
         exit_code = run_sweep(plan, options.out, options.index, options.training_set, Plain, show)
     if exit_code == 0:
+        if (Path(options.out) / "evaluation" / EVALUATION_FILE).is_file():  # else other jobs of the array are to come
+            print(Evaluation.open(Path(options.out) / "evaluation").basis)
         print(f"runs, evaluation, figures/frontier.svg and report.html are in {options.out}")
     return exit_code
 

@@ -41,10 +41,12 @@ def curves(lines: list[dict[str, Any]]) -> Figure | None:
     axes = list(figure.subplot_mosaic([list(row) for row in places]).values())
     x = [line["step"] for line in steps]
     x_held_out = [line["step"] for line in held_out]
+    openings = held_out[0]["eval"].get("openings") if held_out else None
+    label = f"{openings} held-out openings" if openings else "held-out openings"
 
     def held_out_band(ax: Any, moments: list[dict[str, float]], colour: str) -> None:
         mean = [m["mean"] for m in moments]
-        ax.plot(x_held_out, mean, "o-", color=colour, label="held-out prompts")
+        ax.plot(x_held_out, mean, "o-", color=colour, label=label)
 
     axes[0].plot(x, [line["reward"] for line in steps], alpha=0.5, label="training prompts")
     held_out_band(axes[0], [line["eval"]["reward"] for line in held_out], "C1")

@@ -150,7 +150,8 @@ def held_out(evaluation: dict[str, Any]) -> str:
     """The numbers of an evaluation."""
     terms = "  ".join(f"{name} {_show(m['mean'])}" for name, m in evaluation["terms"].items())
     reward, notes = evaluation["reward"], _show(evaluation["features"]["notes"]["mean"], 1)
-    return f"held-out reward {_show(reward['mean'])} ± {_show(reward['std'])}  ({terms})  {notes} notes/clip"
+    on = f"{evaluation['clips']} outputs" + (f" on {n} openings" if (n := evaluation.get("openings")) else "")
+    return f"held-out reward {_show(reward['mean'])} ± {_show(reward['std'])}  ({terms})  {notes} notes/clip  {on}"
 
 
 def _show(value: float | None, digits: int = 3) -> str:

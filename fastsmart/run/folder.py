@@ -5,6 +5,7 @@ run.json         what it ran with: versions, machine   listen/                  
 metrics.jsonl    one line a step                       before_after.md            features and rewards
 curves.png       the metrics as curves                 trace.json                 who did what when, for ui.perfetto.dev
 live.json        while it runs: for `fastsmart top`    failed/                    clips and batches worth a look
+held-out/        every clip of before and after, CSV
 
 The folder of a profile is marked by its profile.json: it looks like a run's, but nothing can go on from it.
 """
@@ -103,6 +104,10 @@ class RunFolder:
                     )
             return
         write_atomic(path, json.dumps(record, indent=1) + "\n")
+
+    def held_out(self, label: str) -> Path:
+        """Where the numbers of the held-out clips go, of "before" or "after"."""
+        return self.path / "held-out" / f"{label}.csv"
 
     def write(self, name: str, text: str) -> None:
         write_atomic(self.path / name, text)

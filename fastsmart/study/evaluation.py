@@ -21,7 +21,7 @@ import numpy as np
 
 from fastsmart.config import Config, read_config
 from fastsmart.errors import UserError
-from fastsmart.music.bootstrap import LEVEL, Estimate
+from fastsmart.music.bootstrap import LEVEL, Estimate, basis
 from fastsmart.music.diversity import RAREFIED, prompt_numbers
 from fastsmart.music.features import features
 from fastsmart.run.folder import CONFIG_FILE
@@ -125,7 +125,13 @@ class Evaluation:
         lines.append(
             f"+ and -: above and below {self.labels[0]}, the {100 * LEVEL:.0f} % interval of the change excludes 0"
         )
+        lines.append(self.basis)
         return "\n".join(line.rstrip() for line in lines)
+
+    @property
+    def basis(self) -> str:
+        """How many outputs and openings the metrics rest on, in words."""
+        return "of each policy " + basis(self.record["prompts"], self.record["distinct_prompts"])
 
     @property
     def _fonts(self) -> int:

@@ -190,7 +190,10 @@ def frontier(evaluation: Evaluation, measures: Sequence[str] = ("effective_outpu
             d, r = diverse.values[label], reward.values[label]
             mark, colour = MARKERS[k % len(MARKERS)], SERIES[k % len(SERIES)]
             ax.errorbar(d.value, r.value, _error(r), _error(d), mark, color=colour, label=label, elinewidth=1)
-        ax.set(xlabel=measure.replace("_", " "), ylabel="reward on held-out prompts")
+        ax.set(
+            xlabel=measure.replace("_", " "),
+            ylabel=f"reward on {evaluation.record['distinct_prompts']} held-out openings",
+        )
     _legend_on_top(figure, 4)
     return figure
 

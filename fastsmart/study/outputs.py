@@ -106,7 +106,7 @@ class Performer:
             self.soundfonts = {"notes": Path()}
 
     def play(self, policy: Policy, count: int, progress: Progress) -> Outputs:
-        """One output for each of the first `count` held-out prompts, with the random numbers of a run's evaluation."""
+        """One output for each of the first `count` prompts of the split "test", which no run has seen."""
         prompts, completions = self._draw(policy, count, 1, EVALUATION_STREAM, progress)
         return Outputs(prompts, completions, self._scores(policy, prompts, completions, progress))
 

@@ -4,7 +4,7 @@ A sweep is a TOML file:
 
     preset = "demo"                      # or config = "base.toml"; what all runs have in common
     set = ["train.prompts=4"]
-    prompts = 200                        # held-out prompts of the evaluation
+    prompts = 200                        # outputs of each policy in the evaluation, the test openings in turn
     best_of = 4                          # of the baseline; 0 = none
 
     [grid]                               # every combination of these ...

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import csv
+import io
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from fastsmart.audio import FluidSynthRenderer, listening_seconds, listening_settings, render_file
-from fastsmart.machine.files import make_folder
+from fastsmart.errors import UserError
+from fastsmart.machine.files import make_folder, write_atomic
+from fastsmart.music.bootstrap import basis, effect_draws, resample_weights
+from fastsmart.music.diversity import prompt_numbers
 from fastsmart.music.features import features
 from fastsmart.music.histograms import histograms, spread
 from fastsmart.notes import NoteBatch
@@ -36,28 +41,66 @@ TABLE_FEATURES = (
 )
 
 
+@dataclass(frozen=True)
+class HeldOut:
+    """The N clips of an evaluation, of all ranks.
+
+    opening : int64 [N], equal for clips of equal prompts
+    table   : see `clip_table`
+    """
+
+    opening: np.ndarray
+    table: dict[str, np.ndarray]
+
+    def save(self, path: Path) -> None:
+        """Write a CSV of one row a clip; raises UserError when the disk is full."""
+        make_folder(path.parent)
+        sink = io.StringIO()
+        writer = csv.writer(sink, lineterminator="\n")
+        writer.writerow(["opening", *self.table])
+        for opening, *values in zip(self.opening.tolist(), *(v.tolist() for v in self.table.values()), strict=True):
+            writer.writerow([opening, *("" if np.isnan(x) else repr(x) for x in values)])
+        write_atomic(path, sink.getvalue())
+
+    @staticmethod
+    def load(path: Path) -> HeldOut | None:
+        """What was saved; None where there is no such file. Raises UserError when it is damaged."""
+        if not path.is_file():
+            return None
+        try:
+            with open(path, encoding="utf-8", newline="") as source:
+                names, *rows = csv.reader(source)
+            columns = np.array([[float(x) if x else np.nan for x in row] for row in rows], np.float64).T
+            table = dict(zip(names, columns, strict=True))
+            return HeldOut(table.pop("opening").astype(np.int64), table)
+        except (OSError, ValueError, KeyError) as error:
+            raise UserError(f"{path} is damaged ({error}); delete it: the table will be without intervals") from error
+
+
 def evaluate(
     worker: RolloutWorker, progress: Callable[[str, int, int], None] | None = None
-) -> tuple[list[ScoredRollout], dict[str, Any]]:
+) -> tuple[list[ScoredRollout], HeldOut, dict[str, Any]]:
     """Perform the held-out prompts, one completion each, as many at a time as a step has.
 
-    Every rank performs its share; the performances are this rank's, the summary is of all.
+    Every rank performs its share; the performances are this rank's, the clips and the summary those of all.
     """
     config, ranks = worker.config, worker.ranks
     settings: SamplingSettings = replace(config.sampling, group=1)
     seed = (config.train.seed, EVALUATION_STREAM)
-    share = ranks.share(config.train.eval_prompts)
+    clips, share = config.train.eval_prompts, ranks.share(config.train.eval_prompts)
     scored_rollouts = []
     for first in range(share.start, share.stop, worker.batch):
         count = min(worker.batch, share.stop - first)
         prompts = make_prompts(config.prompts, worker.vocab, "selection", first, count)
         scored_rollouts.append(worker.generate(prompts, settings, seed, progress, first))
     table = clip_table(scored_rollouts)
-    rows = ranks.gather(np.stack(list(table.values()), axis=1), config.train.eval_prompts)
-    summary = summarise(dict(zip(table, rows.T, strict=True)))
+    rows = ranks.gather(np.stack(list(table.values()), axis=1), clips)
+    opening = prompt_numbers(make_prompts(config.prompts, worker.vocab, "selection", 0, clips))
+    found = HeldOut(opening, dict(zip(table, rows.T, strict=True)))
+    summary = summarise(found.table) | {"openings": int(opening.max()) + 1}
     played = histograms(NoteBatch.concat([p.notes for p in scored_rollouts]))
-    together = {name: ranks.gather(rows, config.train.eval_prompts) for name, rows in played.items()}
-    return scored_rollouts, summary | {"diversity": spread(together)}
+    together = {name: ranks.gather(rows, clips) for name, rows in played.items()}
+    return scored_rollouts, found, summary | {"diversity": spread(together)}
 
 
 def clip_table(scored_rollouts: Sequence[ScoredRollout]) -> dict[str, np.ndarray]:
@@ -99,20 +142,29 @@ def write_listening(worker: RolloutWorker, scored_rollouts: Sequence[ScoredRollo
                 render_file(whole, i, folder / f"{i + 1:02d}-{label}.wav", renderer=renderer)
 
 
-def before_after(before: dict, after: dict, steps: int) -> str:
-    """A Markdown table of two summaries: mean ± standard deviation, and the change in standard deviations of before."""
-    rows = [("reward", before["reward"], after["reward"])]
-    rows += [(f"reward: {name}", before["terms"][name], after["terms"][name]) for name in before["terms"]]
-    rows += [(name.replace("_", " "), before["features"][name], after["features"][name]) for name in before["features"]]
+def before_after(before: dict, after: dict, steps: int, clips: tuple[HeldOut, HeldOut] | None = None) -> str:
+    """A Markdown table of two summaries: mean ± standard deviation, and the change in standard deviations of before.
+
+    clips : of before and after, for the intervals of the changes; None leaves them out
+    """
+    rows = [("reward", "reward", before["reward"], after["reward"])]
+    rows += [(f"reward: {n}", f"term {n}", before["terms"][n], after["terms"][n]) for n in before["terms"]]
+    rows += [(n.replace("_", " "), n, before["features"][n], after["features"][n]) for n in before["features"]]
+    openings = before.get("openings")
+    on = f"{openings} held-out openings" if openings else "held-out openings"
     lines = [
-        f"# Before and after {steps} steps, on {before['clips']} held-out prompts",
+        f"# Before and after {steps} steps: {before['clips']} outputs on {on}",
         "",
-        "| | before | after | change, in standard deviations of before |",
+        f"| | before | after | change, in standard deviations of before{' [interval]' if clips else ''} |",
         "|---|---|---|---|",
     ]
-    for name, old, new in rows:
+    weights = resample_weights(clips[0].opening, 0) if clips else None
+    for name, column, old, new in rows:
         known = old["std"] and new["mean"] is not None
         change = f"{(new['mean'] - old['mean']) / old['std']:+.2f}" if known else "–"
+        if known and clips and weights is not None:
+            e = effect_draws(clips[0].table[column], clips[1].table[column], weights).estimate()
+            change += f" [{e.low:+.2f}, {e.high:+.2f}]" if np.isfinite(e.low) else ""
         lines.append(f"| {name} | {_cell(old)} | {_cell(new)} | {change} |")
     lines += [
         f"| diversity: {name.replace('_', ' ')} | {value:.3f} | {after['diversity'][name]:.3f} | |"
@@ -122,6 +174,8 @@ def before_after(before: dict, after: dict, steps: int) -> str:
         f"| empty clips | {before['empty']} | {after['empty']} | |",
         f"| clips that could not be scored | {before['unscored']} | {after['unscored']} | |",
     ]
+    if clips and openings:
+        lines += ["", f"Mean ± standard deviation over outputs. {basis(before['clips'], openings)}."]
     return "\n".join(lines) + "\n"
 
 

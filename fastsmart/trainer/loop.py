@@ -29,7 +29,7 @@ from fastsmart.run.folder import RunFolder
 from fastsmart.run.provenance import provenance, statistics_path
 from fastsmart.run.recorder import Recorder
 from fastsmart.trainer.batch import Batch, metrics, timing
-from fastsmart.trainer.evaluate import before_after, evaluate, write_listening
+from fastsmart.trainer.evaluate import HeldOut, before_after, evaluate, write_listening
 from fastsmart.trainer.parity import check_engine, health_warning, unhealthy
 from fastsmart.trainer.rollout_worker import RolloutScheduler, RolloutWorker, ScoredRollout
 from fastsmart.trainer.trainer import Trainer
@@ -171,10 +171,14 @@ def advantages(batch: Batch, config: Config) -> torch.Tensor:
 
 
 def evaluate_held_out(worker: RolloutWorker, recorder: Recorder, label: str) -> dict[str, Any]:
-    """Evaluate the engine's weights; with a label, keep clips to listen to under it."""
+    """Evaluate the engine's weights; with a label, keep under it the numbers of all clips, and clips to listen to."""
     with worker.trace.excluding("evaluate"):
-        scored_rollouts, summary = evaluate(worker, recorder.stage)
+        scored_rollouts, clips, summary = evaluate(worker, recorder.stage)
         if label and worker.ranks.leader:
+            try:
+                clips.save(recorder.folder.held_out(label))
+            except UserError as error:  # a full disk ends no run
+                recorder.note(f"before_after.md will be without intervals: {error}")
             write_listening(worker, scored_rollouts, recorder.folder.listen, label)
     return summary
 
@@ -208,7 +212,8 @@ def finish(folder: RunFolder, recorder: Recorder, trainer: Trainer, stop: StopRe
     if trainer.ranks.leader:
         plot_curves(folder.metrics.lines(), folder.path / "curves.png")
         if before and after:
-            folder.write("before_after.md", before_after(before, after, step))
+            old, new = (HeldOut.load(folder.held_out(label)) for label in ("before", "after"))
+            folder.write("before_after.md", before_after(before, after, step, (old, new) if old and new else None))
     if stop and step < steps:
         name = signal.Signals(stop.signal_number).name
         recorder.show.message(f"{name}: saved at step {step}; go on with: fastsmart train --out {folder.path} --resume")

@@ -42,8 +42,8 @@ class TrainSettings:
     learning_rate, schedule, warmup : peak, its course towards zero, steps of linear warm-up
     betas, weight_decay, max_grad_norm : AdamW and gradient clipping
     seed           : of prompts' order and sampling
-    eval_every     : steps between evaluations on held-out prompts (0 = only before and after)
-    eval_prompts   : held-out prompts of each evaluation, one completion each
+    eval_every     : steps between evaluations on prompts of the split "selection" (0 = only before and after)
+    eval_prompts   : of each evaluation, one completion each; more than the split has openings begin with these again
     save_every     : steps between checkpoints (0 = only the last)
     keep           : checkpoints kept, beside the one with the best held-out reward
     listen         : held-out prompts written to listen/ as MIDI and WAV, before and after

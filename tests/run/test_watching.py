@@ -50,6 +50,7 @@ def test_top_follows_a_run_and_shows_a_finished_one(checkpoint, tmp_path, capsys
     assert "min left" in later
     assert "s ago" in early
     assert later.count("held-out reward") == 2
+    assert later.count("4 outputs on 4 openings") == 2
     assert "render workers  " in later
     assert not (out / LIVE_FILE).exists()
 

@@ -41,6 +41,7 @@ def test_an_evaluation_is_whole_and_reads_back(two):
     stages = []
     found = evaluate(sources, folder / "e", config, N, 3, progress=lambda *news: stages.append(news))
     assert found.labels == ["p0", "p1", "best of 3"]
+    assert found.text().splitlines()[-1].startswith("of each policy 12 outputs on 8 held-out openings; 95 % bootstrap")
     assert {"p0: sampling", "p1: scoring on notes", "best of 3: sampling", "measuring"} <= {s for s, *_ in stages}
     assert all(found.metric("feature", name) for name in TABLE_FEATURES)
     assert all(found.metric("diversity", name) for name in DIVERSITY)

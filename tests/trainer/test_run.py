@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import time
@@ -21,7 +22,7 @@ from fastsmart import UserError, presets, train
 from fastsmart.machine.files import JsonLines
 from fastsmart.notes import read_midi
 from fastsmart.policy.hf_format import load_policy
-from fastsmart.trainer.evaluate import before_after
+from fastsmart.trainer.evaluate import HeldOut, before_after
 
 
 def test_a_run_leaves_what_a_person_opens(checkpoint, tmp_path):
@@ -35,6 +36,7 @@ def test_a_run_leaves_what_a_person_opens(checkpoint, tmp_path):
         "checkpoints",
         "config.toml",
         "curves.png",
+        "held-out",
         "listen",
         "metrics.jsonl",
         "run.json",
@@ -49,7 +51,16 @@ def test_a_run_leaves_what_a_person_opens(checkpoint, tmp_path):
     table = (out / "before_after.md").read_text()
     assert all(row in table for row in ("| reward |", "| reward: consonance |", "| notes |", "| scale consistency |"))
 
+    assert table.startswith("# Before and after 6 steps: 4 outputs on 4 held-out openings\n")
+    assert "4 outputs on 4 held-out openings; 95 % bootstrap intervals over 4 openings" in table
+    changes = [line.split("|")[4] for line in table.splitlines() if line.startswith("| reward")]
+    assert re.fullmatch(r" [+-]\d+\.\d\d \[[+-]\d+\.\d\d, [+-]\d+\.\d\d\] ", changes[0])
+
     lines = comparable(out)
+    before, after = (HeldOut.load(out / "held-out" / f"{label}.csv") for label in ("before", "after"))
+    assert before.table["reward"].mean() == pytest.approx(lines[0]["eval"]["reward"]["mean"])
+    assert after.table["notes"].std(ddof=1) == pytest.approx(lines[6]["eval"]["features"]["notes"]["std"])
+    assert before.opening.tolist() == [0, 1, 2, 3]
     assert [line["step"] for line in lines] == [0, 1, 2, 3, 4, 5, 6]
     assert [line["step"] for line in lines if "eval" in line] == [0, 2, 4, 6]
     assert lines[1]["ratio"] == pytest.approx(1.0, abs=1e-4)  # on-policy: sampler and trainer agree
@@ -176,6 +187,19 @@ def test_a_policy_that_falls_silent_is_still_concluded(checkpoint, tmp_path):
     silent = {"sampling": {"max_tokens": 1}, "train": {"steps": 1, "listen": 0}}
     result = train(config_for(checkpoint, SYMBOLIC, silent), tmp_path / "run")
     assert result.after["empty"] == 4
+
+
+def test_the_clips_of_an_evaluation_read_back(tmp_path):
+    found = HeldOut(np.array([0, 1, 0]), {"reward": np.array([0.1, np.nan, 1e-17]), "term a, b": np.ones(3)})
+    found.save(tmp_path / "held-out" / "before.csv")
+    again = HeldOut.load(tmp_path / "held-out" / "before.csv")
+    np.testing.assert_array_equal(again.opening, found.opening)
+    assert list(again.table) == list(found.table)
+    np.testing.assert_array_equal(list(again.table.values()), list(found.table.values()))
+    assert HeldOut.load(tmp_path / "nothing.csv") is None
+    (tmp_path / "bad.csv").write_text("opening,reward\n0,x\n")
+    with pytest.raises(UserError, match=r"bad\.csv is damaged"):
+        HeldOut.load(tmp_path / "bad.csv")
 
 
 def test_weights_that_are_no_longer_finite_are_not_saved(checkpoint, tmp_path):
