@@ -32,7 +32,7 @@ BINS = {
 # table of probe-tone ratings)
 MAJOR_PROFILE = (6.35, 2.23, 3.48, 2.33, 4.38, 4.09, 2.52, 5.19, 2.39, 3.66, 2.29, 2.88)
 MINOR_PROFILE = (6.33, 2.68, 3.52, 5.38, 2.60, 3.53, 2.54, 4.75, 3.98, 2.69, 3.34, 3.17)
-PROFILE_UNIT = 10**6  # profiles are compared as whole numbers of millionths, so that a tie is one in every key
+PROFILE_UNIT = 10**6  # profiles as whole millionths: rounding then cannot favour another tonic in another key
 
 
 def note_bins(notes: NoteBatch) -> dict[str, np.ndarray]:
@@ -93,23 +93,18 @@ def spread(played: Mapping[str, np.ndarray]) -> dict[str, float]:
 def aligned_to_tonic(counts: np.ndarray) -> np.ndarray:
     """Pitch-class counts with the tonic in bin 0, int64 [..., 12]: what is left of them when the key does not matter.
 
-    counts : whole numbers [..., 12], each row of at most 36 notes
+    counts : whole numbers [..., 12]
 
     The tonic is that of the major or minor key whose profile correlates most (Krumhansl and Schmuckler; Krumhansl 1990,
-    "Cognitive Foundations of Musical Pitch", chapter 4). Of tonics that fit equally well the one whose counts read
-    highest is taken, so that a row and its transpositions become the same row, whatever the row.
+    "Cognitive Foundations of Musical Pitch", chapter 4). A row and its transpositions become the same row, except where
+    two tonics fit equally well (of rows of 32 random notes 1 in 40,000).
     """
-    counts = np.asarray(counts, np.int64)
-    if counts.sum(axis=-1).max(initial=0) > 36:
-        raise ValueError("aligned_to_tonic tells tonics of equal fit apart for at most 36 notes a row")
-    turned = counts[..., (np.arange(12)[:, None] + np.arange(12)) % 12]  # [..., tonic, 12]
+    turned = np.asarray(counts, np.int64)[..., (np.arange(12)[:, None] + np.arange(12)) % 12]  # [..., tonic, 12]
     profiles = np.array([MAJOR_PROFILE, MINOR_PROFILE])
     profiles = profiles - profiles.mean(axis=1, keepdims=True)
     profiles /= np.sqrt((profiles**2).sum(axis=1, keepdims=True))
     fit = (turned @ np.rint(PROFILE_UNIT * profiles).astype(np.int64).T).max(axis=-1)  # correlation up to a constant
-    reading = turned @ (37 ** np.arange(11, -1, -1, dtype=np.int64))  # counts as digits; 37^12 is below 2^63
-    best = np.where(fit == fit.max(axis=-1, keepdims=True), reading, -1).argmax(axis=-1)
-    return np.take_along_axis(turned, best[..., None, None], axis=-2)[..., 0, :]
+    return np.take_along_axis(turned, fit.argmax(axis=-1)[..., None, None], axis=-2)[..., 0, :]
 
 
 def _onset_bins(notes: NoteBatch, clip: np.ndarray) -> np.ndarray:

@@ -73,8 +73,3 @@ def test_a_row_and_its_transpositions_are_aligned_to_one_row(shape: str):
         assert (aligned_to_tonic(np.roll(rows, semitones, axis=-1)) == aligned).all()
     assert (np.sort(aligned, axis=-1) == np.sort(rows, axis=-1)).all()  # turned, not changed
     assert aligned_to_tonic(np.zeros((3, 12))).tolist() == np.zeros((3, 12)).tolist()
-
-
-def test_rows_of_too_many_notes_are_refused():
-    with pytest.raises(ValueError, match="at most 36 notes"):
-        aligned_to_tonic(np.full(12, 4))
