@@ -12,6 +12,7 @@ from harness import Ceilings, Work, measured_ceilings, timed
 from torch import Tensor
 
 from fastsmart.kernels.jit import INTERPRETED, triton
+from fastsmart.machine.cuda_graph import Recorder
 
 Finding = dict[str, Any]
 Check = Callable[["Look"], Iterator[Finding]]
@@ -30,6 +31,7 @@ class Look:
     quick: bool = False
     profile: bool = False
     _ceilings: dict[torch.dtype, Ceilings] = field(default_factory=dict)
+    _recorder: Recorder = field(default_factory=Recorder)
 
     @property
     def on_gpu(self) -> bool:
@@ -69,11 +71,8 @@ class Look:
         they fit. Without a GPU, as it is called."""
         if not self.on_gpu:
             return self.launched_us(job)
-        from fastsmart.machine.cuda_graph import capture_graph
-
-        with torch.inference_mode():  # as every recording of fastsmart
-            graph, _ = capture_graph(lambda: [job() for _ in range(times)])
-            return self.launched_us(graph.replay) / times
+        graph, _ = self._recorder(lambda: [job() for _ in range(times)])
+        return self.launched_us(graph.replay) / times
 
     def finding(
         self,

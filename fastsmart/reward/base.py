@@ -41,6 +41,8 @@ class Reward(Protocol):
 
     name        : the key it is logged and weighted under
     needs_audio : whether `Clips.audio` is read; a run in which no reward reads it renders nothing
+
+    One whose first call has to do what later ones have not, may have a method `prepare` that does it.
     """
 
     name: str

@@ -41,6 +41,11 @@ class RewardBlend:
         """Whether any term listens to audio; if not, nothing need be rendered."""
         return any(reward.needs_audio for reward in self.rewards.values())
 
+    def prepare(self) -> None:
+        """Do beforehand what the first calls of some rewards would have to, in the thread that will make the calls."""
+        for reward in self.rewards.values():
+            getattr(reward, "prepare", lambda: None)()
+
     def __call__(self, clips: Clips) -> Scores:
         """Every term of every clip and their weighted sum, which is what is reported."""
         terms = {name: reward(clips) for name, reward in self.rewards.items()}

@@ -9,7 +9,7 @@ import sys
 import threading
 import time
 from collections import Counter
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
@@ -45,7 +45,6 @@ class Recorder:
         self._notes: list[str] = []
         self._seen = (0, 0)  # workers replaced, clips given up
         self._writing: Future[None] | None = None
-        self._thread = ThreadPoolExecutor(1, "write")
         self._lock = threading.Lock()
         self._live: dict[str, Any] = {
             "pid": os.getpid(),
@@ -63,7 +62,6 @@ class Recorder:
         self._stack.close()
         if self._writing:
             self._writing.exception()
-        self._thread.shutdown()
         for writer in self.writers:
             writer.close()
         if self.ranks.leader:
@@ -143,7 +141,7 @@ class Recorder:
         """Write a checkpoint and the trace in the background, after the one before."""
         if self.ranks.leader:
             self._collect_write(wait=True)
-            self._writing = self._thread.submit(self._write, snapshot)
+            self._writing = self.worker.writing.submit(self._write, snapshot)
         self.saved = snapshot.step
 
     def finish(self) -> None:

@@ -19,7 +19,6 @@ from torch import Tensor
 
 from fastsmart.kernels.decode_step import add_normalised, attend_next, gated
 from fastsmart.kernels.sample import sample_next
-from fastsmart.machine.cuda_graph import capture_graph
 from fastsmart.sampling.kv_cache import LayerCache
 from fastsmart.sampling.rollout import SamplingSettings
 from fastsmart.sampling.sampler import truncated
@@ -53,7 +52,7 @@ class GraphBatch:
         self.count = 0  # `column`, as the host knows it
         self.step: Callable[[], None] = self._step
         if device.type == "cuda":
-            self.graph, _ = capture_graph(self._step)  # what this leaves behind, `begin` overwrites
+            self.graph, _ = engine.recorder(self._step)  # what this leaves behind, `begin` overwrites
             self.step = self.graph.replay
 
     def begin(self, ids: Tensor, left: Tensor | None, uniform: np.ndarray) -> None:

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastsmart.kernels.sample import UNDEFINED
+from fastsmart.machine.cuda_graph import Recorder
 from fastsmart.machine.files import mkl_knows_processor
 from fastsmart.policy.transformer import Policy
 from fastsmart.sampling.cuda_graph_batch import GraphBatch
@@ -123,6 +124,7 @@ class NativeEngine:
         self.epsilon = torch.tensor(self.size.rms_norm_eps, device=policy.device)
         self.rope = torch.complex(policy.model.cos.float(), policy.model.sin.float())  # [positions, E / 2]
         self.memory: list[LayerCache] = []
+        self.recorder = Recorder()
         self.graph_batches: dict[tuple[Any, ...], GraphBatch] = {}
         with torch.no_grad():
             self.embed, *weights = (weight.clone() for weight in _arranged(policy, dtype))

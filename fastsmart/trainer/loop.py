@@ -26,7 +26,7 @@ from fastsmart.reward import combine
 from fastsmart.run.curves import plot_curves
 from fastsmart.run.display import Display
 from fastsmart.run.folder import RunFolder
-from fastsmart.run.provenance import provenance, statistics_path
+from fastsmart.run.provenance import provenance, resolved_device, statistics_path
 from fastsmart.run.recorder import Recorder
 from fastsmart.trainer.batch import Batch, metrics, timing
 from fastsmart.trainer.evaluate import HeldOut, before_after, evaluate, write_listening
@@ -118,7 +118,8 @@ def open_run(
     """Who does the work of a run, ready for its next step; the engine has been checked to hold the policy's weights."""
     config = folder.config
     bind_cores(ranks)
-    torch.set_num_threads(config.train.threads or cpu_cores())
+    computing = cpu_cores() if resolved_device(config.policy).type == "cpu" else 1  # on a GPU this thread launches only
+    torch.set_num_threads(config.train.threads or computing)
     trainer = Trainer(config, folder.checkpoints, ranks)
     (sampler, version), statistics = trainer.sampler_weights(), statistics_path(config)
     with (

@@ -61,15 +61,23 @@ class RolloutPipeline:
     overlap  : completions are decoded and rendered in a thread of their own as they come, and chunks scored as soon as
                they are whole, in another while there is sampling to do; else one stage begins when the one before has
                ended
+    scorer   : a thread in which every chunk is scored, whatever the mode; None = as `overlap` says. For a GPU, on which
+               the thread that has recorded a graph has to live as long as the graph
 
-    Owns a thread: call `close`. A batch that is being sampled in another thread then is given up at its next
-    completion once `closing` is set.
+    Owns a thread, and the scorer: call `close`. A batch that is being sampled in another thread then is given up at
+    its next completion once `closing` is set.
     """
 
     def __init__(
-        self, renderer: Renderer | None, score: Callable[[Clips], Scores], overlap: bool, trace: Trace
+        self,
+        renderer: Renderer | None,
+        score: Callable[[Clips], Scores],
+        overlap: bool,
+        trace: Trace,
+        scorer: ThreadPoolExecutor | None = None,
     ) -> None:
         self.renderer, self.score, self.overlap, self.trace = renderer, score, overlap, trace
+        self.scorer = scorer
         self.closing = False
         self.rendering = started_thread("render")
 
@@ -98,7 +106,7 @@ class RolloutPipeline:
                 batch.add_completion(completion)
             while batch.rendering:
                 batch.collect(timeout_s=1.0)
-            return batch.result([self._score(batch.clips(c)) for c in batch.chunks])
+            return batch.result([self._scored_now(batch.clips(c)) for c in batch.chunks])
         inbox: Inbox = SimpleQueue()
         errands = _Errands()
         rest = self.rendering.submit(self._render_and_score, batch, inbox, errands)
@@ -139,10 +147,10 @@ class RolloutPipeline:
     def _scored(self, batch: _Batch, inbox: Inbox, errands: _Errands, stack: ExitStack) -> list[Scores]:
         """The scores of every chunk, made as soon as the chunk is whole and there is room.
 
-        While there is sampling to do a thread scores, which begins with the first chunk and ends with the batch; then
-        the thread that has sampled does. A thread that has computed with GNU OpenMP keeps helpers, and where all
-        threads have more of them than there are cores, every helper goes to sleep between two operators: a sampler on
-        two cores then takes a fifth longer, and 8-bit scoring 6 %.
+        The scorer does if there is one. Else, while there is sampling to do, a thread scores, which begins with the
+        first chunk and ends with the batch; then the thread that has sampled does. A thread that has computed with GNU
+        OpenMP keeps helpers, and where all threads have more of them than there are cores, every helper goes to sleep
+        between two operators: a sampler on two cores then takes a fifth longer, and 8-bit scoring 6 %.
         """
         scores: list[Future[Scores]] = []
         thread: ThreadPoolExecutor | None = None
@@ -152,7 +160,9 @@ class RolloutPipeline:
             ready = batch.whole(len(scores)) and waiting < DEPTH
             if ready and not (sampled and thread and waiting):  # never two that score at once
                 job = partial(self._score, batch.clips(batch.chunks[len(scores)]))
-                if sampled:
+                if self.scorer:
+                    scores.append(self.scorer.submit(job))
+                elif sampled:
                     if thread:
                         thread.shutdown()
                         thread = None
@@ -180,9 +190,14 @@ class RolloutPipeline:
         with self.trace("score"):
             return self.score(clips)
 
+    def _scored_now(self, clips: Clips) -> Scores:
+        return self.scorer.submit(self._score, clips).result() if self.scorer else self._score(clips)
+
     def close(self) -> None:
-        """End the thread."""
+        """End the threads."""
         self.rendering.shutdown()
+        if self.scorer:
+            self.scorer.shutdown()
 
 
 def started_thread(name: str) -> ThreadPoolExecutor:

@@ -47,6 +47,8 @@ class ScoredRollout:
 class RolloutWorker:
     """The sampling engine, the renderer pool and the rewards of a run, started once and closed together.
 
+    writing : a thread for what may take its time, on the cores of the helpers
+
     With train.pipeline "overlap" a clip is rendered the moment its completion ends, and scored with its chunk, while
     others are still being sampled.
     """
@@ -78,9 +80,12 @@ class RolloutWorker:
                 self.pool = RenderPool(config.audio, self.batch, quarantine)
                 if mixes_on_gpu(config, policy.device):
                     self.mixer = DeviceRenderer(self.pool, policy.device)
-            overlap = config.train.pipeline != "off"
-            self.pipeline = RolloutPipeline(self.mixer or self.pool, self.reward, overlap, self.trace)
-            self.sampling_thread = started_thread("rollout")
+            overlap, scorer = config.train.pipeline != "off", None
+            if policy.device.type == "cuda":
+                scorer = started_thread("score")
+                scorer.submit(self.reward.prepare).result()
+            self.pipeline = RolloutPipeline(self.mixer or self.pool, self.reward, overlap, self.trace, scorer)
+            self.sampling_thread, self.writing = started_thread("rollout"), started_thread("write")
 
     def generate(
         self,
@@ -129,6 +134,7 @@ class RolloutWorker:
     def close(self) -> None:
         self.pipeline.closing = True
         self.sampling_thread.shutdown()
+        self.writing.shutdown()
         self.pipeline.close()
         if self.mixer:
             self.mixer.close()

@@ -47,7 +47,7 @@ class TrainSettings:
     save_every     : steps between checkpoints (0 = only the last)
     keep           : checkpoints kept, beside the one with the best held-out reward
     listen         : held-out prompts written to listen/ as MIDI and WAV, before and after
-    threads        : CPU threads of torch (0 = one a core of this rank)
+    threads        : CPU threads of torch (0 = one a core of this rank; for a policy on a GPU, one)
     writers        : "tensorboard", "wandb": where metrics go beside metrics.jsonl
     mismatch_limit : mean exp |log p_trainer - log p_sampler| over tokens above which training does not begin, and a
                      step is warned about; 0 = 1.001 in float32, 1.05 in bfloat16

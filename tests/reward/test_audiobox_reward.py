@@ -76,6 +76,37 @@ def test_what_the_encoder_hears_does_not_depend_on_the_neighbours_to_the_last_bi
 
 
 @pytest.mark.skipif(not int8_is_fast(), reason="no 8-bit products here")
+def test_a_batch_takes_the_next_larger_graph_and_all_are_recorded_beforehand(checkpoint: Path) -> None:
+    """With a recorder whose replays do the job again, as a GPU's would, into the tensors of the first time."""
+
+    class Replayed:
+        def __init__(self, job: Callable[[], torch.Tensor]) -> None:
+            self.job, self.result = job, job()
+
+        def replay(self) -> None:
+            self.result.copy_(self.job())
+
+    recorded: list[int] = []
+
+    def recorder(job: Callable[[], torch.Tensor]) -> tuple[Replayed, torch.Tensor]:
+        graph = Replayed(job)
+        recorded.append(len(graph.result))
+        return graph, graph.result
+
+    encoder = load_reward("audiobox", checkpoint=checkpoint, dtype="float16", batch_size=6).encoder
+    encoder.recorder = recorder
+    rng = np.random.default_rng(0)
+    windows = [rng.normal(size=rng.integers(2_000, 40_000)).astype(np.float32) for _ in range(6)]
+    with torch.inference_mode():
+        forward = {n: encoder(windows[:n]) for n in range(1, 7)}
+        encoder.replays = True
+        encoder.prepare()
+        assert recorded == [6, 4, 2, 1]
+        for n, means in forward.items():  # rows beside a window may change its last bits
+            torch.testing.assert_close(encoder(windows[:n]), means, atol=2e-3, rtol=2e-3)
+    assert recorded == [6, 4, 2, 1]
+
+
 def test_int8_is_near_float32_and_not_the_same(checkpoint: Path) -> None:
     batch = clips(3.0, 2.0, 11.0)
     full, eight = (load_reward("audiobox", checkpoint=checkpoint, dtype=d).rate(batch) for d in ("float32", "int8"))

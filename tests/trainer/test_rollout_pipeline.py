@@ -15,7 +15,7 @@ from fastsmart.notes import NoteBatch
 from fastsmart.reward import Clips, Scores
 from fastsmart.run.trace import Trace
 from fastsmart.sampling import Completion
-from fastsmart.trainer.rollout_pipeline import DEPTH, RolloutPipeline
+from fastsmart.trainer.rollout_pipeline import DEPTH, RolloutPipeline, started_thread
 
 TOTAL, CHUNK, FIRST = 24, 4, 100
 
@@ -84,6 +84,27 @@ def test_order_and_mode_change_no_bit(seed: int) -> None:
         assert renderer.cleared == 2
         pipeline.close()
     assert all(np.array_equal(r, results[0]) for r in results)
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_one_thread_scores_for_the_whole_run(overlap: bool) -> None:
+    """As on a GPU: the thread that has prepared a reward scores every chunk of every batch, to the same bits."""
+    threads: set[int] = set()
+
+    def telling(clips: Clips) -> Scores:
+        threads.add(threading.get_ident())
+        return score(clips)
+
+    scorer = started_thread("score")
+    prepared_in = scorer.submit(threading.get_ident).result()
+    pipeline = RolloutPipeline(SlowRenderer(0), telling, overlap, Trace(), scorer)
+    kept = [pipeline.run(completions(seed), decode, TOTAL, CHUNK, FIRST).scores.total for seed in range(2)]
+    pipeline.close()
+    assert threads == {prepared_in}
+    assert scorer._shutdown
+    plain = RolloutPipeline(SlowRenderer(0), score, False, Trace())
+    assert np.array_equal(kept, [plain.run(completions(0), decode, TOTAL, CHUNK, FIRST).scores.total] * 2)
+    plain.close()
 
 
 def test_scoring_begins_before_sampling_has_ended() -> None:

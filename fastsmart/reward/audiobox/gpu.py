@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fastsmart.kernels.attention import gated_attention
 from fastsmart.kernels.convolution import convolution_gelu
-from fastsmart.machine.cuda_graph import capture_graph
+from fastsmart.machine.cuda_graph import Recorder
 from fastsmart.reward.audiobox.architecture import FRAMES, NORM_EPS, STRIDES, WINDOW, frames_of
 from fastsmart.reward.audiobox.encoder import EncoderWeights, LayerWeights, Norm, gates, normalised_first
 
@@ -54,6 +54,7 @@ class BatchEncoder:
             )
             for w in weights.layers
         ]
+        self.recorder, self.replays = Recorder(), device.type == "cuda"
         self.graphs: dict[int, _Graph] = {}
 
     def __call__(self, windows: Sequence[np.ndarray | Tensor]) -> Tensor:
@@ -64,16 +65,30 @@ class BatchEncoder:
         means = []
         for first in range(0, len(windows), self.batch_size):
             batch = windows[first : first + self.batch_size]
-            means.append(self._recorded(batch) if self.device.type == "cuda" else self.forward(*_padded(batch, 0)))
+            means.append(self._recorded(batch) if self.replays else self.forward(*_padded(batch, 0)))
         return torch.cat(means)
 
+    @torch.inference_mode()
+    def prepare(self) -> None:
+        """Record the graph of every batch size, on a GPU, in the thread that calls this.
+
+        Call it in a thread that lives as long as the encoder: cuDNN's plans, whose kernels the graphs replay, belong to
+        the thread that made them.
+        """
+        if self.replays:
+            for rows in graph_sizes(self.batch_size):
+                self._graph(rows)
+
     def _recorded(self, windows: Sequence[np.ndarray | Tensor]) -> Tensor:
-        """A batch through the graph of the next power of two; copies overlap what the GPU still computes."""
-        rows = min(1 << (len(windows) - 1).bit_length(), self.batch_size)
+        """A batch through the graph of the next larger size; copies overlap what the GPU still computes."""
+        rows = min(size for size in graph_sizes(self.batch_size) if size >= len(windows))
         samples, frames = (t.to(self.device, non_blocking=True) for t in _padded(windows, rows))
+        return self._graph(rows)(samples, frames)[: len(windows)]
+
+    def _graph(self, rows: int) -> _Graph:
         if rows not in self.graphs:
-            self.graphs[rows] = _Graph(self, samples, frames)
-        return self.graphs[rows](samples, frames)[: len(windows)]
+            self.graphs[rows] = _Graph(self, rows)
+        return self.graphs[rows]
 
     def forward(self, samples: Tensor, frames: Tensor) -> Tensor:
         """The same of samples [B, 160000] float32, zero after their real part, with `frames` [B] int32 that count."""
@@ -116,15 +131,21 @@ class BatchEncoder:
 class _Graph:
     """One forward pass of a fixed batch size, recorded once and replayed."""
 
-    def __init__(self, encoder: BatchEncoder, samples: Tensor, frames: Tensor) -> None:
-        self.samples, self.frames = samples.clone(), frames.clone()
-        self.graph, self.means = capture_graph(lambda: encoder.forward(self.samples, self.frames))
+    def __init__(self, encoder: BatchEncoder, rows: int) -> None:
+        self.samples = torch.zeros(rows, WINDOW, device=encoder.device)
+        self.frames = torch.ones(rows, dtype=torch.int32, device=encoder.device)
+        self.graph, self.means = encoder.recorder(lambda: encoder.forward(self.samples, self.frames))
 
     def __call__(self, samples: Tensor, frames: Tensor) -> Tensor:
         self.samples.copy_(samples)
         self.frames.copy_(frames)
         self.graph.replay()
         return self.means.clone()
+
+
+def graph_sizes(batch_size: int) -> list[int]:
+    """Windows of the batches that are recorded, largest first: the batch size, and the powers of two below it."""
+    return [batch_size, *(1 << power for power in reversed(range((batch_size - 1).bit_length())))]
 
 
 def _padded(windows: Sequence[np.ndarray | Tensor], rows: int) -> tuple[Tensor, Tensor]:

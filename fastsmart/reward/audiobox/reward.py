@@ -84,6 +84,11 @@ class AudioboxReward:
             else:
                 self.encoder = BatchEncoder(weights, self.device, getattr(torch, dtype), batch_size)
 
+    def prepare(self) -> None:
+        """Do beforehand what the first calls would have to, in the thread that will make them."""
+        if isinstance(self.encoder, BatchEncoder):
+            self.encoder.prepare()
+
     def __call__(self, clips: Clips) -> np.ndarray:
         return self.weighted(self.rate(clips))
 
