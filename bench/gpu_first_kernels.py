@@ -115,7 +115,7 @@ def attention(look: Look) -> Iterator[Finding]:
     """The encoder's attention with gated bias: slices of one product whose rows are as the encoder has them."""
     frames, dtype = look.size(FRAMES, 70), look.dtype(torch.float16)
     for batch in (2, 8, 64) if not look.quick else (1,):
-        packed = look.normal(batch, frames, 3 * EAR_WIDTH + 2 * EARS, dtype=dtype)
+        packed = look.normal(batch, frames, 3 * EAR_WIDTH + 2 * EARS + 8, dtype=dtype)
         q, k, v = packed[..., : 3 * EAR_WIDTH].view(batch, frames, 3, EARS, HEAD).permute(2, 0, 3, 1, 4)
         gate, table = 2 * torch.rand(batch, EARS, frames, device=look.device), look.normal(EARS, 2 * frames - 1)
         lengths = torch.randint(1, frames + 1, (batch,), device=look.device, dtype=torch.int32)

@@ -55,11 +55,10 @@ def shipped_kernels() -> Iterator[Any]:
             yield from getattr(importlib.import_module(f"fastsmart.kernels.{module.name}"), "SHIPPED", [])
 
 
-def footprint(shipped: Any, architecture: str) -> Footprint:
-    """Compile one configuration and ask ptxas what it takes."""
+def compiled(shipped: Any, architecture: str) -> Any:
+    """One configuration, compiled: its `asm["ptx"]` and `metadata`."""
     import triton
     from triton.backends.compiler import GPUTarget
-    from triton.backends.nvidia.compiler import get_ptxas, sm_arch_from_capability
     from triton.compiler import ASTSource
 
     capability = int(architecture.removeprefix("sm_"))
@@ -71,10 +70,17 @@ def footprint(shipped: Any, architecture: str) -> Footprint:
     aligned = {(names.index(name),): [["tt.divisibility", 16]] for name in multiples}
     source = ASTSource(shipped.kernel, types | dict.fromkeys(constants, "constexpr"), constants, aligned)
     options = {"num_warps": shipped.num_warps, "enable_fp_fusion": True}
-    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+
+
+def footprint(shipped: Any, architecture: str) -> Footprint:
+    """Compile one configuration and ask ptxas what it takes."""
+    from triton.backends.nvidia.compiler import get_ptxas, sm_arch_from_capability
+
+    capability, kernel = int(architecture.removeprefix("sm_")), compiled(shipped, architecture)
     with tempfile.TemporaryDirectory() as folder:
         ptx = Path(folder, "kernel.ptx")
-        ptx.write_text(compiled.asm["ptx"])
+        ptx.write_text(kernel.asm["ptx"])
         # as Triton calls it, with -v for the numbers it keeps to itself until there is a device
         command = [get_ptxas(capability).path, "-v", f"--gpu-name={sm_arch_from_capability(capability)}"]
         done = subprocess.run([*command, str(ptx), "-o", os.devnull], capture_output=True, text=True, check=True)
@@ -82,7 +88,7 @@ def footprint(shipped: Any, architecture: str) -> Footprint:
     spills = re.findall(r"(\d+) bytes spill (?:stores|loads)", done.stderr)
     if registers is None or not spills:
         raise RuntimeError(f"ptxas said nothing of registers and spills: {done.stderr}")
-    return Footprint(int(registers[1]), sum(map(int, spills)), compiled.metadata.shared)
+    return Footprint(int(registers[1]), sum(map(int, spills)), kernel.metadata.shared)
 
 
 if __name__ == "__main__":

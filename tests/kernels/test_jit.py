@@ -96,6 +96,29 @@ def test_what_is_said_of_a_kernels_integers_is_true_of_its_launches(tmp_path):
     assert run.stdout.splitlines() == ["['rows']"] * 2
 
 
+def test_attention_reads_vectors(tmp_path):
+    """Keys and values come by asynchronous copies of 16 bytes, as the strides of the encoder's rows allow; taken for
+    any strides they would come number by number."""
+    pytest.importorskip("triton")
+    script = textwrap.dedent("""
+        import dataclasses
+        from fastsmart.kernels import aot, attention
+        shipped = attention.SHIPPED[0]
+        for case in (shipped, dataclasses.replace(shipped, aligned=())):
+            for architecture in ("sm_80", "sm_90", "sm_100"):
+                ptx = aot.compiled(case, architecture).asm["ptx"]
+                vectors = sum("cp.async" in line and "0x10" in line for line in ptx.splitlines())
+                print(architecture, vectors, ptx.count("ld.global.b16"))
+    """)
+    environment = os.environ | {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path / "cache")}
+    run = subprocess.run(
+        [sys.executable, "-P", "-c", script], capture_output=True, text=True, cwd=tmp_path, env=environment, check=True
+    )
+    counts = [tuple(map(int, line.split()[1:])) for line in run.stdout.splitlines()]
+    assert all(vectors >= 8 and not single for vectors, single in counts[:3]), run.stdout
+    assert all(single for _, single in counts[3:]), run.stdout
+
+
 def test_a_kernel_that_spills_fails(tmp_path):
     """16,384 numbers kept by one warp until their sum is known do not fit into its registers."""
     pytest.importorskip("triton")

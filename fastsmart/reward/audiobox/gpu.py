@@ -44,7 +44,7 @@ class BatchEncoder:
         self.table = relative_table(weights.bias).to(device)
         self.layers = [
             LayerWeights(
-                qkvg=here(w.qkvg),
+                qkvg=here(whole_blocks(w.qkvg)),
                 gate=w.gate.to(device),
                 out=here(w.out),
                 attention_norm=here(w.attention_norm, single),
@@ -103,7 +103,7 @@ class BatchEncoder:
         for layer in self.layers:
             qkvg = F.linear(x.to(self.dtype), *layer.qkvg)
             q, k, v = qkvg[..., : 3 * width].view(batch, FRAMES, 3, heads, -1).permute(2, 0, 3, 1, 4)
-            gate = gates(qkvg[..., 3 * width :].float(), layer.gate).transpose(1, 2)
+            gate = gates(qkvg[..., 3 * width : 3 * width + 2 * heads].float(), layer.gate).transpose(1, 2)
             y = gated_attention(q, k, v, gate, self.table, frames).transpose(1, 2).reshape(batch, FRAMES, width)
             x = _normalised(x + F.linear(y, *layer.out), layer.attention_norm)
             y = F.linear(F.gelu(F.linear(x.to(self.dtype), *layer.fc1)), *layer.fc2)
@@ -141,6 +141,17 @@ class _Graph:
         self.frames.copy_(frames)
         self.graph.replay()
         return self.means.clone()
+
+
+def whole_blocks(linear: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """A linear with outputs of zero added up to a multiple of 16.
+
+    Every row of its result then begins at a multiple of 16 numbers, so that the attention kernel, which reads slices of
+    it, may load eight numbers at once: 2,336 instead of 2,328 for Audiobox.
+    """
+    weight, bias = linear
+    more = -len(weight) % 16
+    return F.pad(weight, (0, 0, 0, more)), F.pad(bias, (0, more))
 
 
 def graph_sizes(batch_size: int) -> list[int]:
