@@ -1,14 +1,17 @@
 """The reference renderer: FluidSynth, driven through ctypes for float output and few calls.
 
-Four traps of the library shape this file, each seen with version 2.3.1:
+Five traps of the library shape this file, each seen with version 2.3.1:
 
 * A synth remembers. `system_reset` leaves old voices ringing, and every voice slot keeps the panning gain of the last
   note it played and glides from there to the next note's over 64 samples. So every clip gets a synth of its own,
   made in about a millisecond around the soundfont that stays loaded: what was rendered before cannot be heard.
 * In a new synth that gain is 0, so the first note of each slot would fade in. Hence the slots are warmed: they
   play unheard notes first. A sum of single notes then equals the chord, which is what a note bank relies on.
-* Events wait in a queue of 64 a voice until the next block of 64 samples; when it is full they are lost.
-  Polyphony and the number of notes struck in a block are chosen so that it cannot fill.
+* A note lasts 10 ms at least: an earlier note-off waits, and where it falls due in the block in which the voice was
+  switched off, the voice goes on and sounds its release. Slots are warmed with keys that are struck again and again,
+  which releases them; so voices are switched off until the synth says that none is active.
+* Events wait in a queue of 64 for each voice of the polyphony until the next block of 64 samples; when it is full they
+  are lost. The polyphony is chosen so that a chord of all notes of a piece fits; crowds are spread over blocks.
 * The samples of an SF3 file are decoded by libsndfile. A process that imported `soundfile` first decodes them with the
   copy in its wheel, 1e-5 away from the system's. So what must be equal to the last bit is rendered by the pool.
 
@@ -51,9 +54,10 @@ SUSTAIN = 64  # the controller
 MIN_VOICES, MAX_VOICES = 64, 1024
 PROBE_VOICES = 256
 STRIKE_CHUNK = 64 * BLOCK  # samples between looks whether a single note has died away
-# A struck voice costs up to 53 events (measured), a repeated key one more for each of its voices still sounding. With
-# room for twice the clip's voices and at most 32 strikes a block, that stays below the queue's 64 events a voice.
-STRIKES_PER_BLOCK = 32
+EVENTS_PER_VOICE = 64  # of the queue, for each voice of the polyphony
+SILENCE_BLOCKS = 100  # a note-off revives a voice once, so two or three are enough
+STRIKE_EVENTS = 60  # a struck voice costs 54 (measured), and a few more where it takes the place of another
+VOICE_EVENTS = 4  # what the end of a note or a pedal costs for each voice it concerns, at most
 
 PIN = "fluid_synth_pin_preset"  # since FluidSynth 2.2; the rest is older
 _PROTOTYPES: dict[str, tuple[Any, list[Any]]] = {
@@ -75,6 +79,8 @@ _PROTOTYPES: dict[str, tuple[Any, list[Any]]] = {
     "fluid_synth_noteon": (c_int, [c_void_p, c_int, c_int, c_int]),
     "fluid_synth_noteoff": (c_int, [c_void_p, c_int, c_int]),
     "fluid_synth_cc": (c_int, [c_void_p, c_int, c_int, c_int]),
+    "fluid_synth_set_reverb_on": (c_int, [c_void_p, c_int]),
+    "fluid_synth_set_chorus_on": (c_int, [c_void_p, c_int]),
     "fluid_synth_all_sounds_off": (c_int, [c_void_p, c_int]),
     "fluid_synth_get_active_voice_count": (c_int, [c_void_p]),
     "fluid_synth_write_float": (c_int, [c_void_p, c_int, c_void_p, c_int, c_int, c_void_p, c_int, c_int]),
@@ -192,12 +198,12 @@ class FluidSynthRenderer:
         At the synth's own rate and level. `blocks` must fit the window of the settings.
         """
         out = np.zeros((len(velocities), blocks * BLOCK), np.float32)
-        synth = self._new_synth(self._voices_per_note)
+        synth, queue = self._new_synth(self._voices_per_note)
         try:
             self._warm(synth, self._voices_per_note)
             for row, velocity in zip(out, velocities, strict=True):
                 done = min(off_block + 1, blocks) * BLOCK
-                self._perform(synth, ([0, off_block * BLOCK], [velocity, 0], [key, key]), done)
+                self._perform(synth, ([0, off_block * BLOCK], [velocity, 0], [key, key]), done, queue)
                 while done < row.size and self._library.fluid_synth_get_active_voice_count(synth):
                     chunk = min(STRIKE_CHUNK, row.size - done)
                     self._write(synth, done, chunk)
@@ -236,10 +242,10 @@ class FluidSynthRenderer:
         events = merge_events(start, stop, piece.pitch[heard], piece.velocity[heard], pedal)
         self._played = self._synth_samples(length)
         voices = len(start) * self._voices_per_note
-        synth = self._new_synth(voices)
+        synth, queue = self._new_synth(voices)
         try:
             self._warm(synth, min(voices, MAX_VOICES))
-            self._perform(synth, events, self._played)
+            self._perform(synth, events, self._played, queue)
         finally:
             self._delete_synth(synth)
         return score, length
@@ -248,39 +254,49 @@ class FluidSynthRenderer:
         """Samples the synth plays for a clip: whole blocks, and one more for the resampling filter to look ahead."""
         return (-(-length * self.settings.synth_rate // (self.settings.sample_rate * BLOCK)) + 1) * BLOCK
 
-    def _perform(self, synth: int, events: tuple[list[int], ...], length: int) -> None:
-        note_on, note_off = self._library.fluid_synth_noteon, self._library.fluid_synth_noteoff
-        position = strikes = 0
+    def _perform(self, synth: int, events: tuple[list[int], ...], length: int, queue: int) -> None:
+        """Play events into the first `length` samples of `_buffer`; where a block has more than `queue`, into the next.
+
+        Counts what events may cost at most: struck voices are taken to sound on until the end.
+        """
+        library, each = self._library, self._voices_per_note
+        position, room = 0, queue
+        struck, voices = [0] * 128, 0
         for at, velocity, key in zip(*events, strict=True):
             if at > position:
                 if at >= length:
                     break
                 self._write(synth, position, at - position)
-                position, strikes = at, 0
-            if velocity == 0:
-                note_off(synth, 0, key)
-                continue
-            if velocity < 0:
-                self._library.fluid_synth_cc(synth, 0, SUSTAIN, 127 if velocity == PEDAL_DOWN else 0)
-                continue
-            if strikes == STRIKES_PER_BLOCK:
+                position, room = at, queue
+            if velocity > 0:
+                cost = STRIKE_EVENTS * each + min(struck[key], queue // EVENTS_PER_VOICE)
+                struck[key] += each
+                voices += each
+            else:
+                cost = VOICE_EVENTS * (each if velocity == 0 else min(voices, queue // EVENTS_PER_VOICE))
+            if cost > room:
                 if position + BLOCK >= length:
                     break
                 self._write(synth, position, BLOCK)
-                position, strikes = position + BLOCK, 0
-            note_on(synth, 0, key, velocity)
-            strikes += 1
+                position, room = position + BLOCK, queue
+            room -= cost
+            if velocity > 0:
+                library.fluid_synth_noteon(synth, 0, key, velocity)
+            elif velocity == 0:
+                library.fluid_synth_noteoff(synth, 0, key)
+            else:
+                library.fluid_synth_cc(synth, 0, SUSTAIN, 127 if velocity == PEDAL_DOWN else 0)
         self._write(synth, position, length - position)
 
     def _write(self, synth: int, position: int, samples: int) -> None:
         self._library.fluid_synth_write_float(synth, samples, self._left, position, 1, self._right, position, 1)
 
-    def _new_synth(self, voices: int) -> int:
-        """A synth with room for twice as many voices, with the soundfont and its program."""
+    def _new_synth(self, voices: int) -> tuple[int, int]:
+        """A synth with room for twice as many voices, with the soundfont and its program; events its queue holds."""
         library = self._library
         if not self._finalizer.alive:
             raise RuntimeError("this renderer is closed")
-        polyphony = min(max(2 * voices, MIN_VOICES), MAX_VOICES)
+        polyphony = min(max(2 * voices, MIN_VOICES), MAX_VOICES) + self._voices_per_note
         library.fluid_settings_setint(self._options, b"synth.polyphony", polyphony)
         synth = library.new_fluid_synth(self._options)
         # Adding a font gives every channel its program: without this the drum kit would be decoded for each clip.
@@ -288,27 +304,37 @@ class FluidSynthRenderer:
             library.fluid_synth_unset_program(synth, channel)
         font_id = library.fluid_synth_add_sfont(synth, self._font)
         library.fluid_synth_program_select(synth, 0, font_id, 0, self.settings.program)
-        return synth
+        return synth, EVENTS_PER_VOICE * polyphony
 
     def _delete_synth(self, synth: int) -> None:
         self._library.fluid_synth_remove_sfont(synth, self._font)
         self._library.delete_fluid_synth(synth)
 
     def _warm(self, synth: int, voices: int) -> None:
-        """Let the first `voices` slots play an unheard note each, then silence them."""
-        library, keys = self._library, self._warm_keys
+        """Let the first `voices` slots play a note each that neither listeners nor effects hear, then silence them."""
+        library, keys, settings = self._library, self._warm_keys, self.settings
+        library.fluid_synth_set_reverb_on(synth, 0)  # it would ring on into the music
+        library.fluid_synth_set_chorus_on(synth, 0)
         for n in range(voices):
             library.fluid_synth_noteon(synth, 0, keys[n % len(keys)], 127)
             if library.fluid_synth_get_active_voice_count(synth) >= voices:
                 break
-            if n % STRIKES_PER_BLOCK == STRIKES_PER_BLOCK - 1:
+            if n % len(keys) == len(keys) - 1:
                 self._write(synth, 0, BLOCK)
         self._write(synth, 0, BLOCK)
         self._silence(synth)
+        library.fluid_synth_set_reverb_on(synth, int(settings.reverb))
+        library.fluid_synth_set_chorus_on(synth, int(settings.chorus))
 
     def _silence(self, synth: int) -> None:
-        self._library.fluid_synth_all_sounds_off(synth, 0)
-        self._write(synth, 0, BLOCK)  # voices that were switched off leave with the next block
+        """Switch off all voices, until none is active."""
+        library = self._library
+        for _ in range(SILENCE_BLOCKS):
+            library.fluid_synth_all_sounds_off(synth, 0)
+            self._write(synth, 0, BLOCK)  # voices that were switched off leave with the next block
+            if not library.fluid_synth_get_active_voice_count(synth):
+                return
+        raise RuntimeError("FluidSynth has voices that cannot be switched off")
 
     def _probe(self) -> tuple[int, list[int]]:
         """The most voices one note of the program uses, and up to 64 keys that sound, middle of the keyboard first."""

@@ -1,4 +1,7 @@
-"""Writes a soundfont of a few kilobytes: two velocity layers of one looped waveform each, that decay and release."""
+"""Writes a soundfont of a few kilobytes: two velocity layers of one looped waveform each, that decay and release.
+
+A stereo one plays each waveform in two voices, left and right, a little out of phase.
+"""
 
 from __future__ import annotations
 
@@ -12,16 +15,19 @@ LOOP = 100  # samples: A3 at 220.5 Hz
 ROOT_KEY = 57
 PARTIALS = ((1.0, 0.3, 0.1), (1.0, 0.0, 0.6, 0.3))  # of the soft and of the loud layer
 SPLIT = 64  # the first velocity of the loud layer
+APART = 0.2  # of a cycle, between the channels of a stereo font
 # SF2.04 generator numbers
 ATTACK, HOLD, DECAY, SUSTAIN, RELEASE, CUTOFF, MOD_TO_CUTOFF, MOD_RELEASE = 34, 35, 36, 37, 38, 8, 11, 30
+PAN, LEFT, RIGHT = 17, -500, 500
 INSTRUMENT, KEY_RANGE, VELOCITY_RANGE, SAMPLE_MODE, SAMPLE, ROOT = 41, 43, 44, 54, 53, 58
 
 
-def write_soundfont(path: Path, release_s: float = 0.3, moving_filter: bool = False) -> Path:
+def write_soundfont(path: Path, release_s: float = 0.3, moving_filter: bool = False, stereo: bool = False) -> Path:
     """Program 0 of bank 0 on all keys; with `moving_filter` a low-pass opens when a key is let go."""
+    pans = (LEFT, RIGHT) if stereo else (0,)
     samples, headers = [], b""
-    for name, partials in zip((b"soft", b"loud"), PARTIALS, strict=True):
-        phase = 2 * np.pi * np.arange(4 * LOOP) / LOOP
+    for name, partials, pan in _voices(pans):
+        phase = 2 * np.pi * (np.arange(4 * LOOP) / LOOP + APART * (pan == RIGHT))
         wave = sum(a * np.sin((k + 1) * phase) for k, a in enumerate(partials))
         begin = sum(map(len, samples))
         samples.append(np.concatenate([np.rint(wave / 2 * 30000), np.zeros(46)]).astype("<i2"))
@@ -29,8 +35,10 @@ def write_soundfont(path: Path, release_s: float = 0.3, moving_filter: bool = Fa
         headers += struct.pack("<20s5IBbHH", name, begin, *ends, RATE_HZ, ROOT_KEY, 0, 0, 1)
     headers += struct.pack("<20s5IBbHH", b"EOS", 0, 0, 0, 0, 0, 0, 0, 0, 0)
     zones = []
-    for layer, (low, high) in enumerate(((0, SPLIT - 1), (SPLIT, 127))):
-        zone = [_range(KEY_RANGE, 0, 127), _range(VELOCITY_RANGE, low, high)]
+    for sample, (name, _, pan) in enumerate(_voices(pans)):
+        layer = int(name == b"loud")
+        low, high = ((0, SPLIT - 1), (SPLIT, 127))[layer]
+        zone = [_range(KEY_RANGE, 0, 127), _range(VELOCITY_RANGE, low, high), _number(PAN, pan)]
         zone += [_number(HOLD, _timecents(0.2)), _number(DECAY, _timecents(6.0)), _number(SUSTAIN, 960)]
         zone += [_number(RELEASE, _timecents(release_s * (1 + layer)))]
         if moving_filter:
@@ -40,7 +48,7 @@ def write_soundfont(path: Path, release_s: float = 0.3, moving_filter: bool = Fa
                 _number(26, -1000),
                 _number(MOD_RELEASE, -3000),
             ]
-        zones.append([*zone, _number(SAMPLE_MODE, 1), _number(ROOT, ROOT_KEY), _number(SAMPLE, layer)])
+        zones.append([*zone, _number(SAMPLE_MODE, 1), _number(ROOT, ROOT_KEY), _number(SAMPLE, sample)])
     bags = np.cumsum([0, *map(len, zones)])
     pdta = _list(
         b"pdta",
@@ -60,6 +68,11 @@ def write_soundfont(path: Path, release_s: float = 0.3, moving_filter: bool = Fa
     sdta = _list(b"sdta", _chunk(b"smpl", np.concatenate(samples).tobytes()))
     path.write_bytes(_chunk(b"RIFF", b"sfbk" + info + sdta + pdta))
     return path
+
+
+def _voices(pans: tuple[int, ...]) -> list[tuple[bytes, tuple[float, ...], int]]:
+    """Name of the layer, partials and place of every voice of the font."""
+    return [(name, partials, pan) for name, partials in zip((b"soft", b"loud"), PARTIALS, strict=True) for pan in pans]
 
 
 def _chunk(name: bytes, content: bytes) -> bytes:
