@@ -79,8 +79,8 @@ def training_set() -> TrainingSet:
 
 def measured(source, notes: int, sizes: Sizes, seed: int, training: TrainingSet | None = None) -> dict[str, Draws]:
     batch, tokens = played(source, notes, seed)
-    good = np.arange(N) % 2 == 0
-    return diversity(batch, tokens, np.arange(N) % 6, resample_weights(N, 0, 300), training, good=good, sizes=sizes)
+    good, opening = np.arange(N) % 2 == 0, np.arange(N) // 3
+    return diversity(batch, tokens, opening, resample_weights(opening, 0, 300), training, good=good, sizes=sizes)
 
 
 def apart(a: Draws, b: Draws) -> float:
