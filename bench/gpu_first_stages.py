@@ -77,7 +77,7 @@ def sampler(look: Look) -> Iterator[Finding]:
         rollout = Rollout.gather(engine.stream(prompts, settings, (0,)), prompts, GROUP)
         with torch.no_grad():
             gaps = [
-                completion_logprobs(policy, batch, 1.0, dtype).logprob - batch.behaviour
+                completion_logprobs(policy, batch, 1.0, dtype).logprob - batch.sampler_logprobs
                 for batch in micro_batches(rollout, 16, policy.device)
             ]
         error = float(torch.cat(gaps).abs().exp().mean())
@@ -89,7 +89,7 @@ def sampler(look: Look) -> Iterator[Finding]:
         work = decoding_work(policy, rows, PROMPT, tokens, dtype.itemsize)
         case = f"{rows} x {tokens}, {dtype}"
         yield look.finding(case, us=us, work=work, dtype=dtype, tokens_per_s=1e6 * drawn / us)
-        (batch,) = engine.fixed.values()
+        (batch,) = engine.graph_batches.values()
         yield from _decode_steps(look, batch, dtype, min(16, tokens - 2))
 
 

@@ -25,7 +25,8 @@ def gated_attention(
     The bias of key j for query i is table[h, j - i + T - 1]. The kernel makes it where it is needed, so nothing of the
     size [B, H, T, T] is ever in memory; scores and softmax are float32.
 
-    q, k, v : [B, H, T, E], any strides as long as E is contiguous; the kernel reads vectors where they are multiples of 16
+    q, k, v : [B, H, T, E], any strides as long as E is contiguous; the kernel reads vectors where they are multiples of
+              16
     gate    : [B, H, T] float32
     table   : [H, 2 T - 1] float32
     lengths : [B] int32, each 1..T; of the queries all are computed

@@ -72,7 +72,7 @@ def objective(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Loss (a scalar), sums float64 [len(SUMS)] and peaks float64 [len(PEAKS)]; the loss is differentiable, once.
 
-    logprob, behaviour, reference, entropy [M]: as for `policy_loss`, tokens of a completion side by side
+    logprob, sampler_logprobs, reference, entropy [M]: as for `policy_loss`, tokens of a completion side by side
     advantage [N], offsets int64 [N + 1]: completion n holds tokens offsets[n] … offsets[n + 1] − 1; N >= 1
     """
     return _Objective.apply(

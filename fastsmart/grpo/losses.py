@@ -125,7 +125,8 @@ def policy_loss(
     """One micro-batch's share of the loss, a scalar to call backward on, and its statistics.
 
     logprob   [M]: of the sampled tokens under the policy, with gradient
-    behaviour [M]: under the distribution they were sampled from; a token where it is not finite is dropped and counted
+    sampler_logprobs [M]: under the distribution they were sampled from; a token where it is not finite is dropped and
+                   counted
     reference [M]: under the reference policy, or None without KL; with beta = 0 the KL is measured only
     advantage [N], sequence int64 [M]: token m belongs to completion sequence[m]; any order, but whole completions
     denominator  : `loss_denominator` of the whole optimizer batch. Add gradients over micro-batches and ranks (where

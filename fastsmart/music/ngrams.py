@@ -53,7 +53,7 @@ def ngrams(tokens: TokenBatch, n: int) -> Windows:
 
 
 def figures(notes: NoteBatch) -> Windows:
-    """The four-note figures of each clip as `reward.features` defines them: intervals, and steps in sixteenths.
+    """The four-note figures of each clip as `music.features` defines them: intervals, and steps in sixteenths.
 
     Notes go from left to right, then from low to high. A figure is the same in every key and at every tempo.
     """
