@@ -156,12 +156,8 @@ def effective_number_2(
     pairs = excerpts.known[:, None] & excerpts.known
     np.fill_diagonal(pairs, False)
     mean = pair_draws(excerpts.per_pair(squares, 0.0), pairs, weights, opening)
-    return Draws(_inverse(mean.value, size), _inverse(mean.draws, size))
-
-
-def _inverse(mean_square, size: int):
-    """From the mean square over pairs of different outputs to the effective number of all."""
-    return 1.0 / (1.0 / size + (1.0 - 1.0 / size) * mean_square)
+    value, draws = (1.0 / (1.0 / size + (1.0 - 1.0 / size) * m) for m in (np.float64(mean.value), mean.draws))
+    return Draws(float(value), draws)
 
 
 def _counts(notes: NoteBatch, excerpts: Excerpts) -> dict[str, np.ndarray]:
