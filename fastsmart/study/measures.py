@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -33,15 +33,20 @@ class Ruler:
     weights   : of `resample_weights`
     good_from : reward on the first soundfont from which an output counts as good: the median of the first policy's
     training  : the pieces it was trained on, None = not given
-    base      : the first policy, and the embedding fitted on its outputs; None = embeddings are not measured
+    base      : the first policy, the embedding fitted on its outputs, and their similarities; None = embeddings are not
+                measured
     sizes     : how much of each output is compared
+    first     : the outputs it was fitted on
+    measured  : what has been measured, so that nothing is twice
     """
 
     weights: np.ndarray
     good_from: float
     training: TrainingSet | None = None
-    base: tuple[Policy, Embedding] | None = None
+    base: tuple[Policy, Embedding, list[np.ndarray]] | None = None
     sizes: Sizes = SIZES
+    first: Outputs | None = None
+    measured: list[tuple[Outputs, dict[str, Draws]]] = field(default_factory=list)
 
     @staticmethod
     def fit(outputs: Outputs, training: TrainingSet | None = None, base: Policy | None = None) -> Ruler:
@@ -49,19 +54,27 @@ class Ruler:
         reward = next(iter(outputs.scores.values())).total
         known = reward[np.isfinite(reward)]
         good_from = float(np.median(known)) if len(known) else float("inf")
-        ruler = Ruler(resample_weights(prompt_numbers(outputs.prompts), BOOTSTRAP_SEED), good_from, training)
+        weights = resample_weights(prompt_numbers(outputs.prompts), BOOTSTRAP_SEED)
+        ruler = Ruler(weights, good_from, training, first=outputs)
         if base is None:
             return ruler
-        return replace(ruler, base=(base, Embedding.fit(_states(base, outputs, ruler.sizes))))
+        states = _states(base, outputs, ruler.sizes)
+        embedding = Embedding.fit(states)
+        return replace(ruler, base=(base, embedding, embedding.similarities(states)))
 
     def diversity(self, outputs: Outputs, notes: NoteBatch) -> dict[str, Draws]:
         """Every metric of `DIVERSITY` of outputs with these notes."""
+        for known, results in self.measured:
+            if known is outputs:
+                return results
         reward = next(iter(outputs.scores.values())).total
         embedded = None
         if self.base is not None:
-            policy, embedding = self.base
-            embedded = embedding.similarities(_states(policy, outputs, self.sizes))
-        return diversity(
+            policy, embedding, own = self.base
+            embedded = own
+            if outputs is not self.first:
+                embedded = embedding.similarities(_states(policy, outputs, self.sizes))
+        results = diversity(
             notes,
             outputs.completions,
             prompt_numbers(outputs.prompts),
@@ -72,6 +85,8 @@ class Ruler:
             embedded=embedded,
             sizes=self.sizes,
         )
+        self.measured.append((outputs, results))
+        return results
 
 
 def measure(

@@ -13,6 +13,7 @@ from fastsmart import Config, UserError
 from fastsmart.cli import main
 from fastsmart.config import merged, to_toml
 from fastsmart.music.diversity import DIVERSITY
+from fastsmart.music.rarefied import RAREFIED
 from fastsmart.policy.hf_format import save_policy
 from fastsmart.study.evaluate import Stage, evaluate, labelled
 from fastsmart.study.evaluation import Evaluation
@@ -45,6 +46,17 @@ def test_an_evaluation_is_whole_and_reads_back(two):
     assert {"p0: sampling", "p1: scoring on notes", "best of 3: sampling", "measuring"} <= {s for s, *_ in stages}
     assert all(found.metric("feature", name) for name in TABLE_FEATURES)
     assert all(found.metric("diversity", name) for name in DIVERSITY)
+    assert {m.name for m in found.diversity()} == set(RAREFIED)
+    pieces = {"rarefied_new_ngrams", "rarefied_training_distance"}  # the evaluation was given none
+    unknown = {m.name for m in found.diversity() if not all(np.isfinite(e.value) for e in m.values.values())}
+    alone = {name for name in RAREFIED if name.endswith("_within")}  # where no two prompts are equal
+    assert unknown == (pieces | alone if found.record["distinct_prompts"] == N else pieces)
+    for what, lengths in (("32 notes", "notes"), ("128 tokens", None)):
+        share = found.metric("share", f"outputs of fewer than {what}").values["p0"].value
+        outputs = found.outputs("p0")
+        held = outputs.notes(found.vocab, config.audio.max_seconds).counts if lengths else outputs.completions.lengths
+        assert share == pytest.approx(np.mean(held < int(what.split()[0])))
+    assert found.record["compared"]["notes"] == 32
     for metric in found.metrics:
         for e in metric.values.values():
             assert np.isnan(e.value) or e.low - 1e-6 <= e.value <= e.high + 1e-6, metric.name

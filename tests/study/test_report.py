@@ -55,6 +55,16 @@ def test_players_hold_the_outputs(page, evaluation):
     assert len(samples) / rate == pytest.approx(notes.end_s[1], abs=3.5)  # the last notes fade out
 
 
+def test_diversity_at_equal_size_stands_before_that_of_whole_outputs(page):
+    text = page.read_text()
+    titles = ["Diversity", "Diversity of whole outputs, which depends on how much they hold", "Faults"]
+    first, whole, faults = (text.index(f">{title}<") for title in titles)
+    assert first < whole < faults
+    assert "rarefied effective outputs" in text[first:whole]
+    assert "rarefied" not in text[whole:faults]
+    assert "effective outputs" in text[whole:faults]
+
+
 def test_figures_are_drawn_in_the_colours_of_the_page(page):
     text = page.read_text(encoding="utf-8")
     assert text.count("<svg") == 5
