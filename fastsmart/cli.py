@@ -287,30 +287,37 @@ def _listen(p: argparse.ArgumentParser) -> None:
     )
     make.add_argument("evaluation", help="folder of an evaluation")
     make.add_argument("--out", required=True, help="folder of the test")
-    make.add_argument("--design", choices=["rating", "ab"], default="rating", help="one clip at a time, or two")
+    make.add_argument(
+        "--design", choices=["rating", "ab", "sets"], default="rating", help="a clip at a time, two, or two sets"
+    )
     make.add_argument("--policy", action="append", help="label of a policy; repeatable; default: the first two")
-    make.add_argument("--prompts", type=int, default=15, help="default 15")
+    make.add_argument("--prompts", type=int, help="default 15; 36 for sets")
+    make.add_argument("--set-size", type=int, default=6, metavar="N", help="clips of a set; default 6")
     make.add_argument("--seconds", type=float, default=10.0, help="of each clip; default 10")
     make.add_argument("--checks", type=int, default=2, help="attention checks; default 2")
     make.add_argument("--repeats", type=int, default=2, help="trials that come twice; default 2")
-    make.add_argument("--question", default="", help="what is asked about every clip")
+    make.add_argument("--question", default="", help="what is asked of every trial; a rating is from bad to excellent")
     analyse = jobs.add_parser("analyse", help="what the listeners said")
     analyse.description = (
-        "Means, mixed models with listeners and prompts as random effects, tests, and the power for more listeners."
+        "Means, and differences between policies that hold for other listeners and prompts: both are random effects, "
+        "with by-listener slopes of the policy. Then the chance to find them again with more listeners."
     )
     analyse.add_argument("answers", nargs="+", help="files that listeners sent back, or folders of them")
     analyse.add_argument("--key", required=True, help="key.json of the test")
     analyse.add_argument("--out", default="", help="write all figures here as JSON")
     analyse.add_argument("--keep-inattentive", action="store_true", help="keep who failed an attention check")
     power = jobs.add_parser("power", help="how many listeners a difference needs")
+    power.description = (
+        "The chance that a test of the given size finds a difference at p < .05, for 5 to 50 listeners. Standard "
+        "deviations are points of rating or, for --design ab, log-odds of a choice."
+    )
     power.add_argument("--design", choices=["rating", "ab"], default="rating")
     power.add_argument(
         "--effect", type=float, required=True, help="points of rating, or chance to be chosen (0.5 = none)"
     )
-    power.add_argument(
-        "--sd", type=float, default=1.0, help="of one rating beside listener, prompt and clip; default 1"
-    )
+    power.add_argument("--sd", type=float, default=1.0, help="of one rating beside all else; not of ab; default 1")
     power.add_argument("--clip-sd", type=float, default=0.4, help="between clips of a policy; default 0.4")
+    power.add_argument("--taste-sd", type=float, default=0.4, help="between listeners' tastes for it; default 0.4")
     power.add_argument("--prompts", type=int, default=15, help="default 15")
 
 

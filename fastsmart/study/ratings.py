@@ -1,246 +1,178 @@
-"""What listeners answered, read back with the key and analysed."""
+"""What the answers of a listening test say: means, differences that hold for other listeners and prompts, and power."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import asdict
+from typing import Any
 
 import numpy as np
 from scipy import stats
 
 from fastsmart.errors import UserError
 from fastsmart.music.bootstrap import LEVEL
-from fastsmart.study.mixed import (
-    EFFECTS,
-    Effect,
-    MixedResult,
-    choice_power,
-    linear_mixed,
-    logistic_mixed,
-    rating_power,
-    sign_test,
-)
+from fastsmart.study.answers import Answer, Answers, Question, read_answers
+from fastsmart.study.mixed import crossed_mean, crossed_power, sign_test
 
-if TYPE_CHECKING:
-    import pandas as pd
+__all__ = ["LISTENERS", "analyse", "as_text", "read_answers"]
 
 LISTENERS = (5, 10, 15, 20, 30, 50)  # of the power table
-NO_PREFERENCE = "none"
-
-
-@dataclass(frozen=True)
-class Answers:
-    """The answers of all listeners, with the key put in.
-
-    table    : DataFrame, a row an answer about music, with `listener`, `prompt`, `repeat` and, for ratings, `policy`,
-               `clip` and `rating`; for choices `won`: 1 where the second policy was chosen, 0 the first, NaN neither
-    listeners : attention checks passed and asked, by listener
-    excluded : listeners left out of `table` because they failed a check
-    """
-
-    design: str
-    policies: list[str]
-    table: pd.DataFrame
-    listeners: dict[str, tuple[int, int]]
-    excluded: list[str]
-
-
-def read_answers(files: Sequence[str | Path], key_file: str | Path, keep_inattentive: bool = False) -> Answers:
-    """Listeners' files read with the key; of one listener's several files, the one with most answers counts.
-
-    Raises UserError naming the file that cannot be read or belongs to another test.
-    """
-    import pandas as pd
-
-    key = _json(key_file)
-    if not {"study", "clips", "trials", "checks", "policies", "design"} <= key.keys():
-        raise UserError(f"{key_file} is not the key of a listening test; it is the key.json that listen make wrote")
-    sessions: dict[str, dict[str, Any]] = {}
-    for file in files:
-        result = _json(file)
-        if not {"study", "listener", "answers", "session"} <= result.keys():
-            raise UserError(f"{file} holds no answers of a listening test")
-        if result["study"] != key["study"]:
-            raise UserError(f"{file} answers another listening test than the one of {key_file}")
-        kept = sessions.get(result["session"])
-        if kept is None or len(result["answers"]) > len(kept["answers"]):
-            sessions[result["session"]] = result | {"file": str(file)}
-    if not sessions:
-        raise UserError("no answers; name the files that listeners sent back")
-
-    rows, listeners, excluded = [], {}, []
-    for session, result in sorted(sessions.items()):
-        name = f"{result['listener']} {session[:6]}"
-        checks = [key["checks"][a["trial"]] == a["answer"] for a in result["answers"] if a["trial"] in key["checks"]]
-        listeners[name] = sum(checks), len(checks)
-        if not all(checks) and not keep_inattentive:
-            excluded.append(name)
-            continue
-        music = [answer for answer in result["answers"] if answer["trial"] not in key["checks"]]
-        rows += [{"listener": name} | _row(answer, key, result["file"]) for answer in music]
-    if not rows:
-        raise UserError("every listener failed an attention check; add --keep-inattentive to analyse them all the same")
-    return Answers(key["design"], key["policies"], pd.DataFrame(rows), listeners, excluded)
+QUESTIONS: dict[str, tuple[Question, ...]] = {
+    "rating": ("rating",),
+    "ab": ("choice",),
+    "sets": ("varied", "keep"),
+}
+OF_TWO = ("choice", "varied")  # questions that compare two policies
 
 
 def analyse(answers: Answers) -> dict[str, Any]:
-    """The analysis as a tree for JSON: means, mixed models with and without clips as an effect, tests, power."""
-    first = answers.table[~answers.table["repeat"]]
-    common: dict[str, Any] = {
+    """The analysis as a tree for JSON: for every question means, differences between policies and power.
+
+    Raises UserError where there are too few answers to compare two policies.
+    """
+    first = [a for a in answers.given if not a.repeat]
+    trials = {(a.listener, a.prompt, a.policy if a.question == "rating" else "") for a in first}
+    asked = {question: _question(question, first, answers) for question in QUESTIONS[answers.design]}
+    if not any(part["differences"] for part in asked.values()):
+        raise UserError("no answer tells the policies apart, so there is no difference to test; collect more")
+    return {
         "design": answers.design,
         "policies": answers.policies,
-        "listeners": first["listener"].nunique(),
+        "listeners": len({a.listener for a in first}),
         "excluded": answers.excluded,
-        "prompts": first["prompt"].nunique(),
-        "answers": len(first),
-        "steadiness": _steadiness(answers),
+        "prompts": len({a.prompt for a in first}),
+        "answers": len(trials),
+        "steadiness": _steadiness(answers.given),
+        "questions": asked,
     }
-    return common | (_ratings(answers, first) if answers.design == "rating" else _choices(first))
 
 
-def _ratings(answers: Answers, table: pd.DataFrame) -> dict[str, Any]:
+def _question(question: Question, first: list[Answer], answers: Answers) -> dict[str, Any]:
+    given = [a for a in first if a.question == question]
     base, *others = answers.policies
-    prompts = table["prompt"].nunique()
-    models = {
-        "listeners and prompts": linear_mixed(table, base),
-        "listeners, prompts and clips": linear_mixed(table, base, (*EFFECTS, "clip")),
-    }
-    careful = models["listeners, prompts and clips"]
-    return {
-        "means": {
-            policy: _mean_over_listeners(table[table["policy"] == policy], "rating") for policy in answers.policies
-        },
-        "models": {name: _tree(model) for name, model in models.items()},
+    pairs = [("", "")] if question in OF_TWO else [(base, other) for other in others]
+    tables = {other: _differences(given, *pair) for other, pair in zip(others, pairs, strict=True)}
+    effects = {other: crossed_mean(table) for other, table in tables.items() if np.nan_to_num(table).any()}
+    described: dict[str, Any] = _choices(given) if question in OF_TWO else {"means": _means(given, answers.policies)}
+    return described | {
+        "differences": {other: asdict(effect) for other, effect in effects.items()},
         "power": {
-            policy: {n: rating_power(careful.effects[policy].estimate, careful.spread, n, prompts) for n in LISTENERS}
-            for policy in others
+            other: {n: crossed_power(e.estimate, e.spread, n, e.prompts) for n in LISTENERS}
+            for other, e in effects.items()
         },
     }
 
 
-def _choices(table: pd.DataFrame) -> dict[str, Any]:
-    made = table.dropna(subset=["won"])
-    won, lost = int((made["won"] == 1).sum()), int((made["won"] == 0).sum())
-    share = made.groupby("listener")["won"].mean()
-    for_second, for_first = int((share > 0.5).sum()), int((share < 0.5).sum())
-    interval = stats.binomtest(won, won + lost).proportion_ci(LEVEL) if won + lost else None
-    model = logistic_mixed(made.assign(won=made["won"].astype(int)))
-    preference = won / (won + lost) if won + lost else 0.5
-    effect = model.intercept
+def _means(given: list[Answer], policies: list[str]) -> dict[str, dict[str, float]]:
+    by_policy = {policy: [a for a in given if a.policy == policy] for policy in policies}
+    return {policy: _mean_over_listeners(answers) for policy, answers in by_policy.items() if answers}
+
+
+def _differences(given: list[Answer], base: str, other: str) -> np.ndarray:
+    """What each listener said of `other` minus `base` on each prompt, [L, P], NaN where one is missing.
+
+    Answers that compare two policies are differences already; for them both labels are "".
+    """
+    listeners = {name: i for i, name in enumerate(dict.fromkeys(a.listener for a in given))}
+    prompts = {name: j for j, name in enumerate(dict.fromkeys(a.prompt for a in given))}
+    values = np.full((2, len(listeners), len(prompts)), np.nan)
+    for a in given:
+        if a.policy in (base, other):
+            values[int(a.policy == other), listeners[a.listener], prompts[a.prompt]] = a.value
+    return values[1] if base == other else values[1] - values[0]
+
+
+def _choices(given: list[Answer]) -> dict[str, Any]:
+    won, lost = sum(a.value > 0 for a in given), sum(a.value < 0 for a in given)
+    by_listener: dict[str, float] = defaultdict(float)
+    for a in given:
+        by_listener[a.listener] += a.value
+    second, first = sum(v > 0 for v in by_listener.values()), sum(v < 0 for v in by_listener.values())
     return {
         "won": won,
         "lost": lost,
-        "no_preference": len(table) - len(made),
-        "share_won": {"value": preference, "low": interval.low, "high": interval.high} if interval else None,
-        "sign_test_p": sign_test(won, lost),
-        "listeners_for": {"second": for_second, "first": for_first, "sign_test_p": sign_test(for_second, for_first)},
-        "model": _tree(model)
-        | {"chance_to_win": dict(zip(("value", "low", "high"), map(_logistic, _triple(effect)), strict=True))},
-        "power": {n: choice_power(preference, n, table["prompt"].nunique()) for n in LISTENERS},
+        "no_preference": len(given) - won - lost,
+        "listeners_for": {"second": second, "first": first, "sign_test_p": sign_test(second, first)},
     }
 
 
 def as_text(result: dict[str, Any]) -> str:
     """The analysis in sentences for a person."""
     base, *others = result["policies"]
+    unit = "pairs of sets" if result["design"] == "sets" else "prompts"
     lines = [
-        f"{result['listeners']} listeners, {result['prompts']} prompts, {result['answers']} answers"
+        f"{result['listeners']} listeners, {result['prompts']} {unit}, {result['answers']} answers"
         + (f"; left out for failed attention checks: {', '.join(result['excluded'])}" if result["excluded"] else "")
     ]
-    if result["design"] == "rating":
-        for policy, m in result["means"].items():
-            lines.append(f"  {policy}: mean rating {m['value']:.2f} [{m['low']:.2f}, {m['high']:.2f}]")
-        for name, model in result["models"].items():
-            for policy, e in model["effects"].items():
-                lines.append(
-                    f"  {policy} over {base}, mixed model with {name}: {e['estimate']:+.2f} "
-                    f"[{e['low']:+.2f}, {e['high']:+.2f}], p = {e['p']:.2g}"
-                )
-        powers = result["power"]
-    else:
-        other, share = others[0], result["share_won"]
-        lines.append(
-            f"  {other} chosen over {base} {result['won']} times, the reverse {result['lost']} times, no preference "
-            f"{result['no_preference']} times; sign test p = {result['sign_test_p']:.2g}"
-        )
-        if share:
-            lines.append(
-                f"  share of choices for {other}: {share['value']:.0%} [{share['low']:.0%}, {share['high']:.0%}]"
-            )
-        chance = result["model"]["chance_to_win"]
-        lines.append(
-            f"  mixed logistic model, chance that {other} is chosen: {chance['value']:.0%} "
-            f"[{chance['low']:.0%}, {chance['high']:.0%}], p = {result['model']['intercept']['p']:.2g}"
-        )
-        powers = {other: result["power"]}
-    for policy, table in powers.items():
-        shown = ", ".join(f"{n}: {power:.0%}" for n, power in table.items())
-        lines.append(f"  power to find this difference of {policy} again, by number of listeners: {shown}")
+    for question, part in result["questions"].items():
+        say = {"rating": _of_ratings, "keep": _of_keeping, "choice": _of_choices, "varied": _of_choices}[question]
+        lines += say(part, base, others, question)
+        for other in others:
+            if other not in part["differences"]:
+                lines.append(f"  no answer tells {other} from {base} here")
+                continue
+            shown = ", ".join(f"{n}: {power:.0%}" for n, power in part["power"][other].items())
+            lines.append(f"  chance to find this difference of {other} again, by number of listeners: {shown}")
     if result["steadiness"] is not None:
         lines.append(f"  repeated trials answered alike: {result['steadiness']:.0%}")
     return "\n".join(lines)
 
 
-def _row(answer: dict[str, Any], key: dict[str, Any], file: str) -> dict[str, Any]:
-    trial = key["trials"].get(answer["trial"])
-    if trial is None or any(clip not in key["clips"] for clip in answer["clips"]):
-        raise UserError(f"{file} has an answer to a trial the key does not know; was it edited?")
-    clips = {clip: key["clips"][clip] for clip in answer["clips"]}
-    prompt = next(iter(clips.values()))["prompt"]
-    if key["design"] == "rating":
-        policy = next(iter(clips.values()))["policy"]
-        rating = {"policy": policy, "clip": f"{policy} {prompt}", "rating": float(answer["answer"])}
-        return {"prompt": prompt, "repeat": trial["repeat"]} | rating
-    chosen = answer["answer"]
-    won = np.nan if chosen == NO_PREFERENCE else float(clips[chosen]["policy"] == key["policies"][1])
-    return {"prompt": prompt, "repeat": trial["repeat"], "won": won}
+def _of_ratings(part: dict[str, Any], base: str, others: list[str], question: str) -> Iterable[str]:
+    yield from (f"  {policy}: mean rating {_in_brackets(m, '.2f')}" for policy, m in part["means"].items())
+    for other, e in part["differences"].items():
+        yield f"  {other} over {base}: {_in_brackets(e, '+.2f')} points, {_of_test(e)}"
 
 
-def _steadiness(answers: Answers) -> float | None:
-    """Share of repeated trials answered as the first time: the same choice, or ratings at most one apart."""
-    rating = answers.design == "rating"
-    by = ["listener", "prompt"] + (["policy"] if rating else [])
-    value = "rating" if rating else "won"
-    again = answers.table[answers.table["repeat"]].merge(answers.table[~answers.table["repeat"]], on=by)
-    if not len(again):
-        return None
-    pairs = again[[f"{value}_x", f"{value}_y"]].fillna(0.5).to_numpy()
-    return float((np.abs(pairs[:, 0] - pairs[:, 1]) <= (1 if rating else 0)).mean())
+def _of_keeping(part: dict[str, Any], base: str, others: list[str], question: str) -> Iterable[str]:
+    for policy, m in part["means"].items():
+        yield f"  {policy}: one to keep in {_in_brackets(m, '.0%')} of the sets"
+    for other, e in part["differences"].items():
+        yield f"  {other} over {base}: {_in_brackets(e, '+.0%')} of the sets, {_of_test(e)}"
 
 
-def _mean_over_listeners(table: pd.DataFrame, column: str) -> dict[str, float]:
+def _of_choices(part: dict[str, Any], base: str, others: list[str], question: str) -> Iterable[str]:
+    (other,), listeners = others, part["listeners_for"]
+    chosen = "chosen over" if question == "choice" else "called more varied than"
+    yield (
+        f"  {other} {chosen} {base} {part['won']} times, the reverse {part['lost']} times, neither "
+        f"{part['no_preference']} times"
+    )
+    yield f"  mostly for {other}: {listeners['second']} listeners; mostly for {base}: {listeners['first']}"
+    for e in part["differences"].values():
+        share = {name: min(max((1 + e[name]) / 2, 0.0), 1.0) for name in ("estimate", "low", "high")}
+        yield f"  share for {other}, neither counted half to each: {_in_brackets(share, '.0%')}, {_of_test(e)}"
+
+
+def _in_brackets(number: dict[str, Any], form: str) -> str:
+    value = number["value"] if "value" in number else number["estimate"]
+    return f"{value:{form}} [{number['low']:{form}}, {number['high']:{form}}]"
+
+
+def _of_test(effect: dict[str, Any]) -> str:
+    return f"p = {effect['p']:.2g} (over listeners and prompts; {effect['pairs']} comparisons)"
+
+
+def _steadiness(given: list[Answer]) -> float | None:
+    """Share of repeated answers that are as the first: the same choice, or ratings at most one point apart."""
+
+    def place(a: Answer) -> tuple[str, str, str, str]:
+        return a.listener, a.prompt, a.question, a.policy
+
+    before = {place(a): a.value for a in given if not a.repeat}
+    again = [(a, before[place(a)]) for a in given if a.repeat and place(a) in before]
+    apart = [abs(a.value - value) <= (a.question == "rating") for a, value in again]
+    return float(np.mean(apart)) if apart else None
+
+
+def _mean_over_listeners(given: list[Answer]) -> dict[str, float]:
     """Mean of the listeners' means, with Student's t interval over listeners."""
-    means = table.groupby("listener")[column].mean().to_numpy()
+    by_listener: dict[str, list[float]] = defaultdict(list)
+    for a in given:
+        by_listener[a.listener].append(a.value)
+    means = np.array([np.mean(values) for values in by_listener.values()])
     half = 0.0
     if len(means) > 1:
         half = stats.t.ppf(0.5 + LEVEL / 2, len(means) - 1) * means.std(ddof=1) / np.sqrt(len(means))
     return {"value": float(means.mean()), "low": float(means.mean() - half), "high": float(means.mean() + half)}
-
-
-def _tree(model: MixedResult) -> dict[str, Any]:
-    def one(e: Effect) -> dict[str, float]:
-        return {"estimate": e.estimate, "error": e.error, "low": e.low, "high": e.high, "p": e.p}
-
-    effects = {policy: one(e) for policy, e in model.effects.items()}
-    return asdict(model) | {"intercept": one(model.intercept), "effects": effects}
-
-
-def _triple(e: Effect) -> tuple[float, float, float]:
-    return e.estimate, e.low, e.high
-
-
-def _logistic(x: float) -> float:
-    return float(1 / (1 + np.exp(-x)))
-
-
-def _json(file: str | Path) -> dict[str, Any]:
-    try:
-        tree = json.loads(Path(file).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot read {file}: {error}") from error
-    if not isinstance(tree, dict):
-        raise UserError(f"{file} holds no answers of a listening test")
-    return tree

@@ -5,8 +5,10 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from listeners import made
 
 from fastsmart import Config
 from fastsmart.config import merged
@@ -35,6 +37,26 @@ def evaluation(tmp_path_factory) -> Evaluation:
     }
     sources = ["base=pop909-tiny", str(folder / "tuned")]
     return evaluate(sources, folder / "e", merged(Config(), small), 8, 2)
+
+
+@pytest.fixture(scope="session")
+def long_enough(evaluation):
+    """Prompts on which both tiny policies play five seconds."""
+    ends = [evaluation.outputs(label).notes(evaluation.vocab).end_s for label in ("base", "tuned")]
+    assert (np.stack(ends) >= 5).all(axis=0).sum() >= 3
+    return evaluation
+
+
+@pytest.fixture(scope="session")
+def rating_test(long_enough, tmp_path_factory):
+    return made(long_enough, tmp_path_factory.mktemp("rating") / "t")
+
+
+@pytest.fixture(scope="session")
+def sets_test(long_enough, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("sets")
+    settings = {"design": "sets", "prompts": 4, "set_size": 2, "repeats": 1, "checks": 1}
+    return made(long_enough, folder / "t", **settings)
 
 
 @pytest.fixture

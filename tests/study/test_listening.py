@@ -2,46 +2,24 @@
 
 from __future__ import annotations
 
-import base64
 import io
 import json
 import re
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import soundfile
 from browsing import until
+from listeners import SMALL, answered, is_one_sentence, judged, made, sound
 from pyloudnorm import Meter
 
 from fastsmart import UserError
 from fastsmart.cli import main
-from fastsmart.study.listening import ListeningSettings, make_test, trials_of
-from fastsmart.study.ratings import analyse, as_text, read_answers
-
-SMALL = {"prompts": 3, "seconds": 5.0}
-
-
-@pytest.fixture(scope="module")
-def long_enough(evaluation):
-    """Prompts on which both tiny policies play five seconds."""
-    ends = [evaluation.outputs(label).notes(evaluation.vocab).end_s for label in ("base", "tuned")]
-    assert (np.stack(ends) >= 5).all(axis=0).sum() >= 3
-    return evaluation
-
-
-def made(evaluation, folder, **settings):
-    page, key = make_test(evaluation, folder, ListeningSettings(**(SMALL | settings)))
-    text = page.read_text(encoding="utf-8")
-    return text, json.loads(re.search(r'id="notes">(.*?)</script>', text).group(1)), json.loads(key.read_text())
-
-
-@pytest.fixture(scope="module")
-def rating_test(long_enough, tmp_path_factory):
-    return made(long_enough, tmp_path_factory.mktemp("rating") / "t")
-
-
-def sound(url: str) -> bytes:
-    return base64.b64decode(url.split(",", 1)[1])
+from fastsmart.study.answers import read_answers
+from fastsmart.study.listening import KEEP_QUESTION, QUESTIONS, RATINGS, ListeningSettings, make_test, trials_of
+from fastsmart.study.ratings import analyse, as_text
 
 
 def test_the_key_holds_openings_not_rows(long_enough, tmp_path):
@@ -61,7 +39,7 @@ def test_the_page_says_nothing_of_what_the_clips_are(rating_test, long_enough):
     assert set(data["clips"]) - set(key["clips"]) != set(), "tones have no origin"
     assert all(re.fullmatch("[0-9a-f]{16}", name) for name in data["clips"])
     assert list(data["clips"]) == sorted(data["clips"])
-    assert all(set(trial) == {"id", "clips", "check"} for trial in data["trials"])
+    assert all(set(trial) == {"id", "clips", "check", "block"} for trial in data["trials"])
 
 
 def test_clips_cannot_be_told_apart_by_size_length_level_or_tags(rating_test):
@@ -79,6 +57,17 @@ def test_clips_cannot_be_told_apart_by_size_length_level_or_tags(rating_test):
     assert len(shapes) == 1
     assert np.ptp(loudness) < 0.5
     assert np.mean(loudness) == pytest.approx(key["loudness_lufs"], abs=0.3)
+
+
+def test_question_and_scale_speak_of_the_same(rating_test):
+    """ITU-T P.800 names a scale of quality with these five words; "enjoy" would ask for another one."""
+    _, data, _ = rating_test
+    assert [text.split(maxsplit=1) for text in data["scale"]] == [
+        [str(k), word] for k, word in enumerate(("bad", "poor", "fair", "good", "excellent"), 1)
+    ]
+    assert data["question"].startswith("How good is")
+    assert "enjoy" not in data["question"]
+    assert data["scale"] == list(RATINGS)
 
 
 @pytest.mark.parametrize("design", ["rating", "ab"])
@@ -103,13 +92,16 @@ def test_every_clip_is_asked_for_once_and_some_twice(rating_test):
     assert sum(t["repeat"] for t in key["trials"].values()) == 2
 
 
-def answered(data, key, listener: str, answer, session: str) -> dict:
-    """What a listener's page would save."""
-    answers = [
-        {"trial": t["id"], "clips": t["clips"], "answer": key["checks"].get(t["id"]) or answer(t["clips"])}
-        for t in data["trials"]
-    ]
-    return {"study": data["study"], "listener": listener, "session": session, "answers": answers}
+def test_who_stops_early_has_compared_the_policies_on_most_of_what_was_heard():
+    """A block holds both clips of five prompts: after half the trials at most five prompts are without their pair."""
+    names = [f"{policy} {prompt}" for policy in "ab" for prompt in range(20)]
+    trials, _ = trials_of(names, 2, 20, ListeningSettings("rating", 20, checks=0, repeats=0))
+    for block in range(4):
+        heard = [t["clips"][0].split() for t in trials if t["block"] == block]
+        assert len(heard) == 10
+        assert len({prompt for _, prompt in heard}) == 5
+    again, _ = trials_of([*names, *"12345"], 2, 20, ListeningSettings("rating", 20, checks=4, repeats=4))
+    assert {t["block"] for t in again} == {0, 1, 2, 3}
 
 
 def test_ratings_come_back_to_their_policies(rating_test, tmp_path, capsys):
@@ -136,12 +128,13 @@ def test_ratings_come_back_to_their_policies(rating_test, tmp_path, capsys):
     assert result["answers"] == 36
     assert result["excluded"] == ["careless ffffff"]
     assert "careless" in said
-    for model in result["models"].values():
-        assert model["effects"]["tuned"]["estimate"] == pytest.approx(
-            result["means"]["tuned"]["value"] - result["means"]["base"]["value"]
-        )
-        assert model["effects"]["tuned"]["low"] > 0
-    assert result["power"]["tuned"]["50"] > 0.9
+    part = result["questions"]["rating"]
+    found = part["differences"]["tuned"]
+    assert found["estimate"] == pytest.approx(part["means"]["tuned"]["value"] - part["means"]["base"]["value"])
+    assert found["low"] > 0
+    assert found["pairs"] == 18
+    assert part["power"]["tuned"]["50"] > 0.9
+    assert said.count("p = ") == 1
 
 
 def test_choices_come_back_to_their_policies(long_enough, tmp_path):
@@ -156,13 +149,83 @@ def test_choices_come_back_to_their_policies(long_enough, tmp_path):
         files.append(tmp_path / f"{k}.json")
         files[-1].write_text(json.dumps(answered(data, key, f"l{k}", choose, f"{k}" * 16)))
     answers = read_answers(files, tmp_path / "ab" / "key.json")
-    first = answers.table[~answers.table["repeat"]]
     odd = sum(prompt % 2 for prompt in favourite)
-    assert (first["won"] == 1).sum() == 3 * odd
+    assert sum(a.value == 1 for a in answers.given if not a.repeat) == 3 * odd
     result = analyse(answers)
-    assert (result["won"], result["lost"], result["no_preference"]) == (3 * odd, 3 * (3 - odd), 3)
+    part = result["questions"]["choice"]
+    assert (part["won"], part["lost"], part["no_preference"]) == (3 * odd, 3 * (3 - odd), 3)
+    assert part["differences"]["tuned"]["estimate"] == pytest.approx((2 * odd - 3) * 3 / 12, abs=0.1)
     assert result["steadiness"] == 1
-    assert "mixed logistic model" in as_text(result)
+    # the four agree on every clip, and there are three: this says little of other clips
+    assert part["differences"]["tuned"]["p"] > 0.2
+    assert "share for tuned" in as_text(result)
+    assert as_text(result).count("p = ") == 1
+
+
+def test_sets_are_of_the_same_prompts_and_asked_about_as_sets(sets_test):
+    text, data, key = sets_test
+    without_audio = re.sub(r"base64,[A-Za-z0-9+/=]+", "", text)
+    assert "tuned" not in without_audio
+    assert data["question"] == "Which SET of two is more varied?"
+    assert data["keep_question"] == "Would you keep one of the two of set"
+    assert QUESTIONS["sets"] == "Which SET of six is more varied?"
+    assert "one of the six" in KEEP_QUESTION
+    by_place = {(o["policy"], o["prompt"]): o["prompts"] for o in key["clips"].values()}
+    assert set(by_place) == {(policy, number) for policy in ("base", "tuned") for number in (0, 1)}
+    assert all(by_place["base", n] == by_place["tuned", n] for n in (0, 1))
+    assert len({i for prompts in by_place.values() for i in prompts}) == 4
+    lengths = {name: soundfile.info(io.BytesIO(sound(url))).duration for name, url in data["clips"].items()}
+    assert all(lengths[name] == pytest.approx(2 * 5 + 1, abs=0.2) for name in key["clips"])
+    assert len({len(data["clips"][name]) for name in key["clips"]}) == 1
+
+
+def test_a_set_is_its_clips_one_after_the_other_with_a_pause(sets_test):
+    _, data, key = sets_test
+    name = next(iter(key["clips"]))
+    samples, rate = soundfile.read(io.BytesIO(sound(data["clips"][name])))
+    level = [
+        float(np.sqrt((samples[int(a * rate) : int(b * rate)] ** 2).mean())) for a, b in ((0, 5), (5.3, 5.7), (6, 11))
+    ]
+    assert min(level[0], level[2]) > 100 * level[1]
+    assert level[0] == pytest.approx(level[2], rel=0.5)
+
+
+def test_judgements_of_sets_come_back_to_their_policies(sets_test, tmp_path):
+    _, data, key = sets_test
+    (tmp_path / "key.json").write_text(json.dumps(key))
+    files = []
+    for k, (varied, keep) in enumerate(
+        [("base", {"base"}), ("base", {"base", "tuned"}), ("base", set()), ("", {"base"})]
+    ):
+        files.append(tmp_path / f"{k}.json")
+        files[-1].write_text(json.dumps(answered(data, key, f"l{k}", judged(key, varied, keep), f"{k}" * 16)))
+    result = analyse(read_answers(files, tmp_path / "key.json"))
+    varied, keep = result["questions"]["varied"], result["questions"]["keep"]
+    assert result["answers"] == 4 * 2
+    assert (varied["won"], varied["lost"], varied["no_preference"]) == (0, 6, 2)
+    assert varied["differences"]["tuned"]["estimate"] == pytest.approx(-0.75)
+    assert (keep["means"]["base"]["value"], keep["means"]["tuned"]["value"]) == (0.75, 0.25)
+    assert keep["differences"]["tuned"]["estimate"] == pytest.approx(-0.5)
+    assert result["steadiness"] == 1
+    said = as_text(result)
+    assert "tuned called more varied than base 0 times, the reverse 6 times" in said
+    assert "base: one to keep in 75%" in said
+
+
+def test_an_answer_that_all_agree_on_is_said_and_the_others_analysed(sets_test, tmp_path):
+    _, data, key = sets_test
+    (tmp_path / "key.json").write_text(json.dumps(key))
+    files = [tmp_path / f"{k}.json" for k in range(3)]
+    for k, file in enumerate(files):
+        tell = judged(key, "base" if k else "tuned", {"base", "tuned"})
+        file.write_text(json.dumps(answered(data, key, f"l{k}", tell, f"{k}" * 16)))
+    result = analyse(read_answers(files, tmp_path / "key.json"))
+    assert result["questions"]["keep"]["differences"] == {}
+    assert "no answer tells tuned from base here" in as_text(result)
+    for file in files:
+        file.write_text(json.dumps(answered(data, key, "l", judged(key, "", set()), file.stem * 16)))
+    with pytest.raises(UserError, match="no answer tells the policies apart"):
+        analyse(read_answers(files, tmp_path / "key.json"))
 
 
 def test_what_is_wrong_is_said_in_one_sentence(long_enough, rating_test, tmp_path):
@@ -179,9 +242,60 @@ def test_what_is_wrong_is_said_in_one_sentence(long_enough, rating_test, tmp_pat
         make_test(long_enough, tmp_path / "t", ListeningSettings(design="ab"), ["base", "tuned", "best of 2"])
     with pytest.raises(UserError, match="seconds"):
         ListeningSettings(seconds=1)
+    with pytest.raises(UserError, match="multiple"):
+        ListeningSettings("sets", prompts=15)
+    with pytest.raises(UserError, match="set-size"):
+        ListeningSettings("sets", prompts=20, set_size=20)
     made(long_enough, tmp_path / "t", prompts=1)
     with pytest.raises(UserError, match="key would be lost"):
         make_test(long_enough, tmp_path / "t", ListeningSettings(**SMALL))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        *(["--effect", "0.3", "--prompts", n] for n in ("0", "-5", "1", "99999999")),
+        *([f"--effect={bad}"] for bad in ("nan", "inf", "-inf")),
+        *(["--design", "ab", f"--effect={bad}"] for bad in ("1.5", "0", "1", "-0.2", "nan")),
+        *(
+            ["--effect", "0.3", name, bad]
+            for name in ("--sd", "--clip-sd", "--taste-sd")
+            for bad in ("-1", "nan", "inf")
+        ),
+    ],
+)
+def test_power_of_impossible_numbers_is_refused(options, capsys):
+    assert main(["listen", "power", *options]) == 2
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert is_one_sentence(said.err, "--")
+
+
+def test_analysis_needs_nothing_but_what_fastsmart_is_installed_with():
+    code = (
+        "import sys; sys.modules['pandas'] = sys.modules['statsmodels'] = None; from fastsmart.cli import main;"
+        "import fastsmart.study.ratings; sys.exit(main(['listen', 'power', '--effect', '0.5']))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "20 listeners" in done.stdout
+
+
+def test_hostile_questions_and_labels_do_not_become_part_of_the_page(long_enough, tmp_path, browser):
+    """The question is shown as it was typed; labels and paths are not in the page at all."""
+    evil = "</script><img src=x onerror=\"document.title='owned'\"><b>Which?</b> [red]x[/red] ${7*7}"
+    folder = tmp_path / "<img src=x onerror=alert(1)>"
+    text, data, _ = made(long_enough, folder, prompts=1, checks=0, repeats=0, question=evil)
+    assert data["question"] == evil
+    assert evil not in text
+    assert "onerror=alert" not in text
+    tab = browser.new_page()
+    tab.goto((folder / "page" / "listen.html").as_uri())
+    tab.fill("#listener", evil[:40])
+    tab.click("#start")
+    assert tab.locator("#choices legend").inner_text() == evil
+    assert tab.locator("#choices img, #choices b").count() == 0
+    assert tab.title() == "Listening test"
 
 
 def hear(tab) -> None:
@@ -193,9 +307,10 @@ def hear(tab) -> None:
     until(tab, "!document.querySelector('#choices input').disabled")
 
 
-@pytest.mark.parametrize("design", ["rating", "ab"])
+@pytest.mark.parametrize("design", ["rating", "ab", "sets"])
 def test_a_listener_answers_leaves_and_comes_back(browser, long_enough, tmp_path, design):
-    _, data, _ = made(long_enough, tmp_path / "t", design=design, prompts=1, checks=1, repeats=0)
+    prompts = 2 if design == "sets" else 1
+    _, data, _ = made(long_enough, tmp_path / "t", design=design, prompts=prompts, checks=1, repeats=0, set_size=2)
     said = []
     context = browser.new_context(accept_downloads=True)
     tab = context.new_page()
@@ -210,8 +325,10 @@ def test_a_listener_answers_leaves_and_comes_back(browser, long_enough, tmp_path
     for k in range(trials):
         assert tab.locator("#place").inner_text() == f"{k + 1} of {trials}"
         hear(tab)
-        tab.locator("#choices input").nth(1).focus()
-        tab.keyboard.press("Space")
+        for question in tab.locator("#choices fieldset").all():
+            assert tab.locator("#next").is_disabled()
+            question.locator("input").nth(1).focus()
+            tab.keyboard.press("Space")
         if k == 0:
             tab.locator("#next").click()
             tab.close()
@@ -230,5 +347,5 @@ def test_a_listener_answers_leaves_and_comes_back(browser, long_enough, tmp_path
     assert sorted(a["trial"] for a in result["answers"]) == sorted(t["id"] for t in data["trials"])
     assert all(min(a["heard_s"]) >= 4 for a in result["answers"])
     answers = read_answers([saved], tmp_path / "t" / "key.json", keep_inattentive=True)
-    assert len(answers.table) == trials - 1
+    assert len(answers.given) == (trials - 1) * (3 if design == "sets" else 1)
     assert said == []

@@ -37,19 +37,46 @@ function save() {
 let state = load();
 const show = (id) => ["welcome", "trial", "end"].forEach((other) => ($(other).hidden = other !== id));
 
+// Block by block, so that whoever stops early has heard all policies on most of the prompts heard.
+function ordered(trials) {
+  const blocks = shuffle([...new Set(trials.map((trial) => trial.block))]);
+  return blocks.flatMap((block) => shuffle(trials.filter((trial) => trial.block === block)));
+}
+
 function begin() {
-  const trials = test.trials.map((trial) => ({ id: trial.id, clips: shuffle(trial.clips) }));
+  const trials = ordered(test.trials).map((trial) => ({ id: trial.id, clips: shuffle(trial.clips) }));
   state = {
     study: test.study,
     design: test.design,
     listener: $("listener").value.trim() || `listener-${random(1e9)}`,
     session: [...crypto.getRandomValues(new Uint8Array(8))].map((b) => b.toString(16).padStart(2, "0")).join(""),
     began: new Date().toISOString(),
-    order: shuffle(trials),
+    order: trials,
     answers: [],
   };
   save();
   ask();
+}
+
+// What is asked of a trial: the name of each answer, the question, and what may be answered.
+function questions(clips, names, check) {
+  const pair = clips.map((clip, i) => [clip, test.design === "sets" && !check ? `Set ${names[i]}` : names[i]]);
+  if (check && clips.length > 1) return [["answer", "Attention check: which of the two has more tones?", pair]];
+  const scale = test.scale.map((text, i) => [i + 1, check ? `${i + 1}` : text]);
+  if (check) return [["answer", "Attention check: how many tones do you hear? Choose that number.", scale]];
+  if (test.design === "rating") return [["answer", test.question, scale]];
+  if (test.design === "ab") return [["answer", test.question, [...pair, ["none", "No preference"]]]];
+  const keep = clips.map((clip, i) => [clip, `${test.keep_question} ${names[i]}?`, [["yes", "Yes"], ["no", "No"]]]);
+  return [["varied", test.question, [...pair, ["none", "No difference"]]], ...keep];
+}
+
+function answered(asked, clips, check) {
+  const values = Object.fromEntries(
+    asked.map(([name]) => [name, document.querySelector(`#choices input[name="${name}"]:checked`).value]),
+  );
+  if (test.design === "sets" && !check)
+    return { varied: values.varied, keep: Object.fromEntries(clips.map((clip) => [clip, values[clip] === "yes"])) };
+  return clips.length > 1 ? values.answer : Number(values.answer);
 }
 
 function ask() {
@@ -65,11 +92,8 @@ function ask() {
   $("place").textContent = `${done + 1} of ${state.order.length}`;
   $("progress").max = state.order.length;
   $("progress").value = done;
-  $("question").textContent = !check
-    ? test.question
-    : clips.length > 1
-      ? "Attention check: which of the two has more tones?"
-      : "Attention check: how many tones do you hear? Choose that number.";
+  const needed_s = HEARD * (check ? test.check_seconds : test.seconds);
+  const asked = questions(clips, names, check);
   $("hint").textContent = clips.length > 1 ? "Listen to both to answer." : "Listen to answer.";
   $("next").disabled = true;
 
@@ -87,7 +111,7 @@ function ask() {
       const step = audio.currentTime - last;
       if (step > 0 && step < 1) heard[i] += step; // a jump is not listening
       last = audio.currentTime;
-      if (heard.every((seconds) => seconds >= HEARD * test.seconds))
+      if (heard.every((seconds) => seconds >= needed_s))
         document.querySelectorAll("#choices input").forEach((input) => (input.disabled = false));
     });
     return audio;
@@ -95,34 +119,38 @@ function ask() {
   $("players").replaceChildren(
     ...audios.flatMap((audio, i) => {
       const title = document.createElement("h3");
-      title.textContent = names[i];
+      title.textContent = test.design === "sets" && !check ? `Set ${names[i]}` : names[i];
       return clips.length > 1 ? [title, audio] : [audio];
     }),
   );
 
-  const options =
-    clips.length > 1
-      ? [...clips.map((clip, i) => [clip, names[i]]), ...(check ? [] : [["none", "No preference"]])]
-      : test.scale.map((text, i) => [i + 1, check ? `${i + 1}` : text]);
+  const open = () => asked.some(([name]) => !document.querySelector(`#choices input[name="${name}"]:checked`));
   $("choices").replaceChildren(
-    ...options.map(([value, text]) => {
-      const label = document.createElement("label");
-      const input = document.createElement("input");
-      label.className = "choice";
-      Object.assign(input, { type: "radio", name: "answer", value, disabled: true });
-      input.addEventListener("change", () => ($("next").disabled = false));
-      label.append(input, ` ${text}`);
-      return label;
+    ...asked.map(([name, question, options]) => {
+      const field = document.createElement("fieldset");
+      const legend = document.createElement("legend");
+      legend.textContent = question;
+      const labels = options.map(([value, text]) => {
+        const label = document.createElement("label");
+        const input = document.createElement("input");
+        label.className = "choice";
+        Object.assign(input, { type: "radio", name, value, disabled: true });
+        input.addEventListener("change", () => ($("next").disabled = open()));
+        label.append(input, ` ${text}`);
+        return label;
+      });
+      field.append(legend, ...labels);
+      return field;
     }),
   );
 
   $("next").onclick = () => {
-    const value = document.querySelector("#choices input:checked").value;
+    const value = answered(asked, clips, check);
     audios.forEach((audio) => audio.pause());
     state.answers.push({
       trial: id,
       clips,
-      answer: clips.length > 1 ? value : Number(value),
+      answer: value,
       plays,
       heard_s: heard.map((seconds) => Math.round(seconds * 10) / 10),
       seconds: Math.round((performance.now() - began) / 100) / 10,
@@ -154,9 +182,12 @@ function finish() {
   };
 }
 
-const pairs = test.design === "ab";
-$("count").textContent = `${test.trials.length} ${pairs ? "pairs of clips" : "clips"} of ${test.seconds} seconds`;
-$("minutes").textContent = Math.ceil((test.trials.length * (test.seconds * (pairs ? 2 : 1) + 5)) / 60);
+const pairs = test.design !== "rating";
+const what = { rating: "clips", ab: "pairs of clips", sets: "pairs of sets" }[test.design];
+$("count").textContent = `${test.trials.length} ${what} of ${test.seconds} seconds`;
+const total_s = test.trials.reduce(
+  (sum, trial) => sum + (trial.check ? test.check_seconds : test.seconds) * (pairs ? 2 : 1) + 5, 0);
+$("minutes").textContent = Math.ceil(total_s / 60);
 $("start").onclick = begin;
 if (state && state.study === test.study) ask();
 else show("welcome");
