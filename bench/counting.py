@@ -26,7 +26,7 @@ from fastsmart.policy.transformer import Policy, PolicySize
 from fastsmart.reward.audiobox import gpu
 from fastsmart.reward.audiobox.architecture import FRAMES, WINDOW, Size, encoder_shapes
 from fastsmart.reward.audiobox.encoder import encoder_weights
-from fastsmart.sampling import SamplingSettings, cuda_graph_batch, native, sampler
+from fastsmart.sampling import SamplingSettings, cuda_graph_batch, decoder_weights, native, sampler
 from fastsmart.tokens.prompts import procedural
 from fastsmart.tokens.vocabulary import load_vocabulary
 from fastsmart.trainer.update import MicroBatch, completion_logprobs
@@ -138,10 +138,12 @@ def sampling_work(job: Job, dtype: torch.dtype = torch.bfloat16, static_cache: b
     """The native sampler, really run, so for small jobs only; `static_cache` as where a step is recorded and
     replayed."""
     vocab = load_vocabulary("smart")
-    with patch.object(native, "_packing_library", lambda weight: ""):  # as on a GPU
+    with patch.object(decoder_weights, "_packing_library", lambda weight: ""):  # as on a GPU
         engine = native.NativeEngine(Policy(make_size(job), vocab), dtype=dtype, static_cache=static_cache)
-    engine.eos = -1  # no such token
-    prompts, settings = procedural(vocab, job.clips // GROUP, seed=0).tokens, SamplingSettings(max_tokens=job.tokens)
+    prompts, settings = (
+        procedural(vocab, job.clips // GROUP, seed=0).tokens,
+        SamplingSettings(max_tokens=job.tokens, ignore_eos=True),
+    )
     list(engine.stream(prompts, settings, (0,)))  # makes the cache
     with counting() as work:
         list(engine.stream(prompts, settings, (0,)))

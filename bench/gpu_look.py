@@ -12,7 +12,7 @@ from harness import Ceilings, Work, measured_ceilings, timed
 from torch import Tensor
 
 from fastsmart.kernels.jit import INTERPRETED, triton
-from fastsmart.machine.cuda_graph import Recorder
+from fastsmart.machine.cuda_graph import GraphCapture
 
 Finding = dict[str, Any]
 Check = Callable[["Look"], Iterator[Finding]]
@@ -31,7 +31,7 @@ class Look:
     quick: bool = False
     profile: bool = False
     _ceilings: dict[torch.dtype, Ceilings] = field(default_factory=dict)
-    _recorder: Recorder = field(default_factory=Recorder)
+    _capture: GraphCapture = field(default_factory=GraphCapture)
 
     @property
     def on_gpu(self) -> bool:
@@ -71,7 +71,7 @@ class Look:
         they fit. Without a GPU, as it is called."""
         if not self.on_gpu:
             return self.launched_us(job)
-        graph, _ = self._recorder(lambda: [job() for _ in range(times)])
+        graph, _ = self._capture(lambda: [job() for _ in range(times)])
         return self.launched_us(graph.replay) / times
 
     def finding(

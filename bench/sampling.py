@@ -37,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     given = parse(options, {"tokens": 64, "runs": 5}, arguments)
     policy, dtype = paper_policy(given.device), compute_dtype(given.device)
     rows, prompts = given.prompts * GROUP, procedural(policy.vocab, given.prompts, seed=0).tokens
-    settings = SamplingSettings(group=GROUP, max_tokens=given.tokens, max_rows=rows)
+    settings = SamplingSettings(group=GROUP, max_tokens=given.tokens, max_rows=rows, ignore_eos=True)
     engines: list[Engine] = []
 
     def engine(name: str) -> dict[str, Job]:
@@ -62,7 +62,6 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
 
 
 def draws(engine: Any, prompts: TokenBatch, settings: SamplingSettings) -> Job:
-    engine.eos = -1  # no such token
     seeds = itertools.count()
 
     def job() -> None:

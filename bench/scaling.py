@@ -142,10 +142,9 @@ class PolicyRun:
         size = PolicySize(VOCABULARY, job.width, 4 * job.width, job.layers, job.width // 64, job.width // 64)
         self.policy = Policy(size, vocab).initialise(torch.Generator().manual_seed(0)).eval().to(device)
         self.engine = NativeEngine(self.policy)
-        self.engine.eos = -1  # no such token: every completion has its full length
         self.optimizer = make_optimizer(self.policy, 1e-6, (0.9, 0.999), 0.0)
         self.prompts = procedural(vocab, job.clips // GROUP, seed=0).tokens
-        self.settings = SamplingSettings(group=GROUP, max_tokens=job.tokens, max_rows=job.clips)
+        self.settings = SamplingSettings(group=GROUP, max_tokens=job.tokens, max_rows=job.clips, ignore_eos=True)
 
     def sample(self) -> None:
         self.rollout = Rollout.gather(self.engine.stream(self.prompts, self.settings, (0,)), self.prompts, GROUP)
@@ -185,9 +184,10 @@ def shipped_pieces(clips: int, tokens: int) -> list[np.ndarray]:
     """Pieces of the shipped policy: a prompt of four tokens, and `tokens` more."""
     policy = load_policy("pop909-tiny")
     engine = NativeEngine(policy)
-    engine.eos = -1  # no such token: every piece has all its tokens
     prompts = procedural(policy.vocab, clips, seed=0, time_signatures=["4/4"], tempo_range=(60.0, 90.0)).tokens
-    rollout = Rollout.gather(engine.stream(prompts, SamplingSettings(group=1, max_tokens=tokens), (0,)), prompts, 1)
+    rollout = Rollout.gather(
+        engine.stream(prompts, SamplingSettings(group=1, max_tokens=tokens, ignore_eos=True), (0,)), prompts, 1
+    )
     return [rollout.sequence(i) for i in range(clips)]
 
 

@@ -140,6 +140,5 @@ def played(pieces: int, tokens: int = 256) -> tuple[Rollout, Any]:
 
     policy = load_policy("pop909-tiny")
     prompts = procedural(policy.vocab, pieces, seed=0, time_signatures=["4/4"], tempo_range=(60.0, 90.0)).tokens
-    engine, settings = NativeEngine(policy), SamplingSettings(group=1, max_tokens=tokens)
-    engine.eos = -1  # no such token: every piece has its full length
+    engine, settings = NativeEngine(policy), SamplingSettings(group=1, max_tokens=tokens, ignore_eos=True)
     return Rollout.gather(engine.stream(prompts, settings, (0,)), prompts, 1), policy.vocab

@@ -126,7 +126,7 @@ def step_config(options: argparse.Namespace, checkpoint: Path, audiobox: Path) -
         paper,
         policy=PolicySettings(str(checkpoint), device=options.device, dtype="float32"),
         prompts=PromptSettings(time_signatures=("4/4",), tempo_min=60.0, tempo_max=100.0),
-        sampling=replace(paper.sampling, group=options.group, max_tokens=options.tokens),
+        sampling=replace(paper.sampling, group=options.group, max_tokens=options.tokens, ignore_eos=True),
         audio=replace(paper.audio, soundfont=str(find_soundfont(options.soundfont))),
         reward=replace(paper.reward, audiobox_checkpoint=str(audiobox)),
         train=replace(paper.train, prompts=options.prompts, threads=options.threads),
@@ -178,14 +178,6 @@ class OwnStep:
         self.cores = affinity()  # of this thread while it trains: on a GPU one core, which the next contender takes too
         self.worker.rejoin_cores()
         self.scheduler = RolloutScheduler(self.worker)
-        engine, load = self.worker.engine, self.worker.engine.load
-
-        def load_endless(policy: Policy, version: int) -> None:
-            load(policy, version)
-            engine.eos = -1  # type: ignore[attr-defined]  # no such token: every completion has its full length
-
-        engine.load = load_endless  # type: ignore[method-assign]
-        engine.load(sampler, version)
         self.notes = NoteBatch.empty(0)
 
     def step(self) -> Times:

@@ -15,7 +15,7 @@ from fastsmart.audio.settings import RenderSettings
 from fastsmart.errors import UserError
 from fastsmart.grpo.settings import LossSettings
 from fastsmart.reward.settings import RewardSettings
-from fastsmart.sampling.rollout import SamplingSettings
+from fastsmart.sampling.settings import SamplingSettings
 from fastsmart.tokens.prompts import PromptSettings
 from fastsmart.trainer.settings import PolicySettings, TrainSettings
 

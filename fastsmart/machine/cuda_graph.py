@@ -11,7 +11,7 @@ import torch
 _ONE_AT_A_TIME = threading.Lock()  # sampler and scorer record in threads of their own
 
 
-class Recorder:
+class GraphCapture:
     """Records the graphs of one consumer, all on one stream and in one pool of memory.
 
     One stream, since cuBLAS keeps 32 MiB of workspace for each that it meets, and graphs recorded on the same stream

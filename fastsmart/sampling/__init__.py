@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from fastsmart.sampling.rollout import ENGINES, Completion, Engine, Rollout, SamplingSettings
+from fastsmart.sampling.rollout import Completion, Engine, Rollout
+from fastsmart.sampling.settings import ENGINES, SamplingSettings
 from fastsmart.tokens.token_batch import TokenBatch
 
 if TYPE_CHECKING:

@@ -10,7 +10,6 @@ Shape letters: R rows, C new tokens of each at most, S slots of the cache, E hea
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -19,26 +18,28 @@ from torch import Tensor
 
 from fastsmart.kernels.decode_step import add_normalised, attend_next, gated
 from fastsmart.kernels.sample import sample_next
+from fastsmart.machine.cuda_graph import GraphCapture
+from fastsmart.sampling.decoder_weights import DecoderWeights
 from fastsmart.sampling.kv_cache import LayerCache
-from fastsmart.sampling.rollout import SamplingSettings
 from fastsmart.sampling.sampler import truncated
-
-if TYPE_CHECKING:
-    from fastsmart.sampling.native import NativeEngine
+from fastsmart.sampling.settings import SamplingSettings
 
 LOOK_EVERY = 16  # steps; what ends is handed on that late, and the GPU waits for the host that rarely
 
 
 class GraphBatch:
-    """R sequences of an engine, whose weights stay where they are when `load` replaces them.
+    """R sequences decoded with these weights, which stay where they are when `load` replaces them.
 
-    slots : at least those of the longest prompt and C
+    capture : records the decode step on a GPU
+    slots   : at least those of the longest prompt and C
     """
 
-    def __init__(self, engine: NativeEngine, rows: int, slots: int, settings: SamplingSettings) -> None:
-        size, device, tokens = engine.size, engine.embed.device, settings.max_tokens
-        self.engine, self.settings = engine, settings
-        self.rope = torch.view_as_real(engine.rope)  # [positions, E / 2, 2]
+    def __init__(
+        self, weights: DecoderWeights, capture: GraphCapture, rows: int, slots: int, settings: SamplingSettings
+    ) -> None:
+        size, device, tokens = weights.size, weights.device, settings.max_tokens
+        self.weights, self.settings = weights, settings
+        self.rope = torch.view_as_real(weights.rope)  # [positions, E / 2, 2]
         self.left = torch.zeros(rows, dtype=torch.int64, device=device)  # slots of padding before the prompt
         self.token = torch.zeros(rows, dtype=torch.int64, device=device)  # drawn last
         self.place = torch.zeros(2, dtype=torch.int64, device=device)
@@ -48,11 +49,11 @@ class GraphBatch:
         self.logprobs = torch.zeros(rows, tokens, device=device)
         shape = (2, rows, size.num_kv_heads, slots, size.head_size)
         # zeros, so that slots nobody has written yet weigh nothing
-        self.cache = [LayerCache(torch.zeros(shape, dtype=engine.dtype, device=device), None) for _ in engine.layers]
+        self.cache = [LayerCache(torch.zeros(shape, dtype=weights.dtype, device=device), None) for _ in weights.layers]
         self.count = 0  # `column`, as the host knows it
         self.step: Callable[[], None] = self._step
         if device.type == "cuda":
-            self.graph, _ = engine.recorder(self._step)  # what this leaves behind, `begin` overwrites
+            self.graph, _ = capture(self._step)  # what this leaves behind, `begin` overwrites
             self.step = self.graph.replay
 
     def begin(self, ids: Tensor, left: Tensor | None, uniform: np.ndarray) -> None:
@@ -66,7 +67,7 @@ class GraphBatch:
         self.slot.fill_(ids.shape[1])
         self.column.zero_()
         self.uniform.copy_(torch.from_numpy(uniform))
-        self._sample(self.engine.forward(ids, self.cache, 0, left))
+        self._sample(self.weights.forward(ids, self.cache, 0, left))
         self.column.fill_(1)
         self.count = 1
 
@@ -83,9 +84,9 @@ class GraphBatch:
 
     def _step(self) -> None:
         """Let the policy read `token` and draw the next."""
-        engine, size = self.engine, self.engine.size
-        x, more = F.embedding(self.token, engine.embed), None
-        for layer, kept in zip(engine.layers, self.cache, strict=True):
+        weights, size = self.weights, self.weights.size
+        x, more = F.embedding(self.token, weights.embed), None
+        for layer, kept in zip(weights.layers, self.cache, strict=True):
             qkv = layer.qkv(add_normalised(x, more, size.rms_norm_eps, x.dtype))
             y = attend_next(qkv, kept.kv, self.rope, self.slot, self.left, size.num_heads)
             gate_up = layer.gate_up(add_normalised(x, layer.out(y), size.rms_norm_eps, x.dtype))
@@ -94,6 +95,6 @@ class GraphBatch:
         self.place += 1
 
     def _sample(self, hidden: Tensor) -> None:
-        logits, temperature = truncated(self.engine.head(hidden), self.settings)
+        logits, temperature = truncated(self.weights.head(hidden), self.settings)
         # an undefined token is found when the host looks
         sample_next(logits, self.uniform, self.column, self.sampled, self.logprobs, self.token, temperature)

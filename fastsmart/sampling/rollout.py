@@ -6,58 +6,17 @@ Shape letters: P prompts, G completions a prompt, N = P x G completions, L token
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
 from fastsmart.errors import UserError
-from fastsmart.sampling.vllm_config import VllmSettings
+from fastsmart.sampling.settings import SamplingSettings
 from fastsmart.tokens.token_batch import TokenBatch
 
 if TYPE_CHECKING:
     from fastsmart.policy.transformer import Policy
-
-ENGINES = ("native", "vllm")
-
-
-@dataclass(frozen=True)
-class SamplingSettings:
-    """How completions are drawn.
-
-    engine      : "native" (fastsmart's own) or "vllm"
-    group       : completions of each prompt, the group its advantages are relative to
-    max_tokens  : completion length at most, EOS included
-    temperature : of the softmax; the log-probs that come back are those of the tempered distribution
-    top_k, top_p : 0 and 1.0 are off; both truncate the distribution, and training, whose loss is over all of it,
-                  refuses them
-    max_rows    : sequences decoded side by side (memory: one KV cache row each)
-    cuda_graph  : whether the native engine records a decode step on a GPU and replays it
-    vllm        : what only the engine "vllm" reads
-    """
-
-    engine: str = "native"
-    group: int = 8
-    max_tokens: int = 256
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
-    max_rows: int = 256
-    cuda_graph: bool = True
-    vllm: VllmSettings = field(default_factory=VllmSettings)
-
-    def __post_init__(self) -> None:
-        if self.engine not in ENGINES:
-            raise UserError(f"sampling.engine is {self.engine!r}; choose one of {', '.join(ENGINES)}")
-        for key in ("group", "max_tokens", "max_rows"):
-            if getattr(self, key) < 1:
-                raise UserError(f"sampling.{key} is {getattr(self, key)}; it must be at least 1")
-        if not self.temperature > 0:
-            raise UserError(f"sampling.temperature is {self.temperature}; it must be above 0")
-        if self.top_k < 0 or not 0 < self.top_p <= 1:
-            raise UserError(
-                f"sampling.top_k {self.top_k} and top_p {self.top_p}: use 0 and 1.0 for off, top_p in (0, 1]"
-            )
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastsmart.kernels.sample import sample_tokens
-from fastsmart.sampling.rollout import SamplingSettings
+from fastsmart.sampling.settings import SamplingSettings
 
 
 def sample_token(logits: Tensor, uniform: Tensor, settings: SamplingSettings) -> tuple[Tensor, Tensor]:

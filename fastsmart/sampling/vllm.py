@@ -26,7 +26,8 @@ from torch import Tensor
 from fastsmart.errors import UserError
 from fastsmart.policy.hf_format import CONFIG_FILE, to_hf_config
 from fastsmart.policy.transformer import Policy
-from fastsmart.sampling.rollout import Completion, SamplingSettings, check_prompts, not_finite
+from fastsmart.sampling.rollout import Completion, check_prompts, not_finite
+from fastsmart.sampling.settings import SamplingSettings
 from fastsmart.sampling.vllm_config import (
     VllmMemory,
     check_api,

@@ -1,4 +1,4 @@
-"""What can be known about a vLLM engine before it exists: its settings, its memory, whether its version will do.
+"""What can be known about a vLLM engine before it exists: its memory, its requests, whether its version will do.
 
 No torch and no vLLM here, so that reading a config and `--dry-run` stay instant.
 """
@@ -11,43 +11,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fastsmart.errors import UserError
+from fastsmart.sampling.settings import SamplingSettings
 
 if TYPE_CHECKING:
     from fastsmart.policy.transformer import PolicySize
-    from fastsmart.sampling.rollout import SamplingSettings
 
 OLDEST, TOO_NEW = "0.32", "0.34"  # the releases fastsmart is written for: 0.32 and 0.33
 WANTED = f"vllm>={OLDEST},<{TOO_NEW}"
 PROMPT_ROOM = 64  # prompt tokens the KV cache is sized for; longer prompts fit too, with fewer sequences side by side
 MAX_TRANSFER_BYTES = 2**30  # vLLM's own default for a packed buffer
-
-
-@dataclass(frozen=True)
-class VllmSettings:
-    """How vLLM is run; the rest is in `SamplingSettings`.
-
-    kv_cache_bytes : size of its KV cache; 0 = what `sampling.max_rows` completions of full length need, no more
-    sleep          : GPU only: move its weights to the host and drop its KV cache between two rollouts, so that the
-                     trainer has the memory
-    server         : address of a vLLM server on GPUs of its own, such as http://127.0.0.1:8000; "" = in this process
-    transfer_host, transfer_port : where this process and the server's workers meet for the weights (NCCL)
-    """
-
-    kv_cache_bytes: int = 0
-    sleep: bool = False
-    server: str = ""
-    transfer_host: str = "127.0.0.1"
-    transfer_port: int = 29600
-
-    def __post_init__(self) -> None:
-        if self.kv_cache_bytes < 0:
-            raise UserError(f"vllm.kv_cache_bytes is {self.kv_cache_bytes}; it must be 0 (computed) or above")
-        if not 0 < self.transfer_port < 2**16:
-            raise UserError(f"vllm.transfer_port is {self.transfer_port}; it must be from 1 to 65535")
-        if self.server and not self.server.startswith(("http://", "https://")):
-            raise UserError(f"vllm.server is {self.server!r}; write it as http://HOST:PORT")
-        if self.server and self.sleep:
-            raise UserError("vllm.sleep frees memory this process shares with vLLM; with vllm.server it shares none")
 
 
 @dataclass(frozen=True)
@@ -105,8 +77,7 @@ def weight_count(size: PolicySize) -> int:
 
 
 def request_fields(settings: SamplingSettings, seed: tuple[int, ...], eos: int) -> dict[str, Any]:
-    """vLLM's sampling parameters of one completion, which has a random stream of its own; with a negative `eos` nothing
-    but `max_tokens` ends it."""
+    """vLLM's sampling parameters of one completion, which has a random stream of its own."""
     return {
         "temperature": settings.temperature,
         "top_k": settings.top_k,
@@ -114,7 +85,7 @@ def request_fields(settings: SamplingSettings, seed: tuple[int, ...], eos: int) 
         "max_tokens": settings.max_tokens,
         "seed": int(np.random.SeedSequence(seed).generate_state(1, np.uint32)[0]),
         "ignore_eos": True,  # vLLM knows no tokenizer; the end is a stop token like any other
-        "stop_token_ids": [eos] if eos >= 0 else [],
+        "stop_token_ids": [] if settings.ignore_eos else [eos],
         "logprobs": 0,  # of the token drawn, no others
         "detokenize": False,
     }

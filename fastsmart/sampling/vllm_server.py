@@ -22,7 +22,8 @@ import torch.nn.functional as F
 
 from fastsmart.errors import UserError
 from fastsmart.policy.transformer import Policy
-from fastsmart.sampling.rollout import Completion, SamplingSettings, check_prompts, not_finite
+from fastsmart.sampling.rollout import Completion, check_prompts, not_finite
+from fastsmart.sampling.settings import SamplingSettings
 from fastsmart.sampling.vllm_config import request_fields
 from fastsmart.tokens.token_batch import TokenBatch
 

@@ -77,7 +77,7 @@ def test_what_the_encoder_hears_does_not_depend_on_the_neighbours_to_the_last_bi
 
 @pytest.mark.skipif(not int8_is_fast(), reason="no 8-bit products here")
 def test_a_batch_takes_the_next_larger_graph_and_all_are_recorded_beforehand(checkpoint: Path) -> None:
-    """With a recorder whose replays do the job again, as a GPU's would, into the tensors of the first time."""
+    """With captured graphs whose replays do the job again, as a GPU's would, into the tensors of the first time."""
 
     class Replayed:
         def __init__(self, job: Callable[[], torch.Tensor]) -> None:
@@ -88,13 +88,13 @@ def test_a_batch_takes_the_next_larger_graph_and_all_are_recorded_beforehand(che
 
     recorded: list[int] = []
 
-    def recorder(job: Callable[[], torch.Tensor]) -> tuple[Replayed, torch.Tensor]:
+    def capture(job: Callable[[], torch.Tensor]) -> tuple[Replayed, torch.Tensor]:
         graph = Replayed(job)
         recorded.append(len(graph.result))
         return graph, graph.result
 
     encoder = load_reward("audiobox", checkpoint=checkpoint, dtype="float16", batch_size=6).encoder
-    encoder.recorder = recorder
+    encoder.capture = capture
     rng = np.random.default_rng(0)
     windows = [rng.normal(size=rng.integers(2_000, 40_000)).astype(np.float32) for _ in range(6)]
     with torch.inference_mode():

@@ -95,7 +95,13 @@ def test_memory_is_used_again_for_other_prompts_weights_and_numbers(vocab):
     engine, settings = NativeEngine(first, static_cache=True), SamplingSettings(group=4, max_tokens=70)
     sampled(engine, settings)
     (batch,) = engine.graph_batches.values()
-    held = [batch.token, batch.sampled, batch.cache[0].kv, engine.embed, *(m.weight for m in engine._matrices())]
+    held = [
+        batch.token,
+        batch.sampled,
+        batch.cache[0].kv,
+        engine.weights.embed,
+        *(m.weight for m in engine.weights.matrices()),
+    ]
     where = [tensor.data_ptr() for tensor in held]
     engine.load(second, 4)
     shorter = TokenBatch.pack([[1], [21], [400], [21]])

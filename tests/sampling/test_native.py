@@ -1,5 +1,7 @@
 """The native engine draws from the policy's distribution and says with which probability."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -58,6 +60,18 @@ def test_compaction_and_chunks_do_not_change_what_is_drawn(vocab):
     for i, length in enumerate(together.lengths):
         np.testing.assert_array_equal(apart[i].ids, together.ids[i, :length])
         np.testing.assert_allclose(apart[i].logprobs, together.logprobs[i, :length], atol=1e-4)
+
+
+@pytest.mark.parametrize("static_cache", [False, True], ids=["compacted", "static"])
+def test_ignore_eos_goes_on_to_max_tokens_with_the_same_tokens_until_the_end(vocab, static_cache):
+    engine = NativeEngine(eager_to_end(vocab), static_cache=static_cache)
+    settings = SamplingSettings(group=4, max_tokens=60)
+    ended = sorted(engine.stream(PROMPTS, settings, (0,)), key=lambda c: c.index)
+    whole = sorted(engine.stream(PROMPTS, replace(settings, ignore_eos=True), (0,)), key=lambda c: c.index)
+    assert min(len(c.ids) for c in ended) < 60, "the test needs a completion that ends by itself"
+    for short, long in zip(ended, whole, strict=True):
+        assert len(long.ids) == 60
+        np.testing.assert_array_equal(long.ids[: len(short.ids)], short.ids)
 
 
 def test_whatever_ends_when_a_batch_goes_down_the_same_few_sizes():

@@ -13,8 +13,8 @@ from fastsmart.errors import UserError
 from fastsmart.policy.hf_format import save_policy
 from fastsmart.sampling import Rollout, SamplingSettings, make_engine
 from fastsmart.sampling import vllm as vllm_engine
+from fastsmart.sampling.settings import VllmSettings
 from fastsmart.sampling.vllm import VllmEngine, missing_api
-from fastsmart.sampling.vllm_config import VllmSettings
 from fastsmart.sampling.vllm_isolation import isolated
 from fastsmart.tokens.token_batch import TokenBatch
 

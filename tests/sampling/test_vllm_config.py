@@ -6,7 +6,14 @@ from fastsmart.cli import main
 from fastsmart.errors import UserError
 from fastsmart.policy.transformer import Policy, PolicySize
 from fastsmart.sampling import SamplingSettings
-from fastsmart.sampling.vllm_config import VllmSettings, check_api, check_version, memory_needed, transfer_buffer_bytes
+from fastsmart.sampling.settings import VllmSettings
+from fastsmart.sampling.vllm_config import (
+    check_api,
+    check_version,
+    memory_needed,
+    request_fields,
+    transfer_buffer_bytes,
+)
 
 SMART = PolicySize(413, 512, 2048, 4, 8, 8)
 
@@ -33,6 +40,11 @@ def test_grouped_heads_take_less_cache():
     settings = SamplingSettings(max_tokens=256, max_rows=64)
     caches = [memory_needed(size, settings, 2, on_gpu=True).kv_cache_bytes for size in (SMART, grouped)]
     assert caches[0] == 4 * caches[1]
+
+
+def test_only_max_tokens_ends_a_completion_that_ignores_eos():
+    assert request_fields(SamplingSettings(), (0,), eos=2)["stop_token_ids"] == [2]
+    assert request_fields(SamplingSettings(ignore_eos=True), (0,), eos=2)["stop_token_ids"] == []
 
 
 def test_a_transfer_buffer_holds_the_model_or_its_largest_tensor():

@@ -17,7 +17,7 @@ from fastsmart.errors import UserError
 from fastsmart.policy.transformer import Policy
 from fastsmart.sampling import Rollout, SamplingSettings, make_engine
 from fastsmart.sampling.native import NativeEngine
-from fastsmart.sampling.vllm_config import VllmSettings
+from fastsmart.sampling.settings import VllmSettings
 from fastsmart.sampling.vllm_isolation import isolated
 from fastsmart.sampling.vllm_server import checksum
 from fastsmart.tokens.token_batch import TokenBatch

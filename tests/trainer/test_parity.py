@@ -157,7 +157,7 @@ def test_the_same_tensors_computing_something_else_are_told_apart(vocab, tmp_pat
     assert check_engine(engine, policy, config, 3, torch.float32) == pytest.approx(1.0, abs=1e-5)
     with pytest.raises(UserError, match="version 3 of the policy, training is at 4"):
         check_engine(engine, policy, config, 4, torch.float32)
-    engine.rope = engine.rope.roll(1, 0)  # its rotary table
+    engine.weights.rope = engine.weights.rope.roll(1, 0)  # its rotary table
     with pytest.raises(UserError, match="their tensors are the same"):
         check_engine(engine, policy, config, 3, torch.float32)
 

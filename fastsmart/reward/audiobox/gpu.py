@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fastsmart.kernels.attention import gated_attention
 from fastsmart.kernels.convolution import convolution_gelu
-from fastsmart.machine.cuda_graph import Recorder
+from fastsmart.machine.cuda_graph import GraphCapture
 from fastsmart.reward.audiobox.architecture import FRAMES, NORM_EPS, STRIDES, WINDOW, frames_of
 from fastsmart.reward.audiobox.encoder import EncoderWeights, LayerWeights, Norm, gates, normalised_first
 
@@ -54,7 +54,7 @@ class BatchEncoder:
             )
             for w in weights.layers
         ]
-        self.recorder, self.replays = Recorder(), device.type == "cuda"
+        self.capture, self.replays = GraphCapture(), device.type == "cuda"
         self.graphs: dict[int, _Graph] = {}
 
     def __call__(self, windows: Sequence[np.ndarray | Tensor]) -> Tensor:
@@ -134,7 +134,7 @@ class _Graph:
     def __init__(self, encoder: BatchEncoder, rows: int) -> None:
         self.samples = torch.zeros(rows, WINDOW, device=encoder.device)
         self.frames = torch.ones(rows, dtype=torch.int32, device=encoder.device)
-        self.graph, self.means = encoder.recorder(lambda: encoder.forward(self.samples, self.frames))
+        self.graph, self.means = encoder.capture(lambda: encoder.forward(self.samples, self.frames))
 
     def __call__(self, samples: Tensor, frames: Tensor) -> Tensor:
         self.samples.copy_(samples)

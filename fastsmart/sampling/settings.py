@@ -1,0 +1,78 @@
+"""What a run may choose about its sampler. No torch here, so that reading a config stays instant."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from fastsmart.errors import UserError
+
+ENGINES = ("native", "vllm")
+
+
+@dataclass(frozen=True)
+class VllmSettings:
+    """How vLLM is run; the rest is in `SamplingSettings`.
+
+    kv_cache_bytes : size of its KV cache; 0 = what `sampling.max_rows` completions of full length need, no more
+    sleep          : GPU only: move its weights to the host and drop its KV cache between two rollouts, so that the
+                     trainer has the memory
+    server         : address of a vLLM server on GPUs of its own, such as http://127.0.0.1:8000; "" = in this process
+    transfer_host, transfer_port : where this process and the server's workers meet for the weights (NCCL)
+    """
+
+    kv_cache_bytes: int = 0
+    sleep: bool = False
+    server: str = ""
+    transfer_host: str = "127.0.0.1"
+    transfer_port: int = 29600
+
+    def __post_init__(self) -> None:
+        if self.kv_cache_bytes < 0:
+            raise UserError(f"vllm.kv_cache_bytes is {self.kv_cache_bytes}; it must be 0 (computed) or above")
+        if not 0 < self.transfer_port < 2**16:
+            raise UserError(f"vllm.transfer_port is {self.transfer_port}; it must be from 1 to 65535")
+        if self.server and not self.server.startswith(("http://", "https://")):
+            raise UserError(f"vllm.server is {self.server!r}; write it as http://HOST:PORT")
+        if self.server and self.sleep:
+            raise UserError("vllm.sleep frees memory this process shares with vLLM; with vllm.server it shares none")
+
+
+@dataclass(frozen=True)
+class SamplingSettings:
+    """How completions are drawn.
+
+    engine      : "native" (fastsmart's own) or "vllm"
+    group       : completions of each prompt, the group its advantages are relative to
+    max_tokens  : completion length at most, EOS included
+    temperature : of the softmax; the log-probs that come back are those of the tempered distribution
+    top_k, top_p : 0 and 1.0 are off; both truncate the distribution, and training, whose loss is over all of it,
+                  refuses them
+    max_rows    : sequences decoded side by side (memory: one KV cache row each)
+    ignore_eos  : whether only max_tokens ends a completion: of a benchmark whose pieces are to have one length
+    cuda_graph  : whether the native engine records a decode step on a GPU and replays it
+    vllm        : what only the engine "vllm" reads
+    """
+
+    engine: str = "native"
+    group: int = 8
+    max_tokens: int = 256
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    max_rows: int = 256
+    ignore_eos: bool = False
+    cuda_graph: bool = True
+    vllm: VllmSettings = field(default_factory=VllmSettings)
+
+    def __post_init__(self) -> None:
+        if self.engine not in ENGINES:
+            raise UserError(f"sampling.engine is {self.engine!r}; choose one of {', '.join(ENGINES)}")
+        for key in ("group", "max_tokens", "max_rows"):
+            if getattr(self, key) < 1:
+                raise UserError(f"sampling.{key} is {getattr(self, key)}; it must be at least 1")
+        if not self.temperature > 0:
+            raise UserError(f"sampling.temperature is {self.temperature}; it must be above 0")
+        if self.top_k < 0 or not 0 < self.top_p <= 1:
+            raise UserError(
+                f"sampling.top_k {self.top_k} and top_p {self.top_p}: use 0 and 1.0 for off, top_p in (0, 1]"
+            )
