@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from fastsmart.sampling.rollout import Completion, Engine, Rollout
+from fastsmart.sampling.rollout import Completion, Engine, RandomStream, Rollout
 from fastsmart.sampling.settings import ENGINES, SamplingSettings
 from fastsmart.tokens.token_batch import TokenBatch
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from fastsmart.policy.transformer import Policy
     from fastsmart.tokens.prompts import Prompts
 
-__all__ = ["ENGINES", "Completion", "Engine", "Rollout", "SamplingSettings", "make_engine", "sample"]
+__all__ = ["ENGINES", "Completion", "Engine", "RandomStream", "Rollout", "SamplingSettings", "make_engine", "sample"]
 
 
 def make_engine(

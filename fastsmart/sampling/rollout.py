@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from enum import IntEnum
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
@@ -17,6 +18,15 @@ from fastsmart.tokens.token_batch import TokenBatch
 
 if TYPE_CHECKING:
     from fastsmart.policy.transformer import Policy
+
+
+class RandomStream(IntEnum):
+    """The second number of a sampling seed, after `train.seed`: what the completions are for. No two are alike."""
+
+    TRAIN = 0
+    EVALUATE = 1
+    BEST_OF = 2
+    PARITY = 3
 
 
 @dataclass(frozen=True)

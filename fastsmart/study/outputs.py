@@ -16,14 +16,12 @@ from fastsmart.notes import NoteBatch
 from fastsmart.policy.transformer import Policy
 from fastsmart.reward import Clips, RewardBlend, Scores
 from fastsmart.run.provenance import resolved_dtype, statistics_path
-from fastsmart.sampling import SamplingSettings, make_engine
+from fastsmart.sampling import RandomStream, SamplingSettings, make_engine
 from fastsmart.tokens.decode import decode
 from fastsmart.tokens.prompts import make_prompts
 from fastsmart.tokens.token_batch import TokenBatch
 from fastsmart.tokens.vocabulary import Vocabulary
-from fastsmart.trainer.evaluate import EVALUATION_STREAM
 
-BEST_OF_STREAM = 2  # second number of the seed, beside those of training and evaluation
 CLIPS_AT_ONCE = 256  # rendered and scored together: memory for their audio
 Progress = Callable[[str, int, int], None]
 
@@ -107,12 +105,12 @@ class Performer:
 
     def play(self, policy: Policy, count: int, progress: Progress) -> Outputs:
         """One output for each of the first `count` prompts of the split "test", which no run has seen."""
-        prompts, completions = self._draw(policy, count, 1, EVALUATION_STREAM, progress)
+        prompts, completions = self._draw(policy, count, 1, RandomStream.EVALUATE, progress)
         return Outputs(prompts, completions, self._scores(policy, prompts, completions, progress))
 
     def best_of(self, policy: Policy, count: int, n: int, progress: Progress) -> dict[int, Outputs]:
         """For k = 2, 4 ... up to n: the best by the reward of the first k of n further outputs for each prompt."""
-        prompts, completions = self._draw(policy, count, n, BEST_OF_STREAM, progress)
+        prompts, completions = self._draw(policy, count, n, RandomStream.BEST_OF, progress)
         first = next(iter(self.soundfonts))
         repeated = _picked(prompts, np.repeat(np.arange(count), n))
         scores = {first: self._score(policy, repeated, completions, first, progress)}

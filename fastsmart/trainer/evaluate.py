@@ -19,12 +19,11 @@ from fastsmart.music.diversity import prompt_numbers
 from fastsmart.music.features import features
 from fastsmart.music.histograms import histograms, spread
 from fastsmart.notes import NoteBatch
-from fastsmart.sampling import SamplingSettings
+from fastsmart.sampling import RandomStream, SamplingSettings
 from fastsmart.tokens.decode import decode
 from fastsmart.tokens.prompts import make_prompts
 from fastsmart.trainer.rollout_worker import RolloutWorker, ScoredRollout
 
-EVALUATION_STREAM = 1  # second number of the seed; training steps draw from stream 0
 TABLE_FEATURES = (
     "notes",
     "notes_per_beat",
@@ -86,7 +85,7 @@ def evaluate(
     """
     config, ranks = worker.config, worker.ranks
     settings: SamplingSettings = replace(config.sampling, group=1)
-    seed = (config.train.seed, EVALUATION_STREAM)
+    seed = (config.train.seed, RandomStream.EVALUATE)
     clips, share = config.train.eval_prompts, ranks.share(config.train.eval_prompts)
     scored_rollouts = []
     for first in range(share.start, share.stop, worker.batch):

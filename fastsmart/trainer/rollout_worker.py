@@ -19,14 +19,12 @@ from fastsmart.notes import NoteBatch
 from fastsmart.policy.transformer import Policy
 from fastsmart.reward import RewardBlend, Scores
 from fastsmart.run.trace import Trace
-from fastsmart.sampling import Completion, Rollout, SamplingSettings, make_engine
+from fastsmart.sampling import Completion, RandomStream, Rollout, SamplingSettings, make_engine
 from fastsmart.tokens.decode import decode
 from fastsmart.tokens.prompts import make_prompts
 from fastsmart.tokens.token_batch import TokenBatch
 from fastsmart.tokens.vocabulary import Vocabulary
 from fastsmart.trainer.rollout_pipeline import Progress, RolloutPipeline, started_thread
-
-TRAINING_STREAM = 0  # second number of the seed; evaluation draws from stream 1
 
 
 @dataclass(frozen=True)
@@ -123,7 +121,7 @@ class RolloutWorker:
         prompts = make_prompts(
             config.prompts, self.vocab, "train", step * config.train.prompts + share.start, len(share)
         )
-        seed = (config.train.seed, TRAINING_STREAM, step)
+        seed = (config.train.seed, RandomStream.TRAIN, step)
         return self.generate(prompts, config.sampling, seed, progress, share.start * config.sampling.group)
 
     @property
