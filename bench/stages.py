@@ -18,13 +18,13 @@ from harness import Job, Work, chosen_peers
 from results import write_result
 
 from fastsmart.errors import UserError
+from fastsmart.policy.device import resolved_dtype
 from fastsmart.policy.hf_format import load_policy, save_policy
+from fastsmart.policy.settings import PolicySettings
 from fastsmart.policy.transformer import Policy, PolicySize
-from fastsmart.run.provenance import resolved_dtype
 from fastsmart.sampling import Rollout, SamplingSettings
 from fastsmart.sampling.native import NativeEngine
 from fastsmart.tokens.vocabulary import load_vocabulary
-from fastsmart.trainer.settings import PolicySettings
 
 T = TypeVar("T")
 Makers = Mapping[str, Callable[[], dict[str, Job]]]  # peer -> a function that makes its contenders

@@ -42,6 +42,7 @@ from fastsmart.machine.distributed import Ranks
 from fastsmart.notes import NoteBatch
 from fastsmart.policy.checkpoints import Checkpoints
 from fastsmart.policy.hf_format import save_policy
+from fastsmart.policy.settings import PolicySettings
 from fastsmart.policy.transformer import Policy
 from fastsmart.presets import smart_paper
 from fastsmart.reward.audiobox import make_random_weights
@@ -51,7 +52,6 @@ from fastsmart.tokens.vocabulary import load_vocabulary
 from fastsmart.trainer.batch import Batch
 from fastsmart.trainer.loop import advantages
 from fastsmart.trainer.rollout_worker import RolloutScheduler, RolloutWorker
-from fastsmart.trainer.settings import PolicySettings
 from fastsmart.trainer.trainer import Trainer
 
 PEERS = ("public", "public-without-checkpointing")

@@ -14,10 +14,11 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 from fastsmart.audio.settings import RenderSettings
 from fastsmart.errors import UserError
 from fastsmart.grpo.settings import LossSettings
+from fastsmart.policy.settings import PolicySettings
 from fastsmart.reward.settings import RewardSettings
 from fastsmart.sampling.settings import SamplingSettings
 from fastsmart.tokens.prompts import PromptSettings
-from fastsmart.trainer.settings import PolicySettings, TrainSettings
+from fastsmart.trainer.settings import TrainSettings
 
 
 @dataclass(frozen=True)

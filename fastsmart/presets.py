@@ -9,10 +9,11 @@ from fastsmart.audio.settings import RenderSettings
 from fastsmart.config import Config
 from fastsmart.errors import UserError
 from fastsmart.grpo.settings import LossSettings
+from fastsmart.policy.settings import PolicySettings
 from fastsmart.reward.settings import RewardSettings
 from fastsmart.sampling.settings import SamplingSettings
 from fastsmart.tokens.prompts import PromptSettings
-from fastsmart.trainer.settings import PolicySettings, TrainSettings
+from fastsmart.trainer.settings import TrainSettings
 
 AUTHORS_POLICY = "lucacasini/metamidipianophi3_4L"
 

@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 import tomllib
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -180,6 +181,31 @@ def test_imported_names_sees_every_form(line: str, name: str):
     assert imported_names(line, "fastsmart.reward") == {name}
 
 
+# What stands on a floor imports from lower floors only. `settings` are the settings.py of all rooms, which are all that
+# `config` knows of them.
+FLOORS = (
+    {"errors"},
+    {"kernels", "machine", "notes", "settings"},
+    {"tokens"},
+    {"audio", "music", "policy"},
+    {"config", "grpo", "reward", "sampling"},
+    {"presets", "run"},
+    {"trainer"},
+    {"doctor", "study"},
+    {"profiling"},
+    {"__init__"},
+    {"commands"},
+    {"cli"},
+    {"__main__"},
+)
+# and though they stand lower: what writes a run is told its numbers, and the loss knows of no station
+NEVER = {
+    "run": {"sampling"},
+    "grpo": {"audio", "machine", "notes", "policy", "tokens"},
+    "kernels": {"machine", "notes"},
+}
+
+
 def modules() -> list[tuple[Path, str, set[str]]]:
     """(path relative to ROOT, room, imported names) of every module; its room is the name after `fastsmart.`."""
     found = []
@@ -192,23 +218,51 @@ def modules() -> list[tuple[Path, str, set[str]]]:
     return found
 
 
+def dotted(path: Path) -> str:
+    """The module of a path relative to ROOT; kernels/ is fastsmart.kernels."""
+    name = ".".join(path.with_suffix("").parts).removesuffix(".__init__")
+    return name if name.split(".")[0] == "fastsmart" else f"fastsmart.{name}"
+
+
+def imported_modules(known: set[str], names: set[str]) -> set[str]:
+    """Of dotted names those parts that are modules of ours: fastsmart.files.cpu_cores comes from fastsmart.files."""
+    found = set()
+    for name in names:
+        parts = name.split(".")
+        found |= set([m for n in range(len(parts), 0, -1) if (m := ".".join(parts[:n])) in known][:1])
+    return found
+
+
+def floor_name(module: str) -> str:
+    """Its room, or `settings`; a name of the package itself (`from fastsmart import decode`) is in its __init__."""
+    parts = module.split(".")
+    if parts[-1] == "settings":
+        return "settings"
+    return parts[1] if len(parts) > 1 else "__init__"
+
+
 def rooms(names: set[str]) -> set[str]:
     return {name.split(".")[1] for name in names if name.startswith("fastsmart.")}
 
 
-@pytest.mark.parametrize(
-    ("room", "never"),
-    [
-        ("audio", {"reward", "grpo", "trainer"}),
-        ("reward", {"sampling", "grpo", "trainer"}),
-        ("grpo", {"trainer"}),
-        ("kernels", {"tokens", "policy", "sampling", "audio", "reward", "grpo", "trainer", "study"}),
-    ],
-)
-def test_imports_go_down_the_way_of_the_data(room: str, never: set[str]):
-    for path, own, names in modules():
-        if own == room:
-            assert not rooms(names) & never, path
+def test_imports_go_down_the_way_of_the_data():
+    known = {dotted(path) for path, _, _ in modules()}
+    floor = {room: number for number, rooms_there in enumerate(FLOORS) for room in rooms_there}
+    for path, room, names in modules():
+        own = floor_name(dotted(path))
+        assert own in floor, f"{path} is in a room that has no floor"
+        for module in imported_modules(known, names):
+            other = floor_name(module)
+            if other == own or (own == "settings" and module.split(".")[1] == room):
+                continue
+            assert floor[other] < floor[own], f"{path} imports {module}, which stands no lower"
+            assert other not in NEVER.get(own, set()), f"{path} imports {module}"
+
+
+def test_no_module_imports_itself_by_way_of_others():
+    known = {dotted(path) for path, _, _ in modules()}
+    graph = {dotted(path): imported_modules(known, names) - {dotted(path)} for path, _, names in modules()}
+    TopologicalSorter(graph).prepare()  # raises CycleError, which names the modules of the circle
 
 
 def test_only_main_imports_cli():

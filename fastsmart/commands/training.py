@@ -188,8 +188,8 @@ def _need_reward(config: Config) -> None:
 
 def vllm_memory(config: Config) -> str:
     """What vLLM will hold in this process, computed from the policy's config.json."""
+    from fastsmart.policy.device import resolved_device, resolved_dtype
     from fastsmart.policy.hf_format import policy_size
-    from fastsmart.run.provenance import resolved_device, resolved_dtype
     from fastsmart.sampling.vllm_config import memory_needed
 
     completions = config.train.prompts * config.sampling.group

@@ -68,7 +68,7 @@ def profile(
         def take(count: int) -> None:
             for _ in range(count):
                 start_s = time.perf_counter()
-                recorder.line(run_step(trainer, worker, scheduler).line, scheduler)
+                recorder.line(run_step(trainer, worker, scheduler).line, scheduler.pop_dropped())
                 collect(trainer.step)
                 taken.append(Interval(f"step {trainer.step}", start_s, time.perf_counter()))
                 progress(trainer.step, warmup + steps)

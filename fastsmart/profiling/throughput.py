@@ -97,7 +97,7 @@ def run_turn(config: Config, path: Path, steps: int, ranks: Ranks) -> list[dict[
         scheduler = RolloutScheduler(worker)
         for _ in range(steps):
             lines.append(run_step(trainer, worker, scheduler).line)
-            recorder.line(lines[-1], scheduler)
+            recorder.line(lines[-1], scheduler.pop_dropped())
             collect(trainer.step)
     if torch.cuda.is_available():
         lines[-1]["cuda_mb"] = torch.cuda.max_memory_allocated() / 2**20

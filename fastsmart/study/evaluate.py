@@ -17,10 +17,11 @@ from fastsmart.music.diversity import prompt_numbers
 from fastsmart.music.rarefied import NOTES, TOKENS
 from fastsmart.music.training_set import TrainingSet
 from fastsmart.policy.checkpoints import policy_source
+from fastsmart.policy.device import resolved_device
 from fastsmart.policy.hf_format import load_policy
 from fastsmart.policy.transformer import Policy
 from fastsmart.run.folder import CONFIG_FILE, PROVENANCE_FILE
-from fastsmart.run.provenance import machine, resolved_device, weights_hash
+from fastsmart.run.provenance import machine, weights_hash
 from fastsmart.study.evaluation import (
     EVALUATION_FILE,
     OUTPUTS_FOLDER,

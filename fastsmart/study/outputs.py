@@ -13,9 +13,10 @@ from fastsmart.config import Config
 from fastsmart.errors import UserError
 from fastsmart.machine.files import os_errors_as_user_errors
 from fastsmart.notes import NoteBatch
+from fastsmart.policy.device import resolved_dtype
 from fastsmart.policy.transformer import Policy
 from fastsmart.reward import Clips, RewardBlend, Scores
-from fastsmart.run.provenance import resolved_dtype, statistics_path
+from fastsmart.run.provenance import statistics_path
 from fastsmart.sampling import RandomStream, SamplingSettings, make_engine
 from fastsmart.tokens.decode import decode
 from fastsmart.tokens.prompts import make_prompts

@@ -21,12 +21,13 @@ from fastsmart.machine.distributed import Ranks, join_ranks
 from fastsmart.machine.files import cpu_cores, os_errors_as_user_errors
 from fastsmart.machine.gc_control import gc_at_steps
 from fastsmart.machine.signals import StopRequest, stop_signals
+from fastsmart.policy.device import resolved_device
 from fastsmart.policy.transformer import Policy
 from fastsmart.reward import combine
 from fastsmart.run.curves import plot_curves
 from fastsmart.run.display import Display
 from fastsmart.run.folder import RunFolder
-from fastsmart.run.provenance import provenance, resolved_device, statistics_path
+from fastsmart.run.provenance import provenance, statistics_path
 from fastsmart.run.recorder import Recorder
 from fastsmart.trainer.batch import Batch, metrics, timing
 from fastsmart.trainer.evaluate import HeldOut, before_after, evaluate, write_listening
@@ -86,7 +87,7 @@ def train(
         trace, scheduler = worker.trace, RolloutScheduler(worker, recorder.stage)
         if trainer.step == 0:
             summary = evaluate_held_out(worker, recorder, "before")
-            recorder.line({"step": 0, "eval": summary, "time": {"evaluate": trace.pop_excluded_s()}}, scheduler)
+            recorder.line({"step": 0, "eval": summary, "time": {"evaluate": trace.pop_excluded_s()}}, 0)
         while trainer.step < settings.steps and not should_stop(stop, ranks):
             result = run_step(trainer, worker, scheduler)
             step, reward, line = trainer.step, None, result.line
@@ -95,7 +96,7 @@ def train(
                 line["eval"] = evaluate_held_out(worker, recorder, "after" if step == settings.steps else "")
                 line["time"]["evaluate"] = trace.pop_excluded_s()
                 reward = line["eval"]["reward"]["mean"]
-            recorder.line(line, scheduler)
+            recorder.line(line, scheduler.pop_dropped())
             if result.batch.version == step - 1 and unhealthy(result.change, config, trainer.dtype):
                 scheduler.sync_weights(trainer.policy, step)
                 warning = health_warning(worker.engine, trainer.policy, config, result.change, trainer.dtype)
@@ -124,7 +125,7 @@ def open_run(
     (sampler, version), statistics = trainer.sampler_weights(), statistics_path(config)
     with (
         RolloutWorker(config, sampler, statistics, trainer.dtype, version, folder.path / "failed", ranks) as worker,
-        Recorder(folder, worker, display) as recorder,
+        Recorder(folder, ranks, worker.trace, worker.writing, worker.pool, display) as recorder,
     ):
         recorder.start(trainer.step, provenance(config, trainer.reference, statistics, worker.renders_with))
         check_engine(worker.engine, sampler, config, version, trainer.dtype)

@@ -160,7 +160,7 @@ class RolloutScheduler:
     """The batch of each step, drawn when it is asked for; one step off, drawn while the step before was learnt from.
 
     Then the batch of step k has been drawn by the policy that step k - 1 began with: its version is k - 1, its
-    staleness 1. A batch staler than `train.max_staleness` is dropped, counted in `dropped`, and drawn again.
+    staleness 1. A batch staler than `train.max_staleness` is dropped, counted in `pop_dropped`, and drawn again.
     """
 
     def __init__(self, worker: RolloutWorker, progress: Progress | None = None) -> None:
@@ -169,7 +169,7 @@ class RolloutScheduler:
         self.ahead = settings.pipeline == "one-step-off"
         self.max_staleness = settings.max_staleness if self.ahead else 0
         self.steps = settings.steps
-        self.dropped = 0
+        self._dropped = 0
         self._next: Future[ScoredRollout] | None = None
 
     def next(self, step: int, policy: Policy) -> ScoredRollout:
@@ -181,7 +181,7 @@ class RolloutScheduler:
         self.sync_weights(policy, step)
         scored = drawn or (self._next.result() if self._next else self._sample_batch(step))
         if step - scored.rollout.version > self.max_staleness:
-            self.dropped += len(scored.rollout)
+            self._dropped += len(scored.rollout)
             scored = self._sample_batch(step)
         self._next = (
             self.worker.sampling_thread.submit(self._sample_batch, step + 1)
@@ -189,6 +189,11 @@ class RolloutScheduler:
             else None
         )
         return scored
+
+    def pop_dropped(self) -> int:
+        """Completions that were too stale, since the last call."""
+        count, self._dropped = self._dropped, 0
+        return count
 
     def sync_weights(self, policy: Policy, version: int) -> None:
         """Give the engine these weights, when it has finished what it is drawing, unless it has them."""

@@ -11,10 +11,10 @@ from fastsmart.config import Config
 from fastsmart.kernels.jit import choose_kernel
 from fastsmart.machine.distributed import Ranks
 from fastsmart.policy.checkpoints import BEST_KEY, Checkpoints, Snapshot
+from fastsmart.policy.device import resolved_device, resolved_dtype
 from fastsmart.policy.hf_format import load_policy
 from fastsmart.policy.optimizer import make_optimizer, scheduled_rate
 from fastsmart.policy.transformer import Policy
-from fastsmart.run.provenance import resolved_device, resolved_dtype
 from fastsmart.run.trace import Trace
 from fastsmart.trainer.batch import Batch
 from fastsmart.trainer.rollout_worker import ScoredRollout
