@@ -15,8 +15,9 @@ from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parents[1]
 TOP_LEVEL = {
-    *("fastsmart", "kernels", "bench", "tests", "docs", ".ci"),
+    *("fastsmart", "kernels", "bench", "tests", "docs", "examples", ".ci"),
     *("pyproject.toml", "README.md", "LICENSE", "Makefile", ".gitignore"),
+    *("CONTRIBUTING.md", "CHANGELOG.md", "CITATION.cff"),
 }
 # audiobox_aesthetics asks for the first two, and the model class we use imports neither; tinysoundfont for the third,
 # to play through loudspeakers

@@ -2,7 +2,17 @@
 
 from fastsmart.reward.base import Clips, Reward, Scores
 from fastsmart.reward.blend import RewardBlend, combine
-from fastsmart.reward.registry import REWARDS, load_reward
+from fastsmart.reward.registry import REWARDS, load_reward, register
 from fastsmart.reward.settings import RewardSettings
 
-__all__ = ["REWARDS", "Clips", "Reward", "RewardBlend", "RewardSettings", "Scores", "combine", "load_reward"]
+__all__ = [
+    "REWARDS",
+    "Clips",
+    "Reward",
+    "RewardBlend",
+    "RewardSettings",
+    "Scores",
+    "combine",
+    "load_reward",
+    "register",
+]

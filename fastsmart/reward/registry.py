@@ -27,6 +27,7 @@ REWARDS = {
     "variety": ("symbolic", "Variety"),
     "warmth": ("descriptors", "Warmth"),
 }
+_REGISTERED: dict[str, type[Reward]] = {}  # by users, see `register`
 FROM_STATISTICS = ("presence", "typicality")  # measured against real pieces: they take `statistics`
 
 
@@ -40,14 +41,31 @@ def load_reward(name: str, **settings: Any) -> Reward:
     Raises UserError for an unknown name, and for a checkpoint or statistics file that cannot be read.
     """
     require_known(name, "")
+    if name in _REGISTERED:
+        return _REGISTERED[name](**settings)
     module, attribute = REWARDS[name]
     return getattr(import_module(f"fastsmart.reward.{module}"), attribute)(**settings)
 
 
+def register(reward: type[Reward]) -> type[Reward]:
+    """Make a class known by its `name` in this process, to `load_reward` and to `reward.terms` of a config.
+
+    Use it as a decorator. The class is made without arguments; one of the same name registered before is replaced. A
+    run with such a reward is resumed by a program that registers it, too.
+
+    Raises UserError for a name that a reward of fastsmart has.
+    """
+    if reward.name in REWARDS:
+        raise UserError(f"fastsmart has a reward {reward.name!r}; choose another name for {reward.__name__}")
+    _REGISTERED[reward.name] = reward
+    return reward
+
+
 def require_known(name: str, key: str) -> None:
     """Raise UserError with the nearest valid name unless `name` is a reward; `key` says where it was written."""
-    if name in REWARDS:
+    known = [*REWARDS, *_REGISTERED]
+    if name in known:
         return
-    nearest = get_close_matches(name, REWARDS, n=1)
-    hint = f"did you mean {nearest[0]}?" if nearest else f"there are {', '.join(REWARDS)}"
+    nearest = get_close_matches(name, known, n=1)
+    hint = f"did you mean {nearest[0]}?" if nearest else f"there are {', '.join(known)}"
     raise UserError(f"{key}no reward is called {name!r}; {hint}")
