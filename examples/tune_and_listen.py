@@ -21,5 +21,5 @@ if __name__ == "__main__":
     rollout = fs.sample(run.policy, prompts, max_tokens=config.sampling.max_tokens, seed=1)
     notes = fs.decode(rollout.sequences(), run.policy.vocab, max_seconds=30.0)
     notes.to_midi(0, f"{OUT}/piece.mid")
-    fs.render(notes, sample_rate=48000, max_seconds=30.0, tail="release").to_wav(0, f"{OUT}/piece.wav")
+    fs.render(notes, backend="fluidsynth", sample_rate=48000, max_seconds=30.0).to_wav(0, f"{OUT}/piece.wav")
     print(f"listen to {OUT}/piece.wav and to the same prompts before and after in {OUT}/listen")
