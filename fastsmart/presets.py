@@ -50,10 +50,15 @@ def demo() -> Config:
 def smart_paper() -> Config:
     """The paper's main run (arXiv 2504.16839, section 4): 200 steps, CE, beta 0.04, four-token prompts.
 
-    Needs the authors' policy (hub), Audiobox weights, and the Yamaha-C5-Salamander soundfont as audio.soundfont. Two
-    things differ: the authors' trainer sampled with top_k 50 while taking log-probs over all tokens, which fastsmart
-    refuses; and clips come from the note bank as FluidSynth plays them, not from TinySoundFont
-    (audio.backend = "tinysoundfont").
+    Needs the authors' policy (hub), Audiobox weights, and the Yamaha-C5-Salamander soundfont as audio.soundfont. What
+    differs from the authors' trainer:
+
+    * Sampling is over all tokens; theirs was with top_k 50 while log-probs were over all, which fastsmart refuses.
+    * Clips come from the note bank as FluidSynth plays them, not from TinySoundFont (audio.backend = "tinysoundfont"),
+      and are peak-normalised after the average to mono, not before.
+    * One opening in eight is held out for evaluation and never trained on.
+    * The embedding row of PAD is trained like any other; transformers leaves it as it is.
+    * Matrix products are in bfloat16 on CUDA, in float32 on a CPU.
     """
     return Config(
         policy=PolicySettings(source=AUTHORS_POLICY, vocabulary="smart"),

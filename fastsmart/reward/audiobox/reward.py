@@ -35,8 +35,9 @@ class AudioboxReward:
     rating; silence that was rendered is rated like any sound; a clip with a sample that is not finite is NaN.
 
     Hacked by whatever its raters' data did not hold: scores of tuned policies exceed those of recordings people like
-    better, the notes get denser and ever more alike, and the soundfont alone moves CE by more than one point. It hears
-    loudness, so normalise what it hears; compare scores only under one soundfont.
+    better, the notes get denser and ever more alike, and the soundfont alone moves CE by more than one point. Compare
+    scores only under one soundfont and one level: how far the published weights hear loudness was not measured here
+    (random weights hardly do).
 
     checkpoint : `checkpoint.pt`, a safetensors file with `config.json` beside it, the folder of either, or
                  "" or "facebook/audiobox-aesthetics" for the published weights from the hub or its cache, or
