@@ -1,10 +1,12 @@
 """The scripts in examples/ do what they say, with the settings of a tiny run on their command lines."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from tiny_soundfont import write_soundfont
 
 from fastsmart.errors import UserError
 from fastsmart.reward import load_reward, register
@@ -17,7 +19,8 @@ def run_example(name: str, checkpoint: Path, folder: Path) -> str:
     tiny += ["sampling.group=2", "audio.workers=1", "train.steps=1", "train.prompts=2", "train.eval_prompts=2"]
     tiny += ["train.listen=1", "train.threads=1"]
     command = [sys.executable, str(EXAMPLES / name), *tiny]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    env = {**os.environ, "FASTSMART_SOUNDFONT": str(write_soundfont(folder / "tiny.sf2"))}
+    done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
