@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from difflib import get_close_matches
 from importlib import import_module
 from typing import Any
@@ -27,7 +28,7 @@ REWARDS = {
     "variety": ("symbolic", "Variety"),
     "warmth": ("descriptors", "Warmth"),
 }
-_REGISTERED: dict[str, type[Reward]] = {}  # by users, see `register`
+_REGISTERED: dict[str, Callable[..., Reward]] = {}  # by users, see `register`
 FROM_STATISTICS = ("presence", "typicality")  # measured against real pieces: they take `statistics`
 
 
