@@ -13,6 +13,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from fastsmart.audio.settings import RenderSettings
 from fastsmart.errors import UserError
+from fastsmart.grpo.diversity_settings import DiversitySettings
 from fastsmart.grpo.settings import LossSettings
 from fastsmart.policy.settings import PolicySettings
 from fastsmart.reward.settings import RewardSettings
@@ -35,6 +36,7 @@ class Config:
     reward: RewardSettings = field(default_factory=RewardSettings)
     grpo: LossSettings = field(default_factory=LossSettings)
     train: TrainSettings = field(default_factory=TrainSettings)
+    diversity: DiversitySettings = field(default_factory=DiversitySettings)
 
     def __post_init__(self) -> None:
         if self.sampling.top_k or self.sampling.top_p < 1.0:
@@ -42,8 +44,16 @@ class Config:
                 "sampling.top_k and sampling.top_p must be off (0 and 1.0) in training: the loss takes log-probs over "
                 "the whole vocabulary, and a truncated sampler would bias every ratio"
             )
-        if self.sampling.group < 2:
-            raise UserError("sampling.group must be at least 2: advantages are relative to the rest of the group")
+        if self.sampling.group < 2 and self.diversity.stratify == 1:
+            raise UserError(
+                "sampling.group must be at least 2: advantages are relative to the rest of the group, unless "
+                "diversity.stratify is below 1"
+            )
+        if self.diversity.active and self.reward.normalize != "none":
+            raise UserError(
+                f"reward.normalize is {self.reward.normalize!r}; with any part of [diversity] on it must be 'none': "
+                "advantages are then in fixed units of the base's rewards"
+            )
         if self.grpo.loss == "dr_grpo" and self.grpo.max_tokens != self.sampling.max_tokens:
             raise UserError(
                 f"grpo.max_tokens is {self.grpo.max_tokens}; dr_grpo needs that of sampling.max_tokens, "

@@ -66,13 +66,16 @@ def _clear_up_after_a_crash(path: Path) -> None:
         shutil.rmtree(leftover, ignore_errors=True)
 
 
-def write_atomic(path: str | Path, text: str) -> None:
-    """Write a small text file in one step; raises UserError when the disk is full or the place cannot be written."""
+def write_atomic(path: str | Path, content: str | bytes) -> None:
+    """Write a small file in one step, text as UTF-8.
+
+    Raises UserError when the disk is full or the place cannot be written.
+    """
     path = Path(path)
     part = path.with_name(f".{path.name}.{os.getpid()}.part")  # another process may be writing the same
     try:
         with os_errors_as_user_errors(path):
-            part.write_text(text, encoding="utf-8")
+            part.write_bytes(content if isinstance(content, bytes) else content.encode("utf-8"))
             sync(part)
             part.replace(path)
     finally:

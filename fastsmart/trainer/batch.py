@@ -9,6 +9,8 @@ import numpy as np
 import torch
 
 from fastsmart.machine.distributed import Ranks
+from fastsmart.music.histograms import histograms
+from fastsmart.notes import NoteBatch
 from fastsmart.reward import Scores
 from fastsmart.trainer.rollout_worker import ScoredRollout
 from fastsmart.trainer.update import Update
@@ -24,6 +26,7 @@ class Batch:
     group   : int64 [N], number of its prompt
     mine    : the numbers of this rank's own completions
     version : of the policy that drew them
+    rows    : the clips' histograms side by side, float32 [N, B of all]; None where nothing needs them
     """
 
     scores: Scores
@@ -32,10 +35,11 @@ class Batch:
     group: np.ndarray
     mine: range
     version: int
+    rows: np.ndarray | None = None
 
     @staticmethod
-    def gather(scored: ScoredRollout, prompts: int, ranks: Ranks) -> Batch:
-        """Put the ranks' performances of `prompts` prompts side by side."""
+    def gather(scored: ScoredRollout, prompts: int, ranks: Ranks, with_rows: bool = False) -> Batch:
+        """Put the ranks' performances of `prompts` prompts side by side, on request with the clips' histograms."""
         scores, rollout = scored.scores, scored.rollout
         columns = [*scores.terms.values(), scores.total, scored.notes.counts, rollout.lengths]
         size = len(rollout) // len(ranks.share(prompts))  # completions a prompt
@@ -51,7 +55,20 @@ class Batch:
             np.repeat(np.arange(prompts), size),
             range(share.start * size, share.stop * size),
             rollout.version,
+            _gathered_rows(scored.notes, prompts, size, ranks) if with_rows else None,
         )  # fmt: skip
+
+
+def histogram_rows(notes: NoteBatch) -> np.ndarray:
+    """The histograms of each clip side by side (see `fastsmart.music.histograms`), float32 [N, B of all]."""
+    return np.concatenate(list(histograms(notes).values()), axis=1).astype(np.float32)
+
+
+def _gathered_rows(notes: NoteBatch, prompts: int, size: int, ranks: Ranks) -> np.ndarray:
+    """`histogram_rows` of all ranks' clips, `size` a prompt."""
+    rows = histogram_rows(notes)
+    table = ranks.gather(rows.reshape(len(rows) // size, -1).astype(np.float64), prompts)
+    return table.reshape(prompts * size, -1).astype(np.float32)
 
 
 def metrics(step: int, batch: Batch, advantage: torch.Tensor, change: Update) -> dict[str, Any]:

@@ -30,6 +30,7 @@ from fastsmart.run.folder import RunFolder
 from fastsmart.run.provenance import provenance, statistics_path
 from fastsmart.run.recorder import Recorder
 from fastsmart.trainer.batch import Batch, metrics, timing
+from fastsmart.trainer.diversity_control import diversity_control
 from fastsmart.trainer.evaluate import HeldOut, before_after, evaluate, write_listening
 from fastsmart.trainer.parity import check_engine, health_warning, unhealthy
 from fastsmart.trainer.rollout_worker import RolloutScheduler, RolloutWorker, ScoredRollout
@@ -129,6 +130,7 @@ def open_run(
     ):
         recorder.start(trainer.step, provenance(config, trainer.reference, statistics, worker.renders_with))
         check_engine(worker.engine, sampler, config, version, trainer.dtype)
+        trainer.control = diversity_control(config, worker, folder.path, trainer.step, trainer.saved_control)
         yield trainer, worker, recorder
 
 
@@ -151,11 +153,17 @@ def run_step(trainer: Trainer, worker: RolloutWorker, scheduler: RolloutSchedule
     """Have the next batch performed, and learn from it."""
     config, trace, start = trainer.config, worker.trace, time.perf_counter()
     scored = scheduler.next(trainer.step, trainer.policy)
-    batch = Batch.gather(scored, config.train.prompts, trainer.ranks)
-    advantage = advantages(batch, config)
+    control = trainer.control
+    batch = Batch.gather(scored, config.train.prompts, trainer.ranks, with_rows=control is not None)
+    about: dict[str, Any] = {}
+    if control is None:
+        advantage = advantages(batch, config)
+    else:
+        with trace("diversity"):
+            advantage, about["diversity"] = control.advantages(batch)
     with trace("update"):
         change = trainer.train_step(scored, batch, advantage, trace)
-    line = metrics(trainer.step, batch, advantage, change)
+    line = metrics(trainer.step, batch, advantage, change) | about
     line["time"] = timing(*trace.pop_times(), time.perf_counter() - start, scored, len(advantage))
     return StepResult(scored, batch, advantage, change, line)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import replace
+from typing import Any
 
 import torch
 
@@ -17,10 +18,12 @@ from fastsmart.policy.optimizer import make_optimizer, scheduled_rate
 from fastsmart.policy.transformer import Policy
 from fastsmart.run.trace import Trace
 from fastsmart.trainer.batch import Batch
+from fastsmart.trainer.diversity_control import DiversityControl
 from fastsmart.trainer.rollout_worker import ScoredRollout
 from fastsmart.trainer.update import Update, micro_batches, reference_logprobs, update
 
 _SKIPPED_KEY = "skipped_in_a_row"
+_CONTROL_KEY = "diversity_control"
 MISMATCH_STATS = ("token_mult_prob_error", "mismatch_k3", "logprob_gap_max")
 
 
@@ -30,6 +33,8 @@ class Trainer:
     step     : optimizer batches done; the version of `policy`
     skipped  : how many of the last of them, in a row, had a gradient that was not finite
     previous : with train.pipeline "one-step-off" the policy of the step before, else None
+    control  : what keeps the outputs different from each other, set when the base has been sampled; None = nothing
+    saved_control : its state in the checkpoint that the run goes on from
 
     Raises UserError where the policy or a checkpoint cannot be read.
     """
@@ -49,6 +54,8 @@ class Trainer:
         saved = checkpoints.load(self.policy, self.optimizer)
         self.step, self.skipped = saved.get("step", 0), saved.get(_SKIPPED_KEY, 0)
         self.previous = checkpoints.previous(self.policy)
+        self.control: DiversityControl | None = None
+        self.saved_control: dict[str, Any] | None = saved.get(_CONTROL_KEY)
 
     def sampler_weights(self) -> tuple[Policy, int]:
         """The policy that the next batch is drawn by, and its version."""
@@ -93,7 +100,9 @@ class Trainer:
 
     def snapshot(self, held_out_reward: float | None = None) -> Snapshot:
         """The present state, and the held-out reward it was measured to have."""
-        record = {_SKIPPED_KEY: self.skipped}
+        record: dict[str, Any] = {_SKIPPED_KEY: self.skipped}
+        if self.control is not None:
+            record[_CONTROL_KEY] = self.control.state
         if held_out_reward is not None:
             record[BEST_KEY] = held_out_reward
         return Snapshot.of(self.step, self.policy, self.optimizer, record, self.previous)
