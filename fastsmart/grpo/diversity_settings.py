@@ -16,9 +16,9 @@ Target = Literal["tilted", "base"]
 class DiversitySettings:
     """What holds against the collapse that reward alone brings. With the defaults every part is off.
 
-    Three parts, each by itself or together (docs/diversity.md): advantages within strata, which take the pressure off
-    the shares of keys and registers; a witness that pulls the batch towards a diverse target; and a controller that
-    chooses the weight of the witness so that diversity stays above a floor.
+    Four parts, each by itself or together (docs/diversity.md): advantages within strata, which take the pressure off
+    the shares of keys and registers; a witness that pulls the batch towards a diverse target; a controller that chooses
+    the weight of the witness so that diversity stays above a floor; and rehearsal of the target's clips.
 
     Raises UserError naming the key when a value makes no sense.
     """
@@ -27,7 +27,7 @@ class DiversitySettings:
     """Share of the reward's differences between strata that stays in the advantages; 1 = plain group baseline."""
 
     strata: tuple[Stratum, ...] = ("key", "register", "dynamics")
-    """What clips are compared within: best-fitting diatonic set, third of the base's registers, third of its loudness."""
+    """What clips are compared within: best-fitting diatonic set, third of the base's register, of its loudness."""
 
     weight: float = 0.0
     """Weight of the witness beside the reward, both in units of the base's spread; where a floor is set, the first."""
@@ -44,6 +44,12 @@ class DiversitySettings:
     gate: float = 0.5
     """Quantile of the base's reward below which a clip earns nothing for being rare."""
 
+    rehearse: int = 0
+    """Clips of the target whose likelihood each step raises beside the policy loss; 0 = none."""
+
+    rehearse_weight: float = 0.3
+    """Weight of their mean negative log-likelihood, nats a token, beside the policy loss."""
+
     clips: int = 1024
     """Outputs of the base policy that calibration samples before the first step."""
 
@@ -57,6 +63,8 @@ class DiversitySettings:
             ("floor", 0.0 <= self.floor < 1.0, "must be 0 (none) or below 1"),
             ("tilt", 0.0 <= self.tilt < math.inf, "must be 0 or above"),
             ("gate", 0.0 <= self.gate < 1.0, "must be from 0 to below 1"),
+            ("rehearse", self.rehearse >= 0, "must be 0 (none) or above"),
+            ("rehearse_weight", 0.0 <= self.rehearse_weight < math.inf, "must be 0 or above"),
             ("clips", self.clips >= 64, "must be at least 64"),
         ]
         for key, holds, rule in rules:
@@ -73,4 +81,4 @@ class DiversitySettings:
     @property
     def active(self) -> bool:
         """Whether any part is on."""
-        return self.pulls or self.stratify < 1
+        return self.pulls or self.stratify < 1 or self.rehearse > 0

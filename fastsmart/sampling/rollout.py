@@ -71,6 +71,12 @@ class Rollout:
         """Prompt and completion i in one, int32."""
         return np.concatenate([self.prompt_ids[i, : self.prompt_lengths[i]], self.ids[i, : self.lengths[i]]])
 
+    def select(self, chosen: range) -> Rollout:
+        """The completions of the given numbers."""
+        part = slice(chosen.start, chosen.stop)
+        arrays = (self.prompt_ids, self.prompt_lengths, self.ids, self.lengths, self.logprobs, self.group)
+        return Rollout(*(values[part] for values in arrays), self.version)
+
     def sequences(self) -> TokenBatch:
         """Every prompt with its completion, packed."""
         return TokenBatch.pack([self.sequence(i) for i in range(len(self))])

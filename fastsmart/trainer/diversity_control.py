@@ -25,12 +25,14 @@ from fastsmart.grpo.target import most_diverse
 from fastsmart.grpo.witness import gated, intersection, witness
 from fastsmart.machine.files import write_atomic
 from fastsmart.music.histograms import BINS
+from fastsmart.sampling import Rollout
 from fastsmart.tokens.prompts import make_prompts
 from fastsmart.trainer.batch import Batch, histogram_rows
 from fastsmart.trainer.rollout_worker import RolloutWorker
 
 CALIBRATION_STREAM = 4  # second number of the seed
 CALIBRATION_FILE = "base.npz"
+COLUMNS = ("reward", "notes", "prompt_lengths", "lengths")  # of it, a number a clip
 TARGET_CLIPS = 512  # of the target, drawn by their weights where it has more: the cost of a step
 CAP = 16.0  # a base clip may weigh at most so many times its share in the target, as the best of 16 would
 FEWEST_NOTES = 16  # of a clip that may be in the target or earn anything for being rare
@@ -45,7 +47,9 @@ def split_rows(rows: np.ndarray) -> dict[str, np.ndarray]:
 
 
 def calibrate(config: Config, worker: RolloutWorker, folder: Path, step: int) -> dict[str, np.ndarray]:
-    """Reward, notes and histogram rows of outputs of the base policy on training openings; kept in `folder`.
+    """Outputs of the base policy on training openings, kept in `folder`: `COLUMNS` [n] each, `rows`, `ids` [n, L].
+
+    `ids` are those of prompt and completion, padded with 0 on the right.
 
     The engine holds the base policy, or, where `step` is above 0, the file must be there. Every rank samples its share
     and gets all. Raises UserError when a run is resumed without the file, or it is damaged.
@@ -54,21 +58,26 @@ def calibrate(config: Config, worker: RolloutWorker, folder: Path, step: int) ->
     if ranks.broadcast(int(path.is_file())):
         try:
             with np.load(path, allow_pickle=False) as file:
-                return {name: file[name] for name in ("reward", "notes", "rows")}
+                return {name: file[name] for name in (*COLUMNS, "rows", "ids")}
         except (OSError, ValueError, KeyError, EOFError) as error:
             raise UserError(f"{path} is damaged ({error}); copy it back, or start the run again") from error
     if step:
         raise UserError(f"{path} is missing, and only an untrained policy can make it; copy it back, or start again")
     settings, count = replace(config.sampling, group=1), config.diversity.clips
+    longest = make_prompts(config.prompts, worker.vocab, "train", 0, count).lengths.max() + settings.max_tokens
     share, parts = ranks.share(count), []
     for first in range(share.start, share.stop, worker.batch):
         size = min(worker.batch, share.stop - first)
         prompts = make_prompts(config.prompts, worker.vocab, "train", first, size)
         scored = worker.generate(prompts, settings, (config.train.seed, CALIBRATION_STREAM), first=first)
-        columns = np.stack([scored.scores.total, scored.notes.counts], axis=1)
-        parts.append(np.concatenate([columns, histogram_rows(scored.notes)], axis=1))
-    table = ranks.gather(np.concatenate(parts).astype(np.float64), count).astype(np.float32)
-    found = {"reward": table[:, 0], "notes": table[:, 1], "rows": table[:, 2:]}
+        rollout, ids = scored.rollout, np.zeros((size, longest))
+        for i, whole in enumerate(rollout.sequences()):
+            ids[i, : len(whole)] = whole
+        columns = [scored.scores.total, scored.notes.counts, rollout.prompt_lengths, rollout.lengths]
+        parts.append(np.concatenate([np.stack(columns, axis=1), histogram_rows(scored.notes), ids], axis=1))
+    table = ranks.gather(np.concatenate(parts).astype(np.float64), count).astype(np.float32)  # ids are below 2^24
+    found = dict(zip(COLUMNS, table.T, strict=False))
+    found |= {"rows": table[:, len(COLUMNS) : -longest], "ids": table[:, -longest:].astype(np.int32)}
     if ranks.leader:
         content = io.BytesIO()
         np.savez_compressed(content, **found)  # type: ignore[arg-type]
@@ -103,24 +112,37 @@ class DiversityControl:
         self.base_diversity = 1.0 - float(similar[apart].mean())
         self.spread = float(similar.mean(1).std()) or 1.0
         good = np.isfinite(reward) & (base["notes"] >= FEWEST_NOTES)
-        self.target, self.target_weights = self._target(rows, similar, np.where(good, reward, np.nan))
+        self.weights = self._weights(similar, np.where(good, reward, np.nan))
+        chosen = np.flatnonzero(self.weights)
+        if len(chosen) > TARGET_CLIPS:  # those that weigh most stand for all
+            chosen = np.argsort(-self.weights, kind="stable")[:TARGET_CLIPS]
+        self.target = {name: values[chosen] for name, values in rows.items()}
+        self.target_weights = self.weights[chosen] / self.weights[chosen].sum()
+        self.base = base
 
-    def _target(
-        self, rows: dict[str, np.ndarray], similar: np.ndarray, reward: np.ndarray
-    ) -> tuple[dict[str, np.ndarray], np.ndarray]:
-        """Histograms [J, B + 1] by name of the clips that stand for the target, and their weights [J]."""
-        kept = np.flatnonzero(np.isfinite(reward))
-        weights = np.full(len(kept), 1 / max(len(kept), 1))
-        if self.settings.target == "tilted" and len(kept) > 1:
-            wanted = float(reward[kept].mean()) + self.settings.tilt * self.unit
-            weights = most_diverse(similar[np.ix_(kept, kept)], reward[kept], wanted, CAP)
-        chosen = np.flatnonzero(weights > 0)
-        if len(chosen) > TARGET_CLIPS:
-            chosen = np.random.default_rng(0).choice(len(weights), TARGET_CLIPS, replace=False, p=weights)
-        part = weights[chosen] / weights[chosen].sum()
-        if len(chosen) == TARGET_CLIPS:
-            part = np.full(TARGET_CLIPS, 1 / TARGET_CLIPS)  # the draw has weighed them already
-        return {name: values[kept[chosen]] for name, values in rows.items()}, part
+    def _weights(self, similar: np.ndarray, reward: np.ndarray) -> np.ndarray:
+        """The target: a weight for each base clip, float64 [n], 0 for those whose reward is NaN."""
+        kept, weights = np.flatnonzero(np.isfinite(reward)), np.zeros(len(reward))
+        if not len(kept):
+            raise UserError(f"no clip of the base policy has {FEWEST_NOTES} notes and a reward, so there is no target")
+        if self.settings.target == "base":
+            weights[kept] = 1 / len(kept)
+            return weights
+        wanted = float(reward[kept].mean()) + self.settings.tilt * self.unit
+        weights[kept] = most_diverse(similar[np.ix_(kept, kept)], reward[kept], wanted, CAP)
+        return weights
+
+    def rehearsal(self, seed: int, step: int) -> Rollout:
+        """The target's clips that a step rehearses, drawn by their weights; a function of seed and step alone."""
+        random = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(CALIBRATION_STREAM, step)))
+        chosen = random.choice(len(self.weights), self.settings.rehearse, p=self.weights / self.weights.sum())
+        prompts, lengths = (self.base[name][chosen].astype(np.int32) for name in ("prompt_lengths", "lengths"))
+        rows = self.base["ids"][chosen]
+        ids = np.zeros((len(chosen), int(lengths.max())), np.int32)
+        for i, (row, start, length) in enumerate(zip(rows, prompts, lengths, strict=True)):
+            ids[i, :length] = row[start : start + length]
+        number = np.arange(len(chosen), dtype=np.int32)
+        return Rollout(rows[:, : int(prompts.max())], prompts, ids, lengths, np.zeros(ids.shape, np.float32), number, 0)
 
     @property
     def state(self) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from fastsmart.policy.transformer import Policy
 from fastsmart.run.trace import Trace
 from fastsmart.trainer.batch import Batch
 from fastsmart.trainer.diversity_control import DiversityControl
+from fastsmart.trainer.rehearsal import rehearse
 from fastsmart.trainer.rollout_worker import ScoredRollout
 from fastsmart.trainer.update import Update, micro_batches, reference_logprobs, update
 
@@ -74,6 +75,7 @@ class Trainer:
         ref_logprobs = reference_logprobs(self.reference, batches, temperature, self.dtype, self.config.grpo.kernel)
         mismatch: dict[str, float] = {}
         for _ in range(settings.iterations):
+            self._rehearse()
             change = update(
                 self.policy,
                 self.optimizer,
@@ -97,6 +99,17 @@ class Trainer:
         self.step += 1
         self.skipped = self.skipped + 1 if change.skipped else 0
         return replace(change, stats=change.stats | mismatch)
+
+    def _rehearse(self) -> None:
+        """Add the gradient of the clips that this step rehearses, this rank's share of them."""
+        if self.control is None or not self.control.settings.rehearse:
+            return
+        drawn, settings = self.control.rehearsal(self.settings.seed, self.step), self.control.settings
+        mine = self.ranks.share(len(drawn))
+        batches = list(micro_batches(drawn.select(mine), self.settings.micro_batch, self.device)) if mine else []
+        temperature, kernel = self.config.sampling.temperature, self.config.grpo.kernel
+        tokens, weight = int(drawn.lengths.sum()), settings.rehearse_weight
+        rehearse(self.policy, batches, tokens, weight, temperature, self.dtype, kernel)
 
     def snapshot(self, held_out_reward: float | None = None) -> Snapshot:
         """The present state, and the held-out reward it was measured to have."""

@@ -14,10 +14,13 @@ from fastsmart import UserError, train
 from fastsmart.grpo.diversity_settings import DiversitySettings
 from fastsmart.music.histograms import BINS
 from fastsmart.reward import Scores
+from fastsmart.trainer import diversity_control
 from fastsmart.trainer.batch import Batch
 from fastsmart.trainer.diversity_control import DIATONIC, DiversityControl, split_rows
+from fastsmart.trainer.rehearsal import rehearse
+from fastsmart.trainer.update import completion_logprobs, micro_batches
 
-EVERYTHING = {"stratify": 0.25, "weight": 0.5, "floor": 0.9, "clips": 64, "gate": 0.1}
+EVERYTHING = {"stratify": 0.25, "weight": 0.5, "floor": 0.9, "clips": 64, "gate": 0.1, "rehearse": 3}
 PLAIN = {"reward": {"normalize": "none"}}
 
 
@@ -33,7 +36,16 @@ def made_base(n: int = 200, seed: int = 0) -> dict[str, np.ndarray]:
         counts[:, 0] += 1e-3
         rows.append(counts / counts.sum(1, keepdims=True))
     reward = rng.normal(5.5, 1.0, n).astype(np.float32)
-    return {"reward": reward, "notes": np.full(n, 40.0, np.float32), "rows": np.concatenate(rows, 1).astype(np.float32)}
+    lengths = rng.integers(4, 9, n)
+    ids = np.where(np.arange(12) < 4 + lengths[:, None], np.arange(1, 13) + 20 * np.arange(n)[:, None] % 300, 0)
+    return {
+        "reward": reward,
+        "notes": np.full(n, 40.0, np.float32),
+        "prompt_lengths": np.full(n, 4.0, np.float32),
+        "lengths": lengths.astype(np.float32),
+        "rows": np.concatenate(rows, 1).astype(np.float32),
+        "ids": ids.astype(np.int32),
+    }
 
 
 def batch_of(base: dict[str, np.ndarray], chosen: np.ndarray, group: np.ndarray | None = None) -> Batch:
@@ -110,6 +122,44 @@ def test_rewards_that_are_all_the_same_have_no_unit():
         DiversityControl(DiversitySettings(stratify=0.0), base | {"reward": np.ones(200, np.float32)})
 
 
+def test_what_is_rehearsed_are_clips_of_the_target_drawn_by_their_weights():
+    base = made_base()
+    control = DiversityControl(DiversitySettings(rehearse=4000), base)
+    drawn = control.rehearsal(seed=0, step=3)
+    first = drawn.prompt_ids[:, 0]
+    which = {int(row[0]): i for i, row in enumerate(base["ids"])}
+    assert len(which) < len(base["ids"])  # several begin alike: shares are of beginnings
+    expected = dict.fromkeys(which, 0.0)
+    for i, row in enumerate(base["ids"]):
+        expected[int(row[0])] += control.weights[i]
+    for start, share in expected.items():
+        assert abs((first == start).mean() - share) < 0.04
+    i = 7
+    whole = np.concatenate([drawn.prompt_ids[i], drawn.ids[i, : drawn.lengths[i]]])
+    assert any((row[: len(whole)] == whole).all() and not row[len(whole) :].any() for row in base["ids"])
+    again = control.rehearsal(seed=0, step=3)
+    np.testing.assert_array_equal(drawn.ids, again.ids)
+    assert not np.array_equal(control.rehearsal(seed=0, step=4).ids, drawn.ids)
+
+
+def test_rehearsal_alone_learns_the_clips_of_the_target(policy):
+    base = made_base(64)
+    control = DiversityControl(DiversitySettings(rehearse=16), base)
+    optimizer = torch.optim.AdamW(policy.parameters(), 3e-3)
+    device, kept = torch.device("cpu"), []
+    for step in range(60):
+        drawn = control.rehearsal(0, step)
+        batches = list(micro_batches(drawn, 8, device))
+        rehearse(policy, batches, int(drawn.lengths.sum()), 1.0, 1.0, torch.float32)
+        optimizer.step()
+        optimizer.zero_grad()
+        with torch.no_grad():
+            logprob = torch.cat([completion_logprobs(policy, b, 1.0, torch.float32).logprob for b in batches])
+        kept.append(float(logprob.mean()))
+    assert kept[0] < -4
+    assert kept[-1] > -1
+
+
 def test_rows_come_apart_as_they_were_put_together():
     rows = split_rows(made_base()["rows"])
     assert {name: table.shape[1] for name, table in rows.items()} == {name: bins + 1 for name, bins in BINS.items()}
@@ -117,7 +167,8 @@ def test_rows_come_apart_as_they_were_put_together():
         np.testing.assert_allclose(table.sum(1), 1.0, atol=1e-5)
 
 
-def test_a_run_with_everything_on_resumes_exactly(checkpoint, tmp_path):
+def test_a_run_with_everything_on_resumes_exactly(checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setattr(diversity_control, "FEWEST_NOTES", 0)  # a random policy plays few
     steps = {"steps": 4, "eval_every": 0, "save_every": 2}
     change = (SYMBOLIC, PLAIN, {"diversity": EVERYTHING, "train": steps})
     whole = tmp_path / "whole"
