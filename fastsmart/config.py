@@ -13,8 +13,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from fastsmart.audio.settings import RenderSettings
 from fastsmart.errors import UserError
-from fastsmart.grpo.diversity_settings import DiversitySettings
-from fastsmart.grpo.settings import LossSettings
+from fastsmart.grpo.settings import DiversitySettings, LossSettings
 from fastsmart.policy.settings import PolicySettings
 from fastsmart.reward.settings import RewardSettings
 from fastsmart.sampling.settings import SamplingSettings

@@ -27,6 +27,7 @@ class RandomStream(IntEnum):
     EVALUATE = 1
     BEST_OF = 2
     PARITY = 3
+    CALIBRATE = 4
 
 
 @dataclass(frozen=True)

@@ -19,18 +19,18 @@ from fastsmart.config import Config
 from fastsmart.errors import UserError
 from fastsmart.grpo.advantages import group_advantages
 from fastsmart.grpo.control import Controller
-from fastsmart.grpo.diversity_settings import DiversitySettings
+from fastsmart.grpo.settings import DiversitySettings
 from fastsmart.grpo.strata import stratified_advantages
 from fastsmart.grpo.target import most_diverse
 from fastsmart.grpo.witness import gated, intersection, witness
 from fastsmart.machine.files import write_atomic
 from fastsmart.music.histograms import BINS
 from fastsmart.sampling import Rollout
+from fastsmart.sampling.rollout import RandomStream
 from fastsmart.tokens.prompts import make_prompts
 from fastsmart.trainer.batch import Batch, histogram_rows
 from fastsmart.trainer.rollout_worker import RolloutWorker
 
-CALIBRATION_STREAM = 4  # second number of the seed
 CALIBRATION_FILE = "base.npz"
 COLUMNS = ("reward", "notes", "prompt_lengths", "lengths")  # of it, a number a clip
 TARGET_CLIPS = 512  # of the target, drawn by their weights where it has more: the cost of a step
@@ -69,7 +69,7 @@ def calibrate(config: Config, worker: RolloutWorker, folder: Path, step: int) ->
     for first in range(share.start, share.stop, worker.batch):
         size = min(worker.batch, share.stop - first)
         prompts = make_prompts(config.prompts, worker.vocab, "train", first, size)
-        scored = worker.generate(prompts, settings, (config.train.seed, CALIBRATION_STREAM), first=first)
+        scored = worker.generate(prompts, settings, (config.train.seed, RandomStream.CALIBRATE), first=first)
         rollout, ids = scored.rollout, np.zeros((size, longest))
         for i, whole in enumerate(rollout.sequences()):
             ids[i, : len(whole)] = whole
@@ -134,7 +134,7 @@ class DiversityControl:
 
     def rehearsal(self, seed: int, step: int) -> Rollout:
         """The target's clips that a step rehearses, drawn by their weights; a function of seed and step alone."""
-        random = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(CALIBRATION_STREAM, step)))
+        random = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(RandomStream.CALIBRATE, step)))
         chosen = random.choice(len(self.weights), self.settings.rehearse, p=self.weights / self.weights.sum())
         prompts, lengths = (self.base[name][chosen].astype(np.int32) for name in ("prompt_lengths", "lengths"))
         rows = self.base["ids"][chosen]

@@ -11,7 +11,7 @@ import torch
 from small_run import SYMBOLIC, comparable, config_for
 
 from fastsmart import UserError, train
-from fastsmart.grpo.diversity_settings import DiversitySettings
+from fastsmart.grpo.settings import DiversitySettings
 from fastsmart.music.histograms import BINS
 from fastsmart.reward import Scores
 from fastsmart.trainer import diversity_control

@@ -4,7 +4,7 @@ import pytest
 
 from fastsmart.config import Config, merged
 from fastsmart.errors import UserError
-from fastsmart.grpo.diversity_settings import DiversitySettings
+from fastsmart.grpo.settings import DiversitySettings
 
 
 def test_by_default_no_part_is_on():
