@@ -18,17 +18,18 @@ LOG2_E = 1.4426950408889634
 
 
 def gated_attention(
-    q: Tensor, k: Tensor, v: Tensor, gate: Tensor, table: Tensor, lengths: Tensor, kernel: str = "auto"
+    q: Tensor, k: Tensor, v: Tensor, gate: Tensor, bias: Tensor, lengths: Tensor, kernel: str = "auto"
 ) -> Tensor:
     """softmax(q k^T / sqrt(E) + gate x bias) v over the first `lengths` keys, [B, H, T, E] in the dtype of v.
 
-    The bias of key j for query i is table[h, j - i + T - 1]. The kernel makes it where it is needed, so nothing of the
-    size [B, H, T, T] is ever in memory; scores and softmax are float32.
+    The kernel gates the bias where it is needed, so nothing of the size [B, H, T, T] is ever in memory; scores and
+    softmax are float32.
 
-    q, k, v : [B, H, T, E], any strides as long as E is contiguous; the kernel reads vectors where they are multiples of
-              16
+    q, k, v : [B, H, T, E], any strides as long as E is contiguous; read as vectors where they are multiples of 16
     gate    : [B, H, T] float32
-    table   : [H, 2 T - 1] float32
+    bias    : [H, T, S] of any floating dtype, of key j for query i at [i, j]; S at least T, and what is beyond T is not
+              looked at. The kernel takes it as it is where S is a multiple of 32, else it makes a copy: 16-bit rows of
+              512 for 12 heads of 499 frames are 6 MB, which stay in a GPU's L2 cache
     lengths : [B] int32, each 1..T; of the queries all are computed
     kernel  : "auto", "torch" or "triton"
 
@@ -37,15 +38,14 @@ def gated_attention(
     if q.shape[-1] not in HEAD_SIZES and kernel == "auto":
         kernel = "torch"
     if choose_kernel(kernel, q.device) == "torch":
-        return _torch(q, k, v, gate, table, lengths)
-    return _triton(q, k, v, gate, table, lengths)
+        return _torch(q, k, v, gate, bias, lengths)
+    return _triton(q, k, v, gate, bias, lengths)
 
 
-def _torch(q: Tensor, k: Tensor, v: Tensor, gate: Tensor, table: Tensor, lengths: Tensor) -> Tensor:
+def _torch(q: Tensor, k: Tensor, v: Tensor, gate: Tensor, bias: Tensor, lengths: Tensor) -> Tensor:
     frames = q.shape[2]
-    bias = table.unfold(1, frames, 1).flip(1)  # [H, T, T]
     unheard = torch.arange(frames, device=q.device) >= lengths[:, None]
-    scores = (gate[..., None] * bias).masked_fill_(unheard[:, None, None], -torch.inf)
+    scores = (gate[..., None] * bias[:, :, :frames]).masked_fill_(unheard[:, None, None], -torch.inf)
     return F.scaled_dot_product_attention(q.float(), k.float(), v.float(), attn_mask=scores).to(v.dtype)
 
 
@@ -55,7 +55,7 @@ def _attention_kernel(
     k_ptr,
     v_ptr,
     gate_ptr,
-    table_ptr,
+    bias_ptr,
     lengths_ptr,
     out_ptr,
     stride_b,
@@ -64,6 +64,8 @@ def _attention_kernel(
     out_stride_b,
     out_stride_h,
     out_stride_t,
+    bias_stride_h,
+    bias_stride_t,
     heads,
     frames,
     scale,
@@ -81,7 +83,7 @@ def _attention_kernel(
     gate = tl.load(gate_ptr + tl.program_id(1).to(tl.int64) * frames + query, mask=inside, other=0.0)
     gate *= 1.4426950408889634  # log2 e, as is in scale: exp2 is the faster one
     length = tl.load(lengths_ptr + window)
-    table_ptr += head * (2 * frames - 1) + frames - 1
+    bias_ptr += head * bias_stride_h + query[:, None] * bias_stride_t
 
     highest = tl.full([QUERIES], float("-inf"), tl.float32)
     total = tl.zeros([QUERIES], tl.float32)
@@ -92,7 +94,8 @@ def _attention_kernel(
         at = key[:, None] * stride_t + coordinate[None, :]
         k = tl.load(k_ptr + base + at, mask=heard[:, None], other=0.0)
         v = tl.load(v_ptr + base + at, mask=heard[:, None], other=0.0)
-        bias = tl.load(table_ptr + key[None, :] - query[:, None], mask=heard[None, :] & inside[:, None], other=0.0)
+        # a row holds whole blocks of keys, so that no mask parts a vector
+        bias = tl.load(bias_ptr + key[None, :], mask=inside[:, None], other=0.0).to(tl.float32)
         score = tl.dot(q, tl.trans(k), input_precision="ieee") * scale + gate[:, None] * bias
         score = tl.where(heard[None, :], score, float("-inf"))
         new_highest = tl.maximum(highest, tl.max(score, 1))
@@ -106,8 +109,9 @@ def _attention_kernel(
     tl.store(out, (y / total[:, None]).to(out_ptr.dtype.element_ty), mask=inside[:, None])
 
 
-def _triton(q: Tensor, k: Tensor, v: Tensor, gate: Tensor, table: Tensor, lengths: Tensor) -> Tensor:
+def _triton(q: Tensor, k: Tensor, v: Tensor, gate: Tensor, bias: Tensor, lengths: Tensor) -> Tensor:
     batch, heads, frames, size = q.shape
+    bias = F.pad(bias, (0, -bias.shape[2] % KEYS)) if bias.shape[2] % KEYS else bias.contiguous()
     if k.stride() != q.stride() or v.stride() != q.stride() or q.stride(3) != 1:
         q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
     out = torch.empty(batch, frames, heads, size, dtype=v.dtype, device=v.device).transpose(1, 2)
@@ -116,11 +120,12 @@ def _triton(q: Tensor, k: Tensor, v: Tensor, gate: Tensor, table: Tensor, length
         k,
         v,
         gate.contiguous(),
-        table.contiguous(),
+        bias,
         lengths,
         out,
         *q.stride()[:3],
         *out.stride()[:3],
+        *bias.stride()[:2],
         heads,
         frames,
         LOG2_E * size**-0.5,
@@ -132,18 +137,20 @@ def _triton(q: Tensor, k: Tensor, v: Tensor, gate: Tensor, table: Tensor, length
     return out
 
 
-_INTEGERS = ("stride_b", "stride_h", "stride_t", "out_stride_b", "out_stride_h", "out_stride_t", "heads", "frames")
+_STRIDES = (
+    *("stride_b", "stride_h", "stride_t", "out_stride_b", "out_stride_h", "out_stride_t"),
+    *("bias_stride_h", "bias_stride_t"),
+)
 SHIPPED = [
     Shipped(
         f"gated attention, {dtype}",
         _attention_kernel,
         dict.fromkeys(("q_ptr", "k_ptr", "v_ptr", "out_ptr"), f"*{dtype}")
-        | dict.fromkeys(("gate_ptr", "table_ptr"), "*fp32")
-        | {"lengths_ptr": "*i32", "scale": "fp32"}
-        | dict.fromkeys(_INTEGERS, "i32"),
+        | {"gate_ptr": "*fp32", "bias_ptr": "*fp16", "lengths_ptr": "*i32", "scale": "fp32"}
+        | dict.fromkeys((*_STRIDES, "heads", "frames"), "i32"),
         {"E": 64, "QUERIES": QUERIES, "KEYS": KEYS},
         NUM_WARPS,
-        aligned=_INTEGERS[:6],  # all strides, where rows hold a multiple of 16 numbers; without it no load is a vector
+        aligned=_STRIDES,  # all strides, where rows hold a multiple of 16 numbers; without it no load is a vector
     )
     for dtype in ("fp16", "bf16")
 ]

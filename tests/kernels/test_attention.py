@@ -18,45 +18,46 @@ DEVICE = "cuda" if torch.cuda.is_available() and not jit.INTERPRETED else "cpu"
 FP32_ATOL = 2e-6 if DEVICE == "cpu" else 5e-6
 
 
-def attention_case(frames: int, lengths: list[int], size: int, dtype: torch.dtype) -> tuple:
+def attention_case(frames: int, lengths: list[int], size: int, dtype: torch.dtype, spare: int = 0) -> tuple:
     """Arguments as the encoder has them: q, k and v are slices of one product."""
     generator = torch.Generator().manual_seed(0)
     batch, heads = len(lengths), 3
     packed = torch.randn(batch, frames, 3 * heads * size + 2 * heads, generator=generator).to(DEVICE, dtype)
     q, k, v = packed[..., : 3 * heads * size].view(batch, frames, 3, heads, size).permute(2, 0, 3, 1, 4)
     gate = (2 * torch.rand(batch, heads, frames, generator=generator)).to(DEVICE)
-    table = torch.randn(heads, 2 * frames - 1, generator=generator).to(DEVICE)
-    return q, k, v, gate, table, torch.tensor(lengths, dtype=torch.int32, device=DEVICE)
+    wide = frames + spare
+    bias = torch.full((heads, frames, wide), 1e4)  # nothing beyond the frames is looked at
+    bias[:, :, :frames] = torch.randn(heads, frames, frames, generator=generator)
+    return q, k, v, gate, bias.to(DEVICE, dtype), torch.tensor(lengths, dtype=torch.int32, device=DEVICE)
 
 
-def by_definition(q, k, v, gate, table, lengths) -> np.ndarray:
-    q, k, v, gate, table = (x.double().cpu().numpy() for x in (q, k, v, gate, table))
+def by_definition(q, k, v, gate, bias, lengths) -> np.ndarray:
+    q, k, v, gate, bias = (x.double().cpu().numpy() for x in (q, k, v, gate, bias))
     frames = q.shape[2]
-    i, j = np.mgrid[:frames, :frames]
-    scores = q @ k.swapaxes(2, 3) / np.sqrt(q.shape[3]) + gate[..., None] * table[:, j - i + frames - 1]
+    scores = q @ k.swapaxes(2, 3) / np.sqrt(q.shape[3]) + gate[..., None] * bias[:, :, :frames]
     scores = np.where(np.arange(frames) < lengths.cpu().numpy()[:, None, None, None], scores, -np.inf)
     weights = np.exp(scores - scores.max(-1, keepdims=True))
     return weights / weights.sum(-1, keepdims=True) @ v
 
 
-CASES = [
-    (130, [130, 64, 1], 64),  # more than two blocks, a whole block of padding, a single key
-    (64, [63], 16),  # one block that is not full
-    (5, [5, 3], 32),  # fewer frames than a block
+CASES = [  # frames, lengths, size of a head, numbers of a row of bias beyond the frames
+    (130, [130, 64, 1], 64, 30),  # more than two blocks, a whole block of padding, a single key; rows of whole blocks
+    (64, [63], 16, 0),  # one block that is not full
+    (5, [5, 3], 32, 2),  # fewer frames than a block
 ]
 
 
-@pytest.mark.parametrize(("frames", "lengths", "size"), CASES)
-def test_the_twin_is_attention_by_its_definition(frames, lengths, size):
-    case = attention_case(frames, lengths, size, torch.float32)
+@pytest.mark.parametrize(("frames", "lengths", "size", "spare"), CASES)
+def test_the_twin_is_attention_by_its_definition(frames, lengths, size, spare):
+    case = attention_case(frames, lengths, size, torch.float32, spare)
     np.testing.assert_allclose(gated_attention(*case, kernel="torch").cpu(), by_definition(*case), atol=FP32_ATOL)
 
 
 @needs_triton
-@pytest.mark.parametrize(("frames", "lengths", "size"), CASES)
+@pytest.mark.parametrize(("frames", "lengths", "size", "spare"), CASES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_the_kernel_agrees_with_the_twin(frames, lengths, size, dtype):
-    case = attention_case(frames, lengths, size, dtype)
+def test_the_kernel_agrees_with_the_twin(frames, lengths, size, spare, dtype):
+    case = attention_case(frames, lengths, size, dtype, spare)
     expected = gated_attention(*(x.float() if x.is_floating_point() else x for x in case), kernel="torch")
     actual = gated_attention(*case, kernel="triton")
     assert actual.dtype == dtype

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastsmart.kernels.attention import gated_attention
+from fastsmart.kernels.attention import KEYS, gated_attention
 from fastsmart.kernels.convolution import convolution_gelu
 from fastsmart.machine.cuda_graph import GraphCapture
 from fastsmart.reward.audiobox.architecture import FRAMES, NORM_EPS, STRIDES, WINDOW, frames_of
@@ -41,7 +41,8 @@ class BatchEncoder:
         ]
         self.feature_norm, self.project = here(weights.feature_norm, single), here(weights.project)
         self.pos, self.norm = here(weights.pos), here(weights.norm, single)
-        self.table = relative_table(weights.bias).to(device)
+        # a GPU reads a row of it as vectors; float16 also beside bfloat16 products, of which it holds more digits
+        self.bias = key_blocks(weights.bias).to(device, single if dtype == single else torch.float16)
         self.layers = [
             LayerWeights(
                 qkvg=here(whole_blocks(w.qkvg)),
@@ -104,7 +105,7 @@ class BatchEncoder:
             qkvg = F.linear(x.to(self.dtype), *layer.qkvg)
             q, k, v = qkvg[..., : 3 * width].view(batch, FRAMES, 3, heads, -1).permute(2, 0, 3, 1, 4)
             gate = gates(qkvg[..., 3 * width : 3 * width + 2 * heads].float(), layer.gate).transpose(1, 2)
-            y = gated_attention(q, k, v, gate, self.table, frames).transpose(1, 2).reshape(batch, FRAMES, width)
+            y = gated_attention(q, k, v, gate, self.bias, frames).transpose(1, 2).reshape(batch, FRAMES, width)
             x = _normalised(x + F.linear(y, *layer.out), layer.attention_norm)
             y = F.linear(F.gelu(F.linear(x.to(self.dtype), *layer.fc1)), *layer.fc2)
             x = _normalised(x + y, layer.final_norm)
@@ -176,9 +177,9 @@ def _padded(windows: Sequence[np.ndarray | Tensor], rows: int) -> tuple[Tensor, 
     return samples, frames
 
 
-def relative_table(bias: Tensor) -> Tensor:
-    """The bias [H, F, F] by distance key - query, [H, 2 F - 1]: its last row, then the rest of its first."""
-    return torch.cat([bias[:, -1], bias[:, 0, 1:]], dim=1).contiguous()
+def key_blocks(bias: Tensor) -> Tensor:
+    """The bias [H, F, F] with zeros after each row up to whole blocks of the attention kernel's keys, 512 for 499."""
+    return F.pad(bias, (0, -bias.shape[2] % KEYS))
 
 
 def _normalised(x: Tensor, norm: Norm) -> Tensor:
