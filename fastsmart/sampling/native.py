@@ -8,7 +8,8 @@ Shape letters: R rows decoded side by side.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
+from contextlib import closing
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 
 from fastsmart.kernels.sample import UNDEFINED
-from fastsmart.machine.cuda_graph import GraphCapture
+from fastsmart.machine.cuda_graph import GraphCapture, OwnStream
 from fastsmart.policy.transformer import Policy
 from fastsmart.sampling.cuda_graph_batch import GraphBatch
 from fastsmart.sampling.decoder_weights import DecoderWeights
@@ -44,14 +45,17 @@ class NativeEngine:
     ) -> None:
         self.version, self.dtype, self.static_cache = version, dtype, static_cache
         self.size, self.eos = policy.size, policy.vocab.eos_id
-        self.weights = DecoderWeights(policy, dtype)
         self.memory: list[LayerCache] = []
-        self.capture = GraphCapture()
+        self.own = OwnStream(policy.device, urgent=True)  # of small kernels that all wait for each other
+        self.capture = GraphCapture(self.own.stream)
         self.graph_batches: dict[tuple[Any, ...], GraphBatch] = {}
+        with self.own.in_turn():
+            self.weights = DecoderWeights(policy, dtype)
 
     def load(self, policy: Policy, version: int) -> None:
         self.version = version
-        self.weights.load(policy)
+        with self.own.in_turn():
+            self.weights.load(policy)
 
     def first_difference(self, policy: Policy) -> str | None:
         fresh = DecoderWeights(policy, self.dtype)
@@ -63,10 +67,21 @@ class NativeEngine:
     def close(self) -> None:
         self.weights.layers, self.memory, self.graph_batches = [], [], {}
 
-    @torch.inference_mode()
     def stream(
         self, prompts: TokenBatch, settings: SamplingSettings, seed: tuple[int, ...], first: int = 0
     ) -> Iterator[Completion]:
+        with closing(self._drawn(prompts, settings, seed, first)) as source:
+            while True:
+                with self.own.on():  # but not what is done with a completion
+                    completion = next(source, None)
+                if completion is None:
+                    return
+                yield completion
+
+    @torch.inference_mode()
+    def _drawn(
+        self, prompts: TokenBatch, settings: SamplingSettings, seed: tuple[int, ...], first: int
+    ) -> Generator[Completion, None, None]:
         check_prompts(prompts, settings, self.size.max_positions)
         total = len(prompts) * settings.group
         static_cache = self.static_cache

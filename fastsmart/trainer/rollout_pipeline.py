@@ -20,6 +20,7 @@ import numpy as np
 import torch
 
 from fastsmart.audio import AudioBatch
+from fastsmart.machine.cuda_graph import OwnStream
 from fastsmart.notes import NoteBatch
 from fastsmart.reward import Clips, Scores
 from fastsmart.run.trace import Trace
@@ -63,6 +64,7 @@ class RolloutPipeline:
                ended
     scorer   : a thread in which every chunk is scored, whatever the mode; None = as `overlap` says. For a GPU, on which
                the thread that has recorded a graph has to live as long as the graph
+    own      : the stream on which a GPU mixes and scores clips; None = the default stream
 
     Owns a thread, and the scorer: call `close`. A batch that is being sampled in another thread then is given up at
     its next completion once `closing` is set.
@@ -75,9 +77,10 @@ class RolloutPipeline:
         overlap: bool,
         trace: Trace,
         scorer: ThreadPoolExecutor | None = None,
+        own: OwnStream | None = None,
     ) -> None:
         self.renderer, self.score, self.overlap, self.trace = renderer, score, overlap, trace
-        self.scorer = scorer
+        self.scorer, self.own = scorer, own or OwnStream(torch.device("cpu"))
         self.closing = False
         self.rendering = started_thread("render")
 
@@ -102,11 +105,13 @@ class RolloutPipeline:
         batch = _Batch(self, decode, first, total, chunk, tell)
         stream = self._sampled(completions, batch)
         if not self.overlap:
-            for completion in list(stream):
-                batch.add_completion(completion)
-            while batch.rendering:
-                batch.collect(timeout_s=1.0)
-            return batch.result([self._scored_now(batch.clips(c)) for c in batch.chunks])
+            drawn = list(stream)
+            with self.own.on():
+                for completion in drawn:
+                    batch.add_completion(completion)
+                while batch.rendering:
+                    batch.collect(timeout_s=1.0)
+                return batch.result([self._scored_now(batch.clips(c)) for c in batch.chunks])
         inbox: Inbox = SimpleQueue()
         errands = _Errands()
         rest = self.rendering.submit(self._render_and_score, batch, inbox, errands)
@@ -139,7 +144,7 @@ class RolloutPipeline:
 
     def _render_and_score(self, batch: _Batch, inbox: Inbox, errands: _Errands) -> ScoredCompletions:
         """The rendering thread: from the inbox to the renderer, from there to whoever scores."""
-        with ExitStack() as stack:
+        with ExitStack() as stack, self.own.on():
             stack.callback(errands.end)
             scores = self._scored(batch, inbox, errands, stack)
         return batch.result(scores)
@@ -187,7 +192,7 @@ class RolloutPipeline:
         return [score.result() for score in scores]
 
     def _score(self, clips: Clips) -> Scores:
-        with self.trace("score"):
+        with self.trace("score"), self.own.on():
             return self.score(clips)
 
     def _scored_now(self, clips: Clips) -> Scores:

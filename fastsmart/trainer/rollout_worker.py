@@ -14,6 +14,7 @@ from fastsmart.audio.gpu_mixdown import DeviceRenderer
 from fastsmart.config import Config
 from fastsmart.errors import UserError
 from fastsmart.machine.cpu_affinity import separate_helpers
+from fastsmart.machine.cuda_graph import OwnStream
 from fastsmart.machine.distributed import Ranks
 from fastsmart.notes import NoteBatch
 from fastsmart.policy.transformer import Policy
@@ -78,12 +79,16 @@ class RolloutWorker:
                 self.pool = RenderPool(config.audio, self.batch, quarantine)
                 if mixes_on_gpu(config, policy.device):
                     self.mixer = DeviceRenderer(self.pool, policy.device)
-            overlap, scorer = config.train.pipeline != "off", None
+            overlap, scorer, own = config.train.pipeline != "off", None, OwnStream(policy.device)
             if policy.device.type == "cuda":
                 scorer = started_thread("score")
-                scorer.submit(self.reward.prepare).result()
-            self.pipeline = RolloutPipeline(self.mixer or self.pool, self.reward, overlap, self.trace, scorer)
+                scorer.submit(self._prepare_rewards, own).result()
+            self.pipeline = RolloutPipeline(self.mixer or self.pool, self.reward, overlap, self.trace, scorer, own)
             self.sampling_thread, self.writing = started_thread("rollout"), started_thread("write")
+
+    def _prepare_rewards(self, own: OwnStream) -> None:
+        with own.in_turn():  # after their weights have been copied to the GPU
+            self.reward.prepare()
 
     def generate(
         self,

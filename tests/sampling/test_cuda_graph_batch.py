@@ -7,6 +7,7 @@ import pytest
 import torch
 from tiny_policy import eager_to_end, make_policy
 from torch.utils._python_dispatch import TorchDispatchMode
+from watched_stream import WatchedStream
 
 from fastsmart.errors import UserError
 from fastsmart.kernels import decode_step
@@ -114,6 +115,19 @@ def test_memory_is_used_again_for_other_prompts_weights_and_numbers(vocab):
     assert engine.first_difference(first) == "model.embed_tokens.weight"
 
 
+@pytest.mark.parametrize("static_cache", [True, False])
+def test_the_sampler_works_on_its_own_stream_and_its_customers_do_not(policy, static_cache):
+    engine, inside = NativeEngine(policy, static_cache=static_cache), []
+    engine.own, forward, arranged = WatchedStream(), engine.forward, NativeEngine._matrices
+    engine.forward = lambda *given: inside.append(engine.own.entered) or forward(*given)
+    for _ in engine.stream(PROMPTS, SamplingSettings(group=2, max_tokens=20), (0,)):
+        assert not engine.own.entered
+    assert inside == [True] * len(inside) != []
+    engine._matrices = lambda: inside.append(engine.own.turns) or arranged(engine)
+    engine.load(policy, 1)
+    assert (inside[-1], engine.own.turns, engine.own.entered) == (1, 1, False)
+
+
 def test_memory_is_kept_for_a_few_shapes_only(policy):
     engine = NativeEngine(policy, static_cache=True)
     for group in range(1, _STATIC_KEPT + 3):
@@ -186,6 +200,27 @@ def test_with_tritons_kernels(vocab, monkeypatch):
     monkeypatch.setattr(decode_step, "choose_kernel", lambda kernel, device: asked.append(kernel) or "triton")
     assert_same(sampled(NativeEngine(policy, static_cache=True), settings), plain)
     assert set(asked) == {"auto"}
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_the_sampler_does_not_wait_for_the_trainer(vocab):
+    """What the default stream has still to do changes nothing that is drawn, and new weights are those it has made."""
+    policy, settings = eager_to_end(vocab).to("cuda"), SamplingSettings(group=8, max_tokens=100)
+    engine = NativeEngine(policy)
+    expected = sampled(engine, settings)
+    big, other = torch.randn(8192, 8192, device="cuda"), make_policy(vocab, seed=1).to("cuda")
+    torch.cuda.synchronize()
+    for _ in range(100):  # seconds of float32 products
+        big = big @ big
+    busy = torch.cuda.Event()
+    busy.record()
+    assert_same(sampled(engine, settings), expected)
+    assert not busy.query(), "the sampler has waited"
+    with torch.no_grad():
+        for mine, new in zip(policy.parameters(), other.parameters(), strict=True):
+            mine.copy_(new)  # when the products are done
+    engine.load(policy, 1)
+    assert_same(sampled(engine, settings), sampled(NativeEngine(other, 1), settings))
 
 
 @pytest.mark.gpu

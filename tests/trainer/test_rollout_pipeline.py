@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 import pytest
+from watched_stream import WatchedStream
 
 from fastsmart.audio import AudioBatch
 from fastsmart.notes import NoteBatch
@@ -84,6 +85,33 @@ def test_order_and_mode_change_no_bit(seed: int) -> None:
         assert renderer.cleared == 2
         pipeline.close()
     assert all(np.array_equal(r, results[0]) for r in results)
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_clips_are_mixed_and_scored_on_the_stages_own_stream(overlap: bool) -> None:
+    """In whichever thread; sampling is not on it, which has one of its own."""
+    own, seen = WatchedStream(), []
+
+    class Renderer(SlowRenderer):
+        def gather(self, indices: Sequence[int]) -> AudioBatch:
+            seen.append(own.entered)
+            return super().gather(indices)
+
+    def watched(clips: Clips) -> Scores:
+        seen.append(own.entered)
+        return score(clips)
+
+    def sampled() -> Iterator[Completion]:
+        for completion in completions(0):
+            assert not own.entered
+            yield completion
+
+    for scorer in (None, started_thread("score")):
+        pipeline = RolloutPipeline(Renderer(0), watched, overlap, Trace(), scorer, own)
+        pipeline.run(sampled(), decode, TOTAL, CHUNK, FIRST)
+        pipeline.close()
+        assert not own.entered
+    assert seen == [True] * (2 * 2 * TOTAL // CHUNK)
 
 
 @pytest.mark.parametrize("overlap", [False, True])
