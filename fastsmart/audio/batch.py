@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -10,9 +11,14 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from fastsmart.errors import UserError
+from fastsmart.machine.files import atomic_file
 
 if TYPE_CHECKING:  # the pool's workers start faster without it
     from torch import Tensor
+
+FULL_SCALE = 32767  # of 16 bits
+CHUNK = 2**18  # samples that are converted at once: an hour of them would fill the memory
+PROBE_BYTES = 2**16  # more than libsndfile writes at once, so that they find the disk as full as it did
 
 
 @dataclass(frozen=True)
@@ -58,11 +64,27 @@ class DeviceAudio(AudioBatch):
 def write_wav(path: str | Path, samples: np.ndarray, sample_rate: int) -> None:
     """Write float samples, [T] or [T, 2] in -1..1, as 16-bit WAV (FLAC when the name ends in .flac).
 
-    Raises UserError when the file cannot be written.
+    The file appears under its name once it is whole. Raises UserError when it cannot be written.
     """
     import soundfile  # not above: it brings a libsndfile of its own, see `fastsmart.audio.fluidsynth`
 
-    try:
-        soundfile.write(str(path), samples, sample_rate, subtype="PCM_16")
-    except (OSError, soundfile.LibsndfileError) as error:
-        raise UserError(f"cannot write {path}: {error}") from error
+    kind = "FLAC" if Path(path).suffix.lower() == ".flac" else "WAV"
+    with atomic_file(path) as part:
+        try:
+            channels = 1 if samples.ndim == 1 else samples.shape[1]
+            with soundfile.SoundFile(part, "w", sample_rate, channels, "PCM_16", format=kind) as file:
+                for start in range(0, len(samples), CHUNK):
+                    # rounded here: libsndfile cuts off, which makes the least negative value half a step too loud
+                    chunk = np.clip(samples[start : start + CHUNK], -1.0, 1.0) * FULL_SCALE
+                    file.write(np.rint(chunk).astype(np.int16))
+        except soundfile.LibsndfileError as error:
+            _raise_cause(part)
+            raise UserError(f"cannot write {path}: {error}") from error
+
+
+def _raise_cause(part: Path) -> None:
+    """Raise the OSError behind libsndfile's "System error", such as a full disk, if it comes again."""
+    with part.open("ab") as file:
+        file.write(bytes(PROBE_BYTES))
+        file.flush()
+        os.fsync(file.fileno())

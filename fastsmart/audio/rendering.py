@@ -6,7 +6,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +54,11 @@ def listening_seconds(notes: NoteBatch) -> float:
     return min(max(1.0, float(notes.end_s.max(initial=0.0))), LONGEST_S)
 
 
+def is_cut(notes: NoteBatch, i: int) -> bool:
+    """Whether piece i goes on beyond the hour that a file for listening may last."""
+    return float(notes.end_s[i]) > LONGEST_S
+
+
 def listening_settings(settings: RenderSettings, seconds: float) -> RenderSettings:
     """`settings` for files of up to `seconds` that a person listens to, played by the reference renderer.
 
@@ -83,8 +88,14 @@ def render_file(
 
     For many files pass one `renderer` made with `listening_settings`, so that the soundfont is loaded once.
 
-    Raises UserError when the file cannot be written, or FluidSynth or the soundfont cannot be used.
+    A piece is cut at 60 minutes, see `is_cut`. Raises UserError when no note is left of it, the file cannot be written,
+    or FluidSynth or the soundfont cannot be used.
     """
+    onsets = notes.onset_s[notes.rows(i)]
+    if len(onsets) and onsets.min() >= LONGEST_S:
+        raise UserError(
+            f"cannot write {path}: the first note is at {onsets.min() / 60:.0f} minutes, and files end at 60"
+        )
     if renderer is not None:
         write_wav(path, renderer.render_stereo(notes, i), renderer.settings.sample_rate)
         return
@@ -92,12 +103,25 @@ def render_file(
         write_wav(path, own.render_stereo(notes, i), own.settings.sample_rate)
 
 
+@dataclass(frozen=True)
+class RenderedFile:
+    """A MIDI file that was rendered for listening, or why it could not be.
+
+    cut : the piece goes on beyond the 60 minutes of the file
+    """
+
+    source: Path
+    target: Path
+    error: UserError | None
+    cut: bool
+
+
 def render_files(
     jobs: Sequence[tuple[Path, Path]], settings: RenderSettings, read: Callable[[Path], NoteBatch]
-) -> Iterator[tuple[Path, UserError | None]]:
+) -> Iterator[RenderedFile]:
     """Render many (MIDI file, target) for listening, `worker_count` at once; yields them in order, done.
 
-    read : gives the one piece of a file; the UserError it or the writing raises is yielded beside the file
+    read : gives the one piece of a file; the UserError it or the writing raises is that file's
 
     Raises UserError when FluidSynth or the soundfont cannot be used.
     """
@@ -107,7 +131,7 @@ def render_files(
     with ExitStack() as renderers, ThreadPoolExecutor(min(settings.worker_count, max(len(jobs), 1))) as threads:
         FluidSynthRenderer(whole).close()  # what is wrong with the soundfont is no file's fault
 
-        def one(job: tuple[Path, Path]) -> UserError | None:
+        def one(job: tuple[Path, Path]) -> RenderedFile:
             source, target = job
             try:
                 notes = read(source)
@@ -115,8 +139,7 @@ def render_files(
                     own.renderer = renderers.enter_context(FluidSynthRenderer(whole))
                 render_file(notes, 0, target, renderer=own.renderer)
             except UserError as error:
-                return error
-            return None
+                return RenderedFile(source, target, error, False)
+            return RenderedFile(source, target, None, is_cut(notes, 0))
 
-        for (source, _), error in zip(jobs, threads.map(one, jobs), strict=True):
-            yield source, error
+        yield from threads.map(one, jobs)

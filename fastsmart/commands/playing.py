@@ -18,6 +18,7 @@ AUDIO_SUFFIXES = (".wav", ".flac")
 def sample(options: argparse.Namespace) -> int:
     from fastsmart import decode, load_policy, prompts
     from fastsmart import sample as draw
+    from fastsmart.audio.rendering import is_cut
     from fastsmart.machine.files import make_folder
     from fastsmart.policy.checkpoints import policy_source
 
@@ -45,9 +46,11 @@ def sample(options: argparse.Namespace) -> int:
     for i in range(len(notes)):
         path = out / f"{i + 1:03d}.mid"
         notes.to_midi(i, path)
+        cut = options.wav and is_cut(notes, i)
         if options.wav:
             _render_one(notes, i, path.with_suffix(".wav"), options.soundfont)
-        print(f"{path}  {asked.text(i)}: {int(notes.counts[i])} notes, {notes.end_s[i]:.1f} s")
+        length = f"{notes.end_s[i]:.1f} s{', its audio cut at 60 minutes' if cut else ''}"
+        print(f"{path}  {asked.text(i)}: {int(notes.counts[i])} notes, {length}")
     return 0
 
 
@@ -66,14 +69,14 @@ def render(options: argparse.Namespace) -> int:
     settings = RenderSettings(options.soundfont, "fluidsynth", reverb=options.reverb, workers=options.workers)
     failed = 0
     with bar("rendering") as show:
-        for done, ((_, target), (_, error)) in enumerate(
-            zip(jobs, render_files(jobs, settings, read_midi), strict=True), start=1
-        ):
-            if error is None:
-                print(target, flush=True)
+        for done, file in enumerate(render_files(jobs, settings, read_midi), start=1):
+            if file.error is None:
+                print(file.target, flush=True)
             else:  # this file's fault: the others go on
-                print(f"fastsmart: {error}", file=sys.stderr)
+                print(f"fastsmart: {file.error}", file=sys.stderr)
                 failed += 1
+            if file.cut:
+                print(f"fastsmart: {file.target} is cut at 60 minutes, {file.source} lasts longer", file=sys.stderr)
             show(done, len(jobs))
     return 2 if failed else 0
 

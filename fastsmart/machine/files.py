@@ -8,6 +8,7 @@ import os
 import platform
 import shutil
 import tempfile
+import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
@@ -15,6 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from fastsmart.errors import UserError
+
+NAME_KEPT = 48  # characters of a file's name in that of its part: with 4 bytes each still below the usual 255
 
 
 @contextmanager
@@ -66,21 +69,30 @@ def _clear_up_after_a_crash(path: Path) -> None:
         shutil.rmtree(leftover, ignore_errors=True)
 
 
-def write_atomic(path: str | Path, content: str | bytes) -> None:
-    """Write a small file in one step, text as UTF-8.
+@contextmanager
+def atomic_file(path: str | Path) -> Iterator[Path]:
+    """A name beside `path` to write to; the file there takes the place of `path` when the block ends without error.
 
-    Raises UserError when the disk is full or the place cannot be written.
+    What stood at `path` before stays whole until then, and stays when the block fails. Raises UserError when the disk
+    is full or the place cannot be written.
     """
     path = Path(path)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")  # another process may be writing the same
+    # another process or thread may be writing the same; a long name has no room for more
+    part = path.with_name(f".{path.name[:NAME_KEPT]}.{os.getpid()}.{threading.get_ident()}.part")
     try:
         with os_errors_as_user_errors(path):
-            part.write_bytes(content if isinstance(content, bytes) else content.encode("utf-8"))
+            yield part
             sync(part)
             part.replace(path)
     finally:
         with suppress(OSError):
             part.unlink(missing_ok=True)
+
+
+def write_atomic(path: str | Path, content: str | bytes) -> None:
+    """Write a small file in one step, text as UTF-8; raises UserError as `atomic_file` does."""
+    with atomic_file(path) as part:
+        part.write_bytes(content if isinstance(content, bytes) else content.encode("utf-8"))
 
 
 class JsonLines:
