@@ -5,14 +5,17 @@ Shape letters: N pieces, M notes of all pieces together, E tempo events, S time 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from fastsmart.errors import UserError
+from fastsmart.machine.files import atomic_file
 
 if TYPE_CHECKING:
     import mido  # imported where files are read and written: training needs none
@@ -23,6 +26,7 @@ DRUM_CHANNEL = 9
 SUSTAIN_CONTROL = 64
 PEDAL_DOWN = 64  # values of the controller from here on
 MIDI_SUFFIXES = (".mid", ".midi", ".kar")
+_KEY_SIGNATURE, _C_MAJOR = re.compile(rb"\xff\x59\x02..", re.DOTALL), b"\xff\x59\x02\0\0"
 MAX_DENOMINATOR = 1024  # a time signature beyond it is a damaged byte (the file holds its logarithm), and inaudible
 
 
@@ -210,34 +214,24 @@ class NoteBatch:
         for tick, _, message in events:
             track.append(message.copy(time=(tick - now) * scale))
             now = tick
-        try:
-            file.save(str(path))
-        except OSError as error:
-            raise UserError(f"cannot write {path}: {error.strerror}; choose a folder you can write to") from error
+        with atomic_file(path) as part:
+            file.save(str(part))
 
 
 def read_midi(path: str | Path, max_seconds: float | None = None) -> NoteBatch:
-    """The notes of one MIDI file, all channels but drums, as a batch of one piece.
+    """Notes of one MIDI file, all channels but drums, as a batch of one piece.
 
     A note-off ends the earliest sounding note of its channel and pitch; what is never ended is dropped. The sustain
     pedal is down while that of any channel is. With `max_seconds`, notes that start later are left out and notes that
-    ring longer are cut.
+    ring longer are cut. Data bytes above 127 count as 127, and key signatures, which are not heard, may be any.
 
     Raises UserError naming the file when it is missing, truncated or not MIDI.
     """
     import mido
 
-    try:
-        file = mido.MidiFile(str(path))
-    except OSError as error:
-        if error.strerror:
-            raise UserError(f"cannot read {path}: {error.strerror}") from error
-        raise UserError(f"{path} is not a complete MIDI file: {error or 'it ends too early'}") from error
-    except (EOFError, ValueError, IndexError, KeyError, mido.KeySignatureError) as error:
-        reason = str(error) or "it ends too early"
-        raise UserError(f"{path} is not a complete MIDI file: {reason}") from error
+    file = _parse_midi(path)
     if not file.tracks:
-        raise UserError(f"{path} is not a complete MIDI file: it has no tracks")
+        raise UserError(f"cannot read {path} as MIDI: it has no tracks")
     if file.type == 2 or file.ticks_per_beat <= 0:
         timing = f"type {file.type}, division {file.ticks_per_beat}"
         raise UserError(f"{path} uses MIDI timing fastsmart does not read ({timing}); save it as type 0 or 1 in beats")
@@ -299,6 +293,26 @@ def read_midi(path: str | Path, max_seconds: float | None = None) -> NoteBatch:
         np.array([0, len(meters)], np.int64),
         Pedals(pedal_tick, pedal_s, pedal_down, np.array([0, len(pedals)], np.int64)) if pedals else None,
     )
+
+
+def _parse_midi(path: str | Path) -> mido.MidiFile:
+    import mido
+
+    try:
+        content = Path(path).read_bytes()
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from error
+    try:
+        try:
+            return mido.MidiFile(file=BytesIO(content), clip=True)
+        except mido.KeySignatureError:  # mido refuses keys it cannot name
+            return mido.MidiFile(file=BytesIO(_KEY_SIGNATURE.sub(_C_MAJOR, content)), clip=True)
+    except EOFError as error:
+        raise UserError(f"cannot read {path} as MIDI: it ends too early") from error
+    # OSError is mido's own here: nothing is read from the disk
+    except (OSError, ValueError, IndexError, KeyError, mido.KeySignatureError) as error:
+        reason = "a damaged event" if isinstance(error, IndexError | KeyError) else str(error) or "it ends too early"
+        raise UserError(f"cannot read {path} as MIDI: {reason}") from error
 
 
 def ticks_to_seconds(

@@ -154,7 +154,7 @@ def test_a_midi_file_cut_anywhere_is_named(tmp_path):
     path = tmp_path / "cut.mid"
     for length in range(len(data)):
         path.write_bytes(data[:length])
-        with pytest.raises(UserError, match=r"cut\.mid is not a complete MIDI file"):
+        with pytest.raises(UserError, match=r"cannot read .*cut\.mid as MIDI: it ends too early"):
             read_midi(path)
 
 
@@ -184,8 +184,35 @@ def test_damaged_bytes_give_notes_or_one_clear_error_never_a_crash(tmp_path):
 )
 def test_a_file_that_is_not_midi_is_named(content, tmp_path):
     (tmp_path / "song.mid").write_bytes(content)
-    with pytest.raises(UserError, match=r"song\.mid is not a complete MIDI file"):
+    with pytest.raises(UserError, match=r"cannot read .*song\.mid as MIDI: "):
         read_midi(tmp_path / "song.mid")
+
+
+def test_bytes_that_no_note_needs_lose_no_notes(tmp_path):
+    """A velocity above 127 counts as 127; a key signature of no key is passed over. Both stand in large collections."""
+    write_piece(tmp_path / "whole.mid", 8, bars=3)
+    whole = read_midi(tmp_path / "whole.mid")
+    file = mido.MidiFile(tmp_path / "whole.mid")
+    file.tracks[0].insert(0, mido.MetaMessage("key_signature", key="Eb"))
+    file.save(tmp_path / "key.mid")
+    named = (tmp_path / "key.mid").read_bytes()
+    key = b"\xff\x59\x02\xfd\x00"  # three flats, major
+    assert named.count(key) == 1
+    (tmp_path / "key.mid").write_bytes(named.replace(key, b"\xff\x59\x02\xfd\x02"))
+    with pytest.raises(mido.KeySignatureError):
+        mido.MidiFile(tmp_path / "key.mid")
+    same(read_midi(tmp_path / "key.mid"), whole)
+
+    note = next(m for m in mido.merge_tracks(file.tracks) if m.type == "note_on" and m.velocity > 0 and m.channel != 9)
+    struck = bytes(note.bytes())
+    (tmp_path / "loud.mid").write_bytes(named.replace(struck, struck[:2] + b"\xc8", 1))
+    with pytest.raises(OSError, match="data byte"):
+        mido.MidiFile(tmp_path / "loud.mid")
+    loud = read_midi(tmp_path / "loud.mid")
+    changed = np.flatnonzero(loud.velocity != whole.velocity)
+    assert loud.velocity[changed].tolist() == [127]
+    np.testing.assert_array_equal(loud.onset_s, whole.onset_s)
+    np.testing.assert_array_equal(loud.pitch, whole.pitch)
 
 
 @pytest.mark.parametrize(("kind", "division"), [(2, 480), (1, -7640), (1, 0)])
