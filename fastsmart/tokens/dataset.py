@@ -135,6 +135,9 @@ def encode_midi(path: str | Path, vocab: Vocabulary) -> np.ndarray:
             piano.notes.extend(track.notes)
     if len(piano.notes) == 0:
         raise UserError(f"{path} has no notes")
+    for note in piano.notes:
+        if note.velocity < 0:  # a damaged byte above 127, which symusic takes for a signed one; `read_midi` reads 127
+            note.velocity = 127
     piano.notes.sort(key=lambda note: (note.time, note.pitch, -note.velocity))
     score.tracks = [piano]
     score.time_signatures = [

@@ -13,6 +13,7 @@ import pytest
 from token_sources import write_piece
 
 from fastsmart.errors import UserError
+from fastsmart.notes import read_midi
 from fastsmart.tokens.dataset import TokenDataset, encode_folder, encode_midi
 from fastsmart.tokens.decode import decode
 
@@ -119,3 +120,17 @@ def test_a_broken_dataset_is_refused(folder, tmp_path, vocab):
         TokenDataset.open(tmp_path / "data")
     with pytest.raises(UserError, match="not an encoded dataset"):
         TokenDataset.open(tmp_path / "midi")
+
+
+def test_a_velocity_above_127_is_the_loudest_as_read_midi_has_it(tmp_path, vocab):
+    write_piece(tmp_path / "whole.mid", 8, bars=3)
+    file = mido.MidiFile(tmp_path / "whole.mid")
+    note = next(m for track in file.tracks for m in track if m.type == "note_on" and m.velocity > 0 and m.channel != 9)
+    struck, content = bytes(note.bytes()), (tmp_path / "whole.mid").read_bytes()
+    for name, velocity in (("damaged", 200), ("loudest", 127)):
+        (tmp_path / f"{name}.mid").write_bytes(content.replace(struck, struck[:2] + bytes([velocity]), 1))
+    encoded, expected, whole = (encode_midi(tmp_path / f"{n}.mid", vocab) for n in ("damaged", "loudest", "whole"))
+    np.testing.assert_array_equal(encoded, expected)
+    assert encoded.tolist() != whole.tolist()
+    damaged, loudest = (read_midi(tmp_path / f"{name}.mid") for name in ("damaged", "loudest"))
+    np.testing.assert_array_equal(damaged.velocity, loudest.velocity)
