@@ -143,7 +143,7 @@ def _is_origin(origin: Any, policies: list[str]) -> bool:
     return (
         isinstance(origin, dict)
         and origin.get("policy") in policies
-        and isinstance(origin.get("prompt"), str | int | float)
+        and isinstance(origin.get("prompt"), str | int | float | list)
     )
 
 

@@ -72,15 +72,19 @@ def _means(given: list[Answer], policies: list[str]) -> dict[str, dict[str, floa
 def _differences(given: list[Answer], base: str, other: str) -> np.ndarray:
     """What each listener said of `other` minus `base` on each prompt, [L, P], NaN where one is missing.
 
-    Answers that compare two policies are differences already; for them both labels are "".
+    Answers that compare two policies are differences already; for them both labels are "". Several answers of a
+    listener about one prompt count as their mean.
     """
     listeners = {name: i for i, name in enumerate(dict.fromkeys(a.listener for a in given))}
     prompts = {name: j for j, name in enumerate(dict.fromkeys(a.prompt for a in given))}
-    values = np.full((2, len(listeners), len(prompts)), np.nan)
+    total, count = np.zeros((2, 2, len(listeners), len(prompts)))
     for a in given:
         if a.policy in (base, other):
-            values[int(a.policy == other), listeners[a.listener], prompts[a.prompt]] = a.value
-    return values[1] if base == other else values[1] - values[0]
+            place = int(a.policy == other), listeners[a.listener], prompts[a.prompt]
+            total[place] += a.value
+            count[place] += 1
+    means = np.divide(total, count, out=np.full_like(total, np.nan), where=count > 0)
+    return means[1] if base == other else means[1] - means[0]
 
 
 def _choices(given: list[Answer]) -> dict[str, Any]:
@@ -93,7 +97,11 @@ def _choices(given: list[Answer]) -> dict[str, Any]:
         "won": won,
         "lost": lost,
         "no_preference": len(given) - won - lost,
-        "listeners_for": {"second": second, "first": first, "sign_test_p": sign_test(second, first)},
+        "listeners_for": {
+            "second": second,
+            "first": first,
+            "sign_test_p": sign_test(second, first) if second + first else None,
+        },
     }
 
 

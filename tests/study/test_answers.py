@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 
 import pytest
 from listeners import answered, is_one_sentence, judged
 
 from fastsmart.cli import main
 from fastsmart.study.answers import read_answers
+from fastsmart.study.ratings import analyse
 
 
 def put(tree, path, value):
@@ -122,3 +125,36 @@ def test_a_stranger_cannot_steer_the_terminal(rating_test, tmp_path):
     (said,) = found.listeners
     assert said.isprintable()
     assert len(said) < 60
+
+
+def test_analysis_needs_nothing_but_what_fastsmart_is_installed_with(rating_test, tmp_path):
+    """`make demo` installs neither pandas nor statsmodels."""
+    _, data, key = rating_test
+    (tmp_path / "key.json").write_text(json.dumps(key))
+    for k in range(3):
+        taste = answered(data, key, "Ada", lambda clips: 3 + (key["clips"][clips[0]]["policy"] == "base"), f"{k}" * 16)
+        (tmp_path / f"{k}.json").write_text(json.dumps(taste))
+    code = (
+        "import sys; sys.modules['pandas'] = sys.modules['statsmodels'] = None; from fastsmart.cli import main;"
+        f"sys.exit(main(['listen', 'analyse', {str(tmp_path)!r}, '--key', {str(tmp_path / 'key.json')!r}]))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "3 listeners, 3 prompts" in done.stdout
+
+
+def test_several_clips_of_one_prompt_count_as_their_mean(rating_test, tmp_path):
+    """Prompts that open alike are one: a listener's answers about them are no independent ones."""
+    _, data, key = rating_test
+    key = json.loads(json.dumps(key))
+    _, *same = sorted({origin["prompt"] for origin in key["clips"].values()})
+    for origin in key["clips"].values():
+        origin["prompt"] = "opening" if origin["prompt"] in same else "another"
+    (tmp_path / "key.json").write_text(json.dumps(key))
+    files = [tmp_path / f"{k}.json" for k in range(3)]
+    for k, file in enumerate(files):
+        taste = answered(data, key, "Ada", lambda clips: 3 + (key["clips"][clips[0]]["policy"] == "base"), f"{k}" * 16)
+        file.write_text(json.dumps(taste))
+    found = analyse(read_answers(files, tmp_path / "key.json"))["questions"]["rating"]["differences"]["tuned"]
+    assert (found["prompts"], found["pairs"]) == (2, 6)
+    assert found["estimate"] == pytest.approx(-1.0)
