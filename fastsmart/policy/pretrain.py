@@ -17,6 +17,7 @@ from torch import Tensor
 
 from fastsmart.errors import UserError
 from fastsmart.machine.files import JsonLines, make_folder, os_errors_as_user_errors
+from fastsmart.machine.folder_lock import LEASE_S, FolderLock
 from fastsmart.machine.signals import StopRequest
 from fastsmart.policy.checkpoints import Checkpoints
 from fastsmart.policy.crops import IGNORED, Cropper, CropSettings, ngram_losses, targets
@@ -94,10 +95,24 @@ def pretrain(
     `out` receives `policy/` (the best one), `checkpoints/` (what resume needs), `metrics.jsonl` and `curve.png`;
     `report` is called with every line of metrics. A resumed run gives the weights of one never interrupted.
 
-    Raises UserError when the dataset is too small for a validation split, `out` already holds another run, or nothing
-    can be resumed there.
+    Raises UserError when the dataset is too small for a validation split, `out` already holds another run, nothing can
+    be resumed there, or another process trains there.
     """
     out = make_folder(out)
+    with FolderLock(out, "training", LEASE_S if resume else 0.0):
+        return _pretrain(dataset, size, settings, out, resume, stop, report)
+
+
+def _pretrain(
+    dataset: TokenDataset,
+    size: PolicySize,
+    settings: PretrainSettings,
+    out: Path,
+    resume: bool,
+    stop: StopRequest | None,
+    report: Callable[[dict[str, Any]], None] | None,
+) -> PretrainResult:
+    """`pretrain`, with nobody else in the folder."""
     train_pieces, valid_pieces = split_pieces(len(dataset), settings.valid_share, settings.seed)
     train, valid = (Cropper(dataset, pieces, settings.crop) for pieces in (train_pieces, valid_pieces))
     valid_rows = valid.rows(np.random.default_rng([settings.seed, 0]), settings.valid_rows, augment=False)

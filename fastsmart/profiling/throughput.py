@@ -90,10 +90,14 @@ def run_turn(config: Config, path: Path, steps: int, ranks: Ranks) -> list[dict[
     """The first steps of the run of a config, as lines of metrics; the last has the most memory of a GPU in use."""
     # one step more than is taken, so that the last one draws ahead as the others do
     config = replace(config, train=replace(config.train, steps=steps + 1, writers=()))
-    folder, lines = RunFolder.open(path, config, False, ranks), []
+    lines: list[dict[str, Any]] = []
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
-    with open_run(folder, ranks) as (trainer, worker, recorder), gc_at_steps() as collect:
+    with (
+        RunFolder.open(path, config, False, ranks) as folder,
+        open_run(folder, ranks) as (trainer, worker, recorder),
+        gc_at_steps() as collect,
+    ):
         scheduler = RolloutScheduler(worker)
         for _ in range(steps):
             lines.append(run_step(trainer, worker, scheduler).line)

@@ -5,7 +5,7 @@ run.json         what it ran with: versions, machine   listen/                  
 metrics.jsonl    one line a step                       before_after.md            features and rewards
 curves.png       the metrics as curves                 trace.json                 who did what when, for ui.perfetto.dev
 live.json        while it runs: for `fastsmart top`    failed/                    clips and batches worth a look
-held-out/        every clip of before and after, CSV
+held-out/        every clip of before and after, CSV   .lock                      while it runs: who writes here
 
 The folder of a profile is marked by its profile.json: it looks like a run's, but nothing can go on from it.
 """
@@ -19,6 +19,7 @@ from fastsmart.config import Config, read_config, to_toml
 from fastsmart.errors import UserError
 from fastsmart.machine.distributed import Ranks
 from fastsmart.machine.files import JsonLines, make_folder, write_atomic
+from fastsmart.machine.folder_lock import LEASE_S, FolderLock
 from fastsmart.policy.checkpoints import Checkpoints
 
 CONFIG_FILE = "config.toml"
@@ -30,10 +31,11 @@ PROFILE_FILE = "profile.json"
 
 
 class RunFolder:
-    """A run's files: `metrics` and `checkpoints` of a run with this `config`."""
+    """A run's files: `metrics` and `checkpoints` of a run with this `config`. As a context manager it ends with
+    `close`."""
 
-    def __init__(self, path: Path, config: Config) -> None:
-        self.path, self.config = path, config
+    def __init__(self, path: Path, config: Config, lock: FolderLock | None = None) -> None:
+        self.path, self.config, self._lock = path, config, lock
         self.listen = path / "listen"
         self.metrics = JsonLines(path / METRICS_FILE)
         self.checkpoints = Checkpoints(path / "checkpoints", config.train.keep)
@@ -46,14 +48,49 @@ class RunFolder:
 
     @staticmethod
     def open(path: str | Path, config: Config, resume: bool, ranks: Ranks) -> RunFolder:
-        """`create` or `reopen`, by rank 0; the others find what it has left. The file system is one they share."""
+        """`create` or `reopen`, by rank 0, which keeps other runs out of the folder until `close`; the other ranks find
+        what it has left. The file system is one they share."""
         if ranks.leader:
-            folder = RunFolder.reopen(path) if resume else RunFolder.create(path, config)
-        step = ranks.broadcast(folder.checkpoints.step if ranks.leader else 0)
-        folder = folder if ranks.leader else RunFolder.reopen(path)
-        if folder.checkpoints.step != step:
-            raise UserError(f"rank {ranks.rank} finds other checkpoints in {path} than rank 0; put it on a shared disk")
+            folder = RunFolder._locked(Path(path), config, resume)
+        try:
+            step = ranks.broadcast(folder.checkpoints.step if ranks.leader else 0)
+            folder = folder if ranks.leader else RunFolder.reopen(path)
+            if folder.checkpoints.step != step:
+                raise UserError(
+                    f"rank {ranks.rank} finds other checkpoints in {path} than rank 0; put it on a shared disk"
+                )
+        except BaseException:
+            if ranks.leader:
+                folder.close()
+            raise
         return folder
+
+    @staticmethod
+    def _locked(path: Path, config: Config, resume: bool) -> RunFolder:
+        """`create` or `reopen`, with nobody else in the folder."""
+        _refuse_profile(path)
+        if resume and not (path / CONFIG_FILE).exists():
+            raise _no_run(path)
+        make_folder(path)
+        lock = FolderLock(path, "training", LEASE_S if resume else 0.0)
+        try:
+            folder = RunFolder.reopen(path) if resume else RunFolder.create(path, config)
+        except BaseException:
+            lock.release()
+            raise
+        folder._lock = lock
+        return folder
+
+    def __enter__(self) -> RunFolder:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Let other runs into the folder."""
+        if self._lock:
+            self._lock.release()
 
     @staticmethod
     def create(path: str | Path, config: Config) -> RunFolder:
@@ -72,7 +109,7 @@ class RunFolder:
         path = Path(path)
         _refuse_profile(path)
         if not (path / CONFIG_FILE).exists():
-            raise UserError(f"no run to resume in {path}; leave out --resume to start one")
+            raise _no_run(path)
         make_folder(path)
         return RunFolder(path, read_config(path / CONFIG_FILE))
 
@@ -116,6 +153,10 @@ class RunFolder:
 def _refuse_profile(path: Path) -> None:
     if (path / PROFILE_FILE).exists():
         raise UserError(f"{path} holds a profile, not a run; choose another folder")
+
+
+def _no_run(path: Path) -> UserError:
+    return UserError(f"no run to resume in {path}; leave out --resume to start one")
 
 
 def _named(value: dict | None) -> str:

@@ -73,13 +73,17 @@ def train(
     resumed, on any number of ranks, writes the metrics of one never killed (on one rank of a CPU to the last digit),
     apart from those under `time` and `health`.
 
-    Raises UserError for whatever in config, files or machine the user can mend, and when the gradient has not been
-    finite three steps in a row.
+    Raises UserError for whatever in config, files or machine the user can mend, while another process trains in the
+    folder, and when the gradient has not been finite three steps in a row.
     """
     ranks = ranks or join_ranks()
-    folder = RunFolder.open(out, config, resume, ranks)
-    config, settings = folder.config, folder.config.train
+    with RunFolder.open(out, config, resume, ranks) as folder:
+        return _train(folder, display, ranks)
 
+
+def _train(folder: RunFolder, display: Display | None, ranks: Ranks) -> Run:
+    """The rest of a run, from where its folder is."""
+    config, settings = folder.config, folder.config.train
     with (
         stop_signals() as stop,
         open_run(folder, ranks, display) as (trainer, worker, recorder),
