@@ -25,12 +25,24 @@ def pretrain(options: argparse.Namespace) -> int:
     from fastsmart.policy.pretrain import PretrainSettings
     from fastsmart.policy.pretrain import pretrain as run_pretraining
     from fastsmart.policy.transformer import PolicySize
+    from fastsmart.run.provenance import usable_device
     from fastsmart.study.card import STATISTICS_FILE, real_statistics, write_release
     from fastsmart.tokens.dataset import TokenDataset, encode_folder
     from fastsmart.tokens.vocabulary import load_vocabulary
 
     vocab, out = load_vocabulary(options.vocabulary), Path(options.out)
     torch.set_num_threads(options.threads or cpu_cores())
+    given = {
+        key: value
+        for key in ("steps", "batch", "learning_rate", "patience", "eval_every", "seed", "device")
+        if (value := getattr(options, key)) is not None
+    }
+    settings = PretrainSettings(compile=options.compile, **given)
+    if options.length:
+        settings = replace(settings, crop=CropSettings(length=options.length))
+    size = PolicySize(len(vocab), options.hidden, options.ffn, options.layers, options.heads, options.heads)
+    usable_device(settings.device, "--device")
+
     if (out / "dataset").is_dir():
         dataset = TokenDataset.open(out / "dataset")
         if dataset.source != str(Path(options.midi).resolve()) or dataset.vocab.tokens != vocab.tokens:
@@ -41,16 +53,6 @@ def pretrain(options: argparse.Namespace) -> int:
     for name, reason in dataset.damaged:
         print(f"left out {name}: {reason}", file=sys.stderr)
     print(f"{len(dataset)} pieces, {dataset.offsets[-1]:,} tokens, {len(dataset.damaged)} damaged files left out")
-    given = {
-        key: value
-        for key in ("steps", "batch", "learning_rate", "patience", "eval_every", "seed", "device")
-        if (value := getattr(options, key)) is not None
-    }
-    settings = PretrainSettings(compile=options.compile, **given)
-    if options.length:
-        settings = replace(settings, crop=CropSettings(length=options.length))
-    size = PolicySize(len(vocab), options.hidden, options.ffn, options.layers, options.heads, options.heads)
-
     try:
         statistics = real_statistics(dataset, settings, options.name)
     except UserError as error:
@@ -80,40 +82,56 @@ def train(options: argparse.Namespace) -> int:
     from fastsmart.config import to_toml
     from fastsmart.machine.distributed import join_ranks
     from fastsmart.run.folder import RunFolder
+    from fastsmart.run.resumed_config import resumed_config
 
-    config, chosen = _run_config(options)
+    if not options.out and (options.resume or not options.dry_run):
+        raise UserError("name the folder of the run with --out, for example --out runs/demo")
+    resume = options.resume == "yes" or (options.resume == "auto" and RunFolder.begun(options.out))
     if options.dry_run:
+        config, changes = _asked(options, resume)
+        if resume:
+            config = resumed_config(config, changes, Path(options.out), RunFolder.read(options.out).checkpoints.step)
         print(to_toml(config), end="")
         if config.sampling.engine == "vllm" and not config.sampling.vllm.server:
             print(f"\n# {vllm_memory(config)}")
         return 0
-    if not options.out:
-        raise UserError("name the folder of the run with --out, for example --out runs/demo")
     ranks = join_ranks()
-    resume = options.resume == "yes" or (options.resume == "auto" and RunFolder.begun(options.out))
     resume = bool(ranks.broadcast(resume))  # rank 0 may be about to start the run
-    if resume and chosen and RunFolder.reopen(options.out).config != config:
-        raise UserError(
-            f"{options.out} holds a run with other settings; leave out --preset, --config, --set, --engine and --async "
-            "to go on with its own config.toml, or choose another --out"
-        )
+    config, changes = _asked(options, resume)
     if not resume:
         _need_reward(config)
 
     from fastsmart.run.display import Plain, Terminal
     from fastsmart.trainer.loop import train as run_training
 
-    run = run_training(config, options.out, resume, Terminal() if sys.stdout.isatty() else Plain(), ranks)
+    display = Terminal() if sys.stdout.isatty() else Plain()
+    run = run_training(config, options.out, resume, display, ranks, changes)
     ranks.close()
     table = run.path / "before_after.md"
-    if run.after and ranks.leader:
+    if run.after and ranks.leader and table.is_file():
         print(table.read_text(encoding="utf-8"))
         print(f"listen to {run.path / 'listen'}, look at {run.path / 'curves.png'}")
     return run.exit_code
 
 
+def _asked(options: argparse.Namespace, resume: bool) -> tuple[Config, dict[str, Any]]:
+    """The config of a run to begin; or that of the run there is, and the values of the options that differ from it.
+
+    Options alone change the run's own config; a preset or a file stands for all of its keys.
+    """
+    from fastsmart.config import with_overrides
+    from fastsmart.run.folder import RunFolder
+    from fastsmart.run.resumed_config import differences
+
+    if not resume:
+        return _run_config(options), {}
+    own = RunFolder.read(options.out).config
+    whole = options.preset or options.config
+    return own, differences(own, _run_config(options) if whole else with_overrides(own, _sets(options)))
+
+
 def profile(options: argparse.Namespace) -> int:
-    config, _ = _run_config(options)
+    config = _run_config(options)
     _need_reward(config)
 
     from fastsmart.machine.progress import bar
@@ -150,7 +168,7 @@ def top(options: argparse.Namespace) -> int:
 
 
 def bench(options: argparse.Namespace) -> int:
-    config, _ = _run_config(options)
+    config = _run_config(options)
     _need_reward(config)
 
     from fastsmart.machine.distributed import join_ranks
@@ -168,17 +186,21 @@ def bench(options: argparse.Namespace) -> int:
     return 0
 
 
-def _run_config(options: argparse.Namespace) -> tuple[Config, bool]:
-    """The config of preset, file and options, in this order, and whether there was any of them."""
+def _run_config(options: argparse.Namespace) -> Config:
+    """The config of preset, file and options, in this order."""
     from fastsmart.config import Config, read_config, with_overrides
     from fastsmart.presets import load_preset
 
     config = load_preset(options.preset) if options.preset else Config()
     if options.config:
         config = read_config(options.config, config)
+    return with_overrides(config, _sets(options))
+
+
+def _sets(options: argparse.Namespace) -> list[str]:
+    """What --set and the options that are short for it say."""
     sets = options.set + ([f"sampling.engine={options.engine}"] if options.engine else [])
-    sets += [f"train.pipeline={options.pipeline}"] if options.pipeline else []
-    return with_overrides(config, sets), bool(options.preset or options.config or sets)
+    return sets + ([f"train.pipeline={options.pipeline}"] if options.pipeline else [])
 
 
 def _need_reward(config: Config) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -9,7 +10,7 @@ import platform
 import shutil
 import tempfile
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
@@ -95,11 +96,39 @@ def write_atomic(path: str | Path, content: str | bytes) -> None:
         part.write_bytes(content if isinstance(content, bytes) else content.encode("utf-8"))
 
 
-class JsonLines:
-    """A file of one JSON object a line, each with its `step`: the metrics of a run."""
+def parse_lines(
+    content: bytes, whole: Callable[[dict[str, Any]], bool] = lambda line: True
+) -> tuple[list[dict[str, Any]], list[bytes]]:
+    """The lines of a JSON Lines file that can be read, and the bytes of those that cannot; blank ones are neither.
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    A line is an object with a whole number `step`, and `whole` says so, too. A last line without a newline, as a crash
+    leaves it, is neither.
+    """
+    lines, damaged = [], []
+    for text in content[: content.rfind(b"\n") + 1].split(b"\n"):
+        if not text.strip():
+            continue
+        try:
+            line = json.loads(text.decode("utf-8"))
+        except (ValueError, RecursionError):
+            line = None
+        if isinstance(line, dict) and type(line.get("step")) is int and 0 <= line["step"] < 2**63 and whole(line):
+            lines.append(line)
+        else:
+            damaged.append(text)
+    return lines, damaged
+
+
+class JsonLines:
+    """A file of one JSON object a line, each with its `step`: the metrics of a run.
+
+    whole   : says of an object whether it has what a line must have (see `parse_lines`)
+    damaged : lines that could not be read when `lines` was called last; they are left out
+    """
+
+    def __init__(self, path: Path, whole: Callable[[dict[str, Any]], bool] = lambda line: True) -> None:
+        self.path, self.whole = path, whole
+        self.damaged = 0
         self._late: list[str] = []  # lines that found the disk full
 
     def append(self, line: dict[str, Any]) -> None:
@@ -126,14 +155,44 @@ class JsonLines:
         self._late.clear()
 
     def lines(self) -> list[dict[str, Any]]:
-        """The lines so far; a last line cut short by a crash is left out."""
-        text = self.path.read_text(encoding="utf-8") if self.path.exists() else ""
-        return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+        """The lines that can be read; a last one cut short by a crash is left out. Raises UserError where there is
+        something else than a file."""
+        lines, damaged = parse_lines(self._content(), self.whole)
+        self.damaged = len(damaged)
+        return lines
 
     def forget_after(self, step: int) -> None:
-        """Drop the lines of later steps, which will be run again; all lines for step 0."""
-        kept = [line for line in self.lines() if step and line["step"] <= step]
+        """Drop the lines of later steps, which will be run again; all lines for step 0.
+
+        Damaged lines move to a file beside it, `metrics.damaged` of `metrics.jsonl`.
+        """
+        lines, damaged = parse_lines(self._content(), self.whole)
+        self.damaged = len(damaged)
+        if damaged:
+            with os_errors_as_user_errors(self.aside), open(self.aside, "ab") as sink:
+                sink.write(b"".join(text + b"\n" for text in damaged))
+        kept = [line for line in lines if step and line["step"] <= step]
         write_atomic(self.path, "".join(json.dumps(line) + "\n" for line in kept))
+
+    @property
+    def aside(self) -> Path:
+        """Where `forget_after` keeps damaged lines."""
+        return self.path.with_suffix(".damaged")
+
+    @property
+    def told(self) -> str:
+        """What `lines` could not read, in words; empty where it could."""
+        if not self.damaged:
+            return ""
+        return f"{self.damaged} line{'s' if self.damaged > 1 else ''} of {self.path.name} could not be read"
+
+    def _content(self) -> bytes:
+        try:
+            return self.path.read_bytes()
+        except FileNotFoundError:
+            return b""
+        except OSError as error:
+            raise UserError(f"cannot read {self.path}: {error.strerror}; put back the file that was there") from error
 
 
 def _finite(value: Any) -> Any:
@@ -159,9 +218,17 @@ def os_errors_as_user_errors(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         reason = error.strerror or str(error)
-        raise UserError(
-            f"cannot write {path}: {reason}; free some space or choose a folder you can write to"
-        ) from error
+        way_out = _WAYS_OUT.get(error.errno or 0, "free some space or choose a folder you can write to")
+        raise UserError(f"cannot write {path}: {reason}; {way_out}") from error
+
+
+_IN_THE_WAY = "something of that name is in the way; move it, or choose another name"
+_WAYS_OUT = {
+    **dict.fromkeys((errno.EEXIST, errno.ENOTDIR, errno.EISDIR), _IN_THE_WAY),
+    **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "choose a folder you can write to"),
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "free some space"),
+    errno.ENAMETOOLONG: "choose a shorter name",
+}
 
 
 def make_folder(path: str | Path) -> Path:

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import os
+import re
 import shutil
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +20,7 @@ from safetensors.torch import load_file
 from fastsmart.errors import UserError
 from fastsmart.machine.files import atomic_folder, os_errors_as_user_errors
 from fastsmart.policy.hf_format import load_policy, save_tensors, write_policy
-from fastsmart.policy.optimizer import load_optimizer_tensors, optimizer_tensors
+from fastsmart.policy.optimizer import load_optimizer_tensors, moments, optimizer_tensors
 from fastsmart.policy.transformer import Policy
 
 STATE_FILE = "state.json"
@@ -64,25 +67,35 @@ class Checkpoints:
 
     The last `keep` stay, and the best: the one whose record has the highest "held_out_reward", to which the link
     `best` points.
+
+    passed_over : what `load` found damaged, and why; for this object these are no checkpoints
     """
 
     def __init__(self, folder: Path, keep: int = 1) -> None:
         self.folder, self.keep = folder, keep
+        self.passed_over: dict[Path, str] = {}
+        self._previous: dict[str, torch.Tensor] = {}
 
     def all(self) -> list[Path]:
-        """Whole checkpoints, oldest first."""
-        return sorted(p for p in self.folder.glob("step-*") if (p / STATE_FILE).is_file())
+        """Whole checkpoints as far as their names tell, oldest first."""
+        return [path for path in self._folders() if (path / STATE_FILE).is_file() and path not in self.passed_over]
+
+    def _folders(self) -> list[Path]:
+        return sorted((p for p in self.folder.glob("step-*") if re.fullmatch(r"step-\d{1,18}", p.name)), key=_step_of)
 
     @property
     def step(self) -> int:
         """Of the newest checkpoint; 0 where there is none."""
         found = self.all()
-        return int(found[-1].name.removeprefix("step-")) if found else 0
+        return _step_of(found[-1]) if found else 0
 
     def best(self) -> tuple[Path | None, float]:
         """The checkpoint with the highest held-out reward, and that reward; (None, -inf) where none was evaluated."""
-        rewards = {path: _record(path).get(BEST_KEY) for path in self.all()}
-        evaluated = {path: reward for path, reward in rewards.items() if reward is not None}
+        evaluated: dict[Path, float] = {}
+        for path in self.all():
+            with suppress(UserError):  # of a damaged one nothing is known
+                reward = _record(path).get(BEST_KEY, math.nan)
+                evaluated |= {path: reward} if math.isfinite(reward) else {}
         path = max(evaluated, key=lambda path: evaluated[path], default=None)
         return path, evaluated[path] if path else float("-inf")
 
@@ -98,6 +111,7 @@ class Checkpoints:
         Raises UserError when the disk is full; the earlier checkpoints then stay.
         """
         target = self.folder / f"step-{snapshot.step:06d}"
+        self._previous = {}
         with atomic_folder(target) as part, os_errors_as_user_errors(target):
             write_policy(snapshot.policy, part)
             save_tensors(snapshot.optimizer, part / OPTIMIZER_FILE)
@@ -105,6 +119,7 @@ class Checkpoints:
                 weights = {name: p.detach() for name, p in snapshot.previous.named_parameters()}
                 save_tensors(weights, part / PREVIOUS_FILE)
             (part / STATE_FILE).write_text(json.dumps({**snapshot.record, "step": snapshot.step}), encoding="utf-8")
+        self.passed_over.pop(target, None)  # a whole one has taken its place
         best, _ = self.best()
         if best:
             self._point_to(best)
@@ -113,32 +128,45 @@ class Checkpoints:
             shutil.rmtree(old, ignore_errors=True)
 
     def load(self, policy: Policy, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-        """Put the newest checkpoint into policy and optimizer; its record, empty where there is none.
+        """Put the newest checkpoint that can be read into policy and optimizer; its record, empty where there is none.
 
-        Raises UserError when it is damaged or of a policy of another size.
+        Damaged ones are `passed_over`. Raises UserError when all are damaged, or it is of a policy of another size.
         """
-        found = self.all()
-        if not found:
-            return {}
-        stored = load_policy(found[-1])
-        if stored.size != policy.size:
-            raise UserError(f"{found[-1]} holds a policy of another size than the one this run is about")
-        tensors, record = _tensors(found[-1] / OPTIMIZER_FILE), _record(found[-1])
-        with torch.no_grad():
-            for ours, theirs in zip(policy.parameters(), stored.parameters(), strict=True):
-                ours.copy_(theirs)
-        load_optimizer_tensors(optimizer, policy, tensors)
-        return record
+        for path in reversed(self._folders()):
+            if path in self.passed_over:
+                continue
+            try:
+                stored, tensors, self._previous, record = _read(path)
+                same = stored.size == policy.size
+                if same:
+                    load_optimizer_tensors(optimizer, policy, tensors)
+            except UserError as error:
+                self.passed_over[path] = str(error)
+                continue
+            if not same:
+                raise UserError(f"{path} holds a policy of another size than the one this run is about")
+            with torch.no_grad():
+                for ours, theirs in zip(policy.parameters(), stored.parameters(), strict=True):
+                    ours.copy_(theirs)
+            return record
+        torn = [path for path in self.passed_over if (path / STATE_FILE).is_file()]
+        if torn:
+            raise UserError(
+                f"no checkpoint in {self.folder} can be read ({self.passed_over[torn[0]]}); put back a copy, or remove "
+                f"{self.folder} to begin again at step 0"
+            )
+        return {}
 
     def previous(self, policy: Policy) -> Policy | None:
-        """The policy of the step before the newest checkpoint, placed like `policy`; None where it was not saved."""
-        found = self.all()
-        if not found or not (found[-1] / PREVIOUS_FILE).exists():
+        """The policy of the step before the checkpoint that was loaded, placed like `policy`; None where it was not
+        saved."""
+        if not self._previous:
             return None
-        tensors, previous = _tensors(found[-1] / PREVIOUS_FILE), copy.deepcopy(policy)
+        previous = copy.deepcopy(policy)
         with torch.no_grad():
             for name, parameter in previous.named_parameters():
-                parameter.copy_(tensors[name])
+                parameter.copy_(self._previous[name])
+        self._previous = {}
         return previous
 
     def _point_to(self, best: Path) -> None:
@@ -154,22 +182,52 @@ def _on_host(policy: Policy) -> Policy:
         return copy.deepcopy(policy).to("cpu")
 
 
+def _step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("step-"))
+
+
+def _read(checkpoint: Path) -> tuple[Policy, dict[str, torch.Tensor], dict[str, torch.Tensor], dict[str, Any]]:
+    """All of a checkpoint: policy, tensors of the optimizer, weights of the step before, record; nothing is changed by
+    it. Raises UserError where any of it is damaged."""
+    record, policy = _record(checkpoint), load_policy(checkpoint)
+    shapes = {name: parameter.shape for name, parameter in policy.named_parameters()}
+    tensors, previous = _tensors(checkpoint / OPTIMIZER_FILE), {}
+    wanted = {key: shape for name, shape in shapes.items() for key, shape in moments(name, shape).items()}
+    if tensors:  # none before its first step
+        _require(checkpoint / OPTIMIZER_FILE, tensors, wanted)
+    if (checkpoint / PREVIOUS_FILE).exists():
+        previous = _tensors(checkpoint / PREVIOUS_FILE)
+        _require(checkpoint / PREVIOUS_FILE, previous, shapes)
+    return policy, tensors, previous, record
+
+
 def _record(checkpoint: Path) -> dict[str, Any]:
     try:
-        return json.loads((checkpoint / STATE_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(_damaged(checkpoint, error)) from error
+        record = json.loads((checkpoint / STATE_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(_damaged(checkpoint / STATE_FILE, error)) from error
+    if not isinstance(record, dict) or record.get("step") != _step_of(checkpoint):
+        raise UserError(_damaged(checkpoint / STATE_FILE, "it does not say the step its folder is named after"))
+    if not isinstance(record.get(BEST_KEY, 0.0), int | float):
+        raise UserError(_damaged(checkpoint / STATE_FILE, f"its {BEST_KEY} is no number"))
+    return record
 
 
 def _tensors(path: Path) -> dict[str, torch.Tensor]:
     try:
         return load_file(path)
     except (SafetensorError, OSError) as error:
-        raise UserError(_damaged(path.parent, error)) from error
+        raise UserError(_damaged(path, error)) from error
 
 
-def _damaged(checkpoint: Path, error: Exception) -> str:
-    return f"{checkpoint} is damaged ({error}); remove it to resume from the one before"
+def _require(path: Path, tensors: dict[str, torch.Tensor], shapes: dict[str, torch.Size]) -> None:
+    for name, shape in shapes.items():
+        if name not in tensors or tensors[name].shape != shape:
+            raise UserError(_damaged(path, f"{name} is not there, or of another shape"))
+
+
+def _damaged(path: Path, reason: object) -> str:
+    return f"{path} is damaged ({reason})"
 
 
 def policy_source(text: str) -> str:

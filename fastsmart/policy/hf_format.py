@@ -88,8 +88,10 @@ def policy_size(source: str | Path) -> PolicySize:
     path = _locator(source)(CONFIG_FILE)
     try:
         return from_hf_config(json.loads(path.read_text(encoding="utf-8")), str(path))
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is not a Phi-3 configuration: {error}") from error
+    except KeyError as error:
+        raise UserError(f"{path} is not a Phi-3 configuration: it has no {error}; copy or save it again") from error
+    except (ValueError, TypeError, AttributeError, OverflowError, RecursionError, OSError) as error:
+        raise UserError(f"{path} is not a Phi-3 configuration: {error}; copy or save it again") from error
 
 
 def shipped_policies() -> list[str]:
@@ -137,6 +139,8 @@ def to_hf_config(size: PolicySize, vocab: Vocabulary, dtype: torch.dtype) -> dic
 
 def from_hf_config(config: dict, name: str) -> PolicySize:
     """The size of a Phi-3 checkpoint; raises UserError for what fastsmart's policy does not compute."""
+    if not isinstance(config, dict):
+        raise UserError(f"{name} is not a Phi-3 configuration: it is no JSON object; copy or save it again")
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     kind = rope.get("rope_type", rope.get("type", "default"))
     partial = rope.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0))
@@ -186,15 +190,27 @@ def _locator(source: str | Path):
     return lambda name: fetch(str(source), name)
 
 
+def _weight_files(index: Path) -> list[str]:
+    """The files over which an index says the weights are split, all of them beside it."""
+    try:
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OSError) as error:
+        raise UserError(f"{index} is damaged: {error}; copy or save it again") from error
+    for name in names:
+        if not isinstance(name, str) or Path(name).name != name:
+            raise UserError(f"{index} names the file {name!r}, which is not one beside it; copy or save it again")
+    return names
+
+
 def _read_tensors(locate, source: str | Path) -> dict[str, torch.Tensor]:
     try:
         files = [locate(WEIGHTS_FILE)]
     except UserError as error:
         try:
-            index = json.loads(locate(WEIGHTS_INDEX).read_text(encoding="utf-8"))
+            path = locate(WEIGHTS_INDEX)
         except UserError:
             raise UserError(f"{error}; fastsmart reads safetensors only") from error
-        files = [locate(name) for name in sorted(set(index["weight_map"].values()))]
+        files = [locate(name) for name in _weight_files(path)]
     tensors = {}
     for file in files:
         try:

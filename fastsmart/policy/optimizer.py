@@ -38,6 +38,11 @@ def scheduled_rate(step: int, steps: int, peak: float, schedule: str, warmup: in
     return floor + (peak - floor) * max(share, 0.0)
 
 
+def moments(name: str, shape: torch.Size) -> dict[str, torch.Size]:
+    """Names and shapes of the tensors that `optimizer_tensors` gives for a parameter after its first step."""
+    return {f"{name}.{moment}": shape for moment in _MOMENTS} | {f"{name}.step": torch.Size([1])}
+
+
 def optimizer_tensors(optimizer: torch.optim.Optimizer, policy: Policy) -> dict[str, Tensor]:
     """The optimizer's state as tensors named `<parameter>.<moment>`; empty before its first step."""
     tensors: dict[str, Tensor] = {}

@@ -74,7 +74,7 @@ def curves(lines: list[dict[str, Any]]) -> Figure | None:
     axes[4].plot(x, [_number(line.get("entropy")) for line in steps])
     axes[4].set(title="entropy, nats per token", xlabel="step")
     for i, name in enumerate(held_out[0]["eval"].get("diversity", ()) if held_out else ()):
-        measured = [_number(line["eval"]["diversity"][name]) for line in held_out]
+        measured = [_number(line["eval"].get("diversity", {}).get(name)) for line in held_out]
         axes[5].plot(x_held_out, measured, "o-", color=f"C{i}", label=name.replace("_", " "))
     axes[5].set(title="diversity, held-out", xlabel="step", ylim=(0, 1.05))
     if axes[5].lines:

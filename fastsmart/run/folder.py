@@ -13,7 +13,9 @@ The folder of a profile is marked by its profile.json: it looks like a run's, bu
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from fastsmart.config import Config, read_config, to_toml
 from fastsmart.errors import UserError
@@ -21,6 +23,8 @@ from fastsmart.machine.distributed import Ranks
 from fastsmart.machine.files import JsonLines, make_folder, write_atomic
 from fastsmart.machine.folder_lock import LEASE_S, FolderLock
 from fastsmart.policy.checkpoints import Checkpoints
+from fastsmart.run.line_check import whole_metrics
+from fastsmart.run.resumed_config import changes_in_words, resumed_config
 
 CONFIG_FILE = "config.toml"
 METRICS_FILE = "metrics.jsonl"
@@ -28,6 +32,7 @@ PROVENANCE_FILE = "run.json"
 TRACE_FILE = "trace.json"
 LIVE_FILE = "live.json"
 PROFILE_FILE = "profile.json"
+TABLE_FILE = "before_after.md"
 
 
 class RunFolder:
@@ -36,22 +41,26 @@ class RunFolder:
 
     def __init__(self, path: Path, config: Config, lock: FolderLock | None = None) -> None:
         self.path, self.config, self._lock = path, config, lock
+        self._changed: list[str] = []  # what has another value than before, in words
         self.listen = path / "listen"
-        self.metrics = JsonLines(path / METRICS_FILE)
+        self.metrics = JsonLines(path / METRICS_FILE, whole_metrics)
         self.checkpoints = Checkpoints(path / "checkpoints", config.train.keep)
 
     @staticmethod
     def begun(path: str | Path) -> bool:
         """Whether a run in this folder has got so far that there is something to lose."""
         path = Path(path)
-        return bool(JsonLines(path / METRICS_FILE).lines() or Checkpoints(path / "checkpoints").all())
+        metrics = JsonLines(path / METRICS_FILE, whole_metrics)
+        return bool(metrics.lines() or metrics.damaged or Checkpoints(path / "checkpoints").all())
 
     @staticmethod
-    def open(path: str | Path, config: Config, resume: bool, ranks: Ranks) -> RunFolder:
+    def open(
+        path: str | Path, config: Config, resume: bool, ranks: Ranks, changes: Mapping[str, Any] | None = None
+    ) -> RunFolder:
         """`create` or `reopen`, by rank 0, which keeps other runs out of the folder until `close`; the other ranks find
         what it has left. The file system is one they share."""
         if ranks.leader:
-            folder = RunFolder._locked(Path(path), config, resume)
+            folder = RunFolder._locked(Path(path), config, resume, changes or {})
         try:
             step = ranks.broadcast(folder.checkpoints.step if ranks.leader else 0)
             folder = folder if ranks.leader else RunFolder.reopen(path)
@@ -66,7 +75,7 @@ class RunFolder:
         return folder
 
     @staticmethod
-    def _locked(path: Path, config: Config, resume: bool) -> RunFolder:
+    def _locked(path: Path, config: Config, resume: bool, changes: Mapping[str, Any]) -> RunFolder:
         """`create` or `reopen`, with nobody else in the folder."""
         _refuse_profile(path)
         if resume and not (path / CONFIG_FILE).exists():
@@ -74,7 +83,7 @@ class RunFolder:
         make_folder(path)
         lock = FolderLock(path, "training", LEASE_S if resume else 0.0)
         try:
-            folder = RunFolder.reopen(path) if resume else RunFolder.create(path, config)
+            folder = RunFolder.reopen(path, changes) if resume else RunFolder.create(path, config)
         except BaseException:
             lock.release()
             raise
@@ -104,14 +113,42 @@ class RunFolder:
         return RunFolder(path, config)
 
     @staticmethod
-    def reopen(path: str | Path) -> RunFolder:
-        """A run to go on with; raises UserError when there is none, or the folder cannot be written."""
+    def reopen(path: str | Path, changes: Mapping[str, Any] | None = None) -> RunFolder:
+        """A run to go on with, its config.toml written anew where there are `changes` (see `resumed_config`).
+
+        Raises UserError when there is none, a key may not change, or the folder cannot be written.
+        """
+        path = Path(path)
+        own = RunFolder.read(path)
+        make_folder(path)
+        if not changes:
+            return own
+        config = resumed_config(own.config, changes, path, own.checkpoints.step)
+        write_atomic(path / CONFIG_FILE, to_toml(config))
+        folder = RunFolder(path, config)
+        folder._changed = changes_in_words(own.config, config)
+        return folder
+
+    @staticmethod
+    def read(path: str | Path) -> RunFolder:
+        """A run to look at, which may be read-only; raises UserError when there is none."""
         path = Path(path)
         _refuse_profile(path)
         if not (path / CONFIG_FILE).exists():
             raise _no_run(path)
-        make_folder(path)
         return RunFolder(path, read_config(path / CONFIG_FILE))
+
+    @property
+    def concluded(self) -> bool:
+        """Whether the run has done its last step, been evaluated after it, and written its table."""
+        steps, table = self.config.train.steps, self.path / TABLE_FILE
+        lines = self.metrics.lines()
+        if not lines or lines[-1]["step"] != steps or "eval" not in lines[-1] or self.checkpoints.step != steps:
+            return False
+        try:
+            return table.read_text(encoding="utf-8").startswith(table_heading(steps))
+        except (OSError, UnicodeDecodeError):
+            return False
 
     @staticmethod
     def for_profile(path: str | Path, config: Config) -> RunFolder:
@@ -132,7 +169,7 @@ class RunFolder:
         """
         path = self.path / PROVENANCE_FILE
         if path.exists() and self.metrics.lines():
-            before = json.loads(path.read_text(encoding="utf-8"))["inputs"]
+            before = _inputs(path)
             for name, now in record["inputs"].items():
                 if before.get(name) != now:
                     raise UserError(
@@ -142,6 +179,12 @@ class RunFolder:
             return
         write_atomic(path, json.dumps(record, indent=1) + "\n")
 
+    def odd(self) -> list[str]:
+        """What of the files could not be read or was changed when the run went on, in words."""
+        metrics = [f"{self.metrics.told}; kept in {self.metrics.aside.name}"] if self.metrics.told else []
+        passed_over = [f"passed over {path.name}: {why}" for path, why in self.checkpoints.passed_over.items()]
+        return metrics + passed_over + self._changed
+
     def held_out(self, label: str) -> Path:
         """Where the numbers of the held-out clips go, of "before" or "after"."""
         return self.path / "held-out" / f"{label}.csv"
@@ -150,9 +193,26 @@ class RunFolder:
         write_atomic(self.path / name, text)
 
 
+def table_heading(steps: int) -> str:
+    """How the table of a run of so many steps begins."""
+    return f"# Before and after {steps} steps: "
+
+
 def _refuse_profile(path: Path) -> None:
     if (path / PROFILE_FILE).exists():
         raise UserError(f"{path} holds a profile, not a run; choose another folder")
+
+
+def _inputs(path: Path) -> dict[str, dict[str, str]]:
+    """The inputs that a run began with, by its run.json."""
+    try:
+        inputs = json.loads(path.read_text(encoding="utf-8"))["inputs"]
+        return {name: {key: str(value[key]) for key in ("path", "sha256")} for name, value in inputs.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise UserError(
+            f"{path} is damaged ({type(error).__name__}: {error}); put back a copy of it, or remove it to go on with "
+            "the policy, soundfont and statistics that are there now"
+        ) from error
 
 
 def _no_run(path: Path) -> UserError:

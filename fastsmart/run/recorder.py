@@ -103,6 +103,9 @@ class Recorder:
             if step:
                 self._notes.append(f"resumed after step {step}")
         self.show.start(self.folder.config, self.folder.path, step)
+        if self.ranks.leader:
+            for text in self.folder.odd():
+                self.note(text)
 
     def stage(self, name: str, done: int, total: int) -> None:
         """Tell how far a stage is; called from any thread."""

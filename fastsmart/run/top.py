@@ -16,8 +16,10 @@ from rich.text import Text
 
 from fastsmart.config import Config, read_config
 from fastsmart.errors import UserError
+from fastsmart.machine.files import parse_lines
 from fastsmart.run.display import describe, held_out, summary
 from fastsmart.run.folder import CONFIG_FILE, LIVE_FILE, METRICS_FILE
+from fastsmart.run.line_check import whole_live, whole_metrics
 from fastsmart.run.recorder import EVENTS
 
 RECENT = 10  # steps that times and idle shares are means of
@@ -39,6 +41,7 @@ class Top:
         self.config: Config = read_config(self.path / CONFIG_FILE)
         self.lines: list[dict[str, Any]] = []
         self._read = (0, 0)  # inode of the metrics and the bytes read of it
+        self._damaged = 0  # lines of them that could not be read
 
     def render(self) -> Group:
         """The view as of now."""
@@ -51,7 +54,7 @@ class Top:
         parts += [
             f"step {line['step']:>5}  {held_out(line['eval'])}" for line in evaluations[:1] + evaluations[1:][-2:]
         ]
-        return Group(*parts, *self._health())
+        return Group(*parts, *self._health(), *self._unreadable())
 
     @property
     def ended(self) -> bool:
@@ -93,25 +96,38 @@ class Top:
         notes = [(line["step"], note) for line in self.lines for note in line.get("health", {}).get("notes", [])]
         return parts + [Text(f"step {step:>5}  {note}", style="yellow") for step, note in notes[-5:]]
 
+    def _unreadable(self) -> list[Text]:
+        """What of the files could not be read, in words."""
+        said = []
+        if self._damaged:
+            said.append(f"{self._damaged} line{'s' if self._damaged > 1 else ''} of {METRICS_FILE} could not be read")
+        if (self.path / LIVE_FILE).exists() and self._live() is None:
+            said.append(f"{LIVE_FILE} could not be read; whether the run is alive cannot be told")
+        return [Text(text, style="yellow") for text in said]
+
     def _live(self) -> dict[str, Any] | None:
         try:
-            return json.loads((self.path / LIVE_FILE).read_text(encoding="utf-8"))
-        except (FileNotFoundError, ValueError):
+            live = json.loads((self.path / LIVE_FILE).read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError):
             return None
+        return live if whole_live(live) else None
 
     def _read_lines(self) -> None:
         path = self.path / METRICS_FILE
-        if not path.exists():
+        try:
+            with open(path, "rb") as source:
+                inode = os.fstat(source.fileno()).st_ino
+                if self._read[0] != inode:  # a resumed run has written the file anew
+                    self.lines, self._read, self._damaged = [], (inode, 0), 0
+                source.seek(self._read[1])
+                new = source.read()
+        except FileNotFoundError:
             return
-        with open(path, "rb") as source:
-            inode = os.fstat(source.fileno()).st_ino
-            if self._read[0] != inode:  # a resumed run has written the file anew
-                self.lines, self._read = [], (inode, 0)
-            source.seek(self._read[1])
-            new = source.read()
-        whole = new[: new.rfind(b"\n") + 1]
-        self.lines += [json.loads(line) for line in whole.splitlines()]
-        self._read = (inode, self._read[1] + len(whole))
+        except OSError as error:
+            raise UserError(f"cannot read {path}: {error.strerror}; put back the file that was there") from error
+        lines, damaged = parse_lines(new, whole_metrics)
+        self.lines, self._damaged = self.lines + lines, self._damaged + len(damaged)
+        self._read = (inode, self._read[1] + new.rfind(b"\n") + 1)
 
 
 def curve(values: list[float | None], width: int = WIDTH) -> str:
@@ -128,7 +144,7 @@ def curve(values: list[float | None], width: int = WIDTH) -> str:
 def _curves(steps: list[dict[str, Any]]) -> Table:
     table = Table.grid(padding=(0, 2))
     rows = {"reward": [line["reward"] for line in steps]}
-    rows |= {name: [line["terms"][name] for line in steps] for name in steps[-1]["terms"]}
+    rows |= {name: [line["terms"].get(name) for line in steps] for name in steps[-1]["terms"]}
     rows |= {name: [line.get(name) for line in steps] for name in ("kl", "kl_per_completion", "entropy", "notes")}
     for name, values in rows.items():
         last = "–" if values[-1] is None else f"{values[-1]:.3g}"

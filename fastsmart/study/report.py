@@ -19,6 +19,7 @@ from fastsmart.music import diversity
 from fastsmart.music.bootstrap import LEVEL, Estimate
 from fastsmart.run.curves import curves
 from fastsmart.run.folder import CONFIG_FILE, METRICS_FILE, PROVENANCE_FILE
+from fastsmart.run.line_check import whole_metrics
 from fastsmart.run.provenance import installed_version
 from fastsmart.study import figures
 from fastsmart.study.evaluation import Evaluation, Metric
@@ -237,8 +238,10 @@ def _run(label: str, folder: Path) -> dict[str, Any]:
     def text(name: str) -> str:
         return (folder / name).read_text(encoding="utf-8") if (folder / name).is_file() else ""
 
-    lines = JsonLines(folder / METRICS_FILE).lines()
+    metrics = JsonLines(folder / METRICS_FILE, whole_metrics)
+    lines = metrics.lines()
     caption = "Reward, notes, divergence, entropy, diversity and time over the steps of training."
+    caption += f" {metrics.told}." if metrics.told else ""
     has_steps = any("reward" in line for line in lines)
     return {
         "label": label,

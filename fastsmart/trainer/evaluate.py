@@ -19,6 +19,7 @@ from fastsmart.music.diversity import prompt_numbers
 from fastsmart.music.features import features
 from fastsmart.music.histograms import histograms, spread
 from fastsmart.notes import NoteBatch
+from fastsmart.run.folder import table_heading
 from fastsmart.sampling import RandomStream, SamplingSettings
 from fastsmart.tokens.decode import decode
 from fastsmart.tokens.prompts import make_prompts
@@ -152,7 +153,7 @@ def before_after(before: dict, after: dict, steps: int, clips: tuple[HeldOut, He
     openings = before.get("openings")
     on = f"{openings} held-out openings" if openings else "held-out openings"
     lines = [
-        f"# Before and after {steps} steps: {before['clips']} outputs on {on}",
+        f"{table_heading(steps)}{before['clips']} outputs on {on}",
         "",
         f"| | before | after | change, in standard deviations of before{' [interval]' if clips else ''} |",
         "|---|---|---|---|",

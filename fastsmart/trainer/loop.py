@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,11 +22,12 @@ from fastsmart.machine.files import cpu_cores, os_errors_as_user_errors
 from fastsmart.machine.gc_control import gc_at_steps
 from fastsmart.machine.signals import StopRequest, stop_signals
 from fastsmart.policy.device import resolved_device
+from fastsmart.policy.hf_format import load_policy
 from fastsmart.policy.transformer import Policy
 from fastsmart.reward import combine
 from fastsmart.run.curves import plot_curves
 from fastsmart.run.display import Display
-from fastsmart.run.folder import RunFolder
+from fastsmart.run.folder import TABLE_FILE, RunFolder
 from fastsmart.run.provenance import provenance, statistics_path
 from fastsmart.run.recorder import Recorder
 from fastsmart.trainer.batch import Batch, metrics, timing
@@ -65,19 +66,25 @@ def train(
     resume: bool = False,
     display: Display | None = None,
     ranks: Ranks | None = None,
+    changes: Mapping[str, Any] | None = None,
 ) -> Run:
     """Tune a policy as the config says, into the folder `out`; with `resume`, go on with the run that is there.
 
     Started by torchrun, every rank calls this with the same arguments (`ranks`: see `join_ranks`, which is the
     default). SIGINT and SIGTERM let the step under way end, save a checkpoint and leave. A run killed at any moment and
     resumed, on any number of ranks, writes the metrics of one never killed (on one rank of a CPU to the last digit),
-    apart from those under `time` and `health`.
+    apart from those under `time` and `health`. A finished run is only read.
+
+    changes : new values of keys that a resumed run may change (see `resumed_config`), such as {"train.steps": 400},
+              which makes a finished run longer
 
     Raises UserError for whatever in config, files or machine the user can mend, while another process trains in the
     folder, and when the gradient has not been finite three steps in a row.
     """
     ranks = ranks or join_ranks()
-    with RunFolder.open(out, config, resume, ranks) as folder:
+    with RunFolder.open(out, config, resume, ranks, changes) as folder:
+        if resume and ranks.broadcast(folder.concluded) and (policy := _tuned(folder)):
+            return _concluded(folder, policy, display if ranks.leader else None)
         return _train(folder, display, ranks)
 
 
@@ -115,6 +122,25 @@ def _train(folder: RunFolder, display: Display | None, ranks: Ranks) -> Run:
             recorder.save(trainer.snapshot())
         recorder.finish()
         return finish(folder, recorder, trainer, stop)
+
+
+def _tuned(folder: RunFolder) -> Policy | None:
+    """The policy of the newest checkpoint; None where it is damaged."""
+    try:
+        return load_policy(folder.checkpoints.all()[-1], device=resolved_device(folder.config.policy))
+    except UserError:
+        return None
+
+
+def _concluded(folder: RunFolder, policy: Policy, display: Display | None) -> Run:
+    """A run that has nothing left to do."""
+    steps = folder.config.train.steps
+    if display:
+        display.message(
+            f"{folder.path} has done all its {steps} steps; make it longer with --resume --set train.steps={2 * steps}"
+        )
+    evaluations = {line["step"]: line["eval"] for line in folder.metrics.lines() if "eval" in line}
+    return Run(policy, folder.path, steps, evaluations.get(0), evaluations[steps], 0)
 
 
 @contextmanager
@@ -220,14 +246,13 @@ def finish(folder: RunFolder, recorder: Recorder, trainer: Trainer, stop: StopRe
     """Draw the curves, write the table where there is an after, and say how it ended."""
     step, steps = trainer.step, folder.config.train.steps
     trainer.ranks.broadcast(step)  # rank 0 has written all lines
-    evaluations = [line["eval"] for line in folder.metrics.lines() if "eval" in line]
-    finished = step >= steps and len(evaluations) > 1
-    before, after = evaluations[0] if evaluations else None, evaluations[-1] if finished else None
+    evaluations = {line["step"]: line["eval"] for line in folder.metrics.lines() if "eval" in line}
+    before, after = evaluations.get(0), evaluations.get(steps) if step >= steps else None
     if trainer.ranks.leader:
         plot_curves(folder.metrics.lines(), folder.path / "curves.png")
         if before and after:
             old, new = (HeldOut.load(folder.held_out(label)) for label in ("before", "after"))
-            folder.write("before_after.md", before_after(before, after, step, (old, new) if old and new else None))
+            folder.write(TABLE_FILE, before_after(before, after, step, (old, new) if old and new else None))
     if stop and step < steps:
         name = signal.Signals(stop.signal_number).name
         recorder.show.message(f"{name}: saved at step {step}; go on with: fastsmart train --out {folder.path} --resume")

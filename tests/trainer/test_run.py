@@ -175,7 +175,7 @@ def test_a_run_does_not_go_on_with_another_soundfont(checkpoint, tmp_path, sound
     record["inputs"]["soundfont"]["sha256"] = "0" * 64
     (out / "run.json").write_text(json.dumps(record))
     with pytest.raises(UserError, match="begun with another soundfont"):
-        train(config_for(checkpoint), out, resume=True)
+        train(config_for(checkpoint), out, resume=True, changes={"train.steps": 2})
 
 
 def test_a_policy_that_falls_silent_is_still_concluded(checkpoint, tmp_path):
