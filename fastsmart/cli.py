@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from collections.abc import Sequence
 
+from fastsmart.arguments import real_option, refuse_empty_names, whole_option
 from fastsmart.errors import UserError
+from fastsmart.limits import LARGEST_SEED, MOST_AT_ONCE, MOST_STEPS, MOST_THREADS
 
 PROLOGUE = """\
 Fine-tunes symbolic-music transformers by reinforcement learning on how the music sounds.
@@ -21,8 +24,9 @@ Fine-tunes symbolic-music transformers by reinforcement learning on how the musi
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code: 0, 2 for what the user can mend, 128 + signal when asked to stop."""
-    options = parser().parse_args(arguments)
     try:
+        options = parser().parse_args(arguments)
+        refuse_empty_names(options)
         from fastsmart import commands
 
         return getattr(commands, options.command)(options)
@@ -77,7 +81,7 @@ def _train(p: argparse.ArgumentParser) -> None:
         nargs="?",
         const="yes",
         choices=["yes", "auto"],
-        help="go on with the run in --out; with 'auto', start it where there is none",
+        help="go on with the run in --out, perhaps with --set train.steps=MORE; with 'auto', start it if there is none",
     )
     p.add_argument("--dry-run", action="store_true", help="print the resolved run and leave")
 
@@ -107,9 +111,9 @@ def _bench(p: argparse.ArgumentParser) -> None:
         help="compare with these settings on top; repeatable",
     )
     p.add_argument("--out", required=True, help="folder for bench.json")
-    p.add_argument("--steps", type=int, default=5, help="of a turn that count; default 5")
-    p.add_argument("--warmup", type=int, default=2, help="steps before; default 2")
-    p.add_argument("--rounds", type=int, default=3, help="turns of each; default 3")
+    whole_option(p, "--steps", within=(1, MOST_STEPS), default=5, help="of a turn that count; default 5")
+    whole_option(p, "--warmup", within=(0, MOST_STEPS), default=2, help="steps before; default 2")
+    whole_option(p, "--rounds", within=(1, 10_000), default=3, help="turns of each; default 3")
 
 
 def _profile(p: argparse.ArgumentParser) -> None:
@@ -120,8 +124,8 @@ def _profile(p: argparse.ArgumentParser) -> None:
     _settings(p)
     _engine_and_pipeline(p)
     p.add_argument("--out", required=True, help="folder of the profile; one that is there is replaced")
-    p.add_argument("--steps", type=int, default=3, help="to profile; default 3")
-    p.add_argument("--warmup", type=int, default=2, help="steps before, without the profiler; default 2")
+    whole_option(p, "--steps", within=(1, 10_000), default=3, help="to profile; default 3")
+    whole_option(p, "--warmup", within=(0, MOST_STEPS), default=2, help="steps before, without the profiler; default 2")
 
 
 def _top(p: argparse.ArgumentParser) -> None:
@@ -138,15 +142,26 @@ def _sample(p: argparse.ArgumentParser) -> None:
     p.add_argument("--policy", default="pop909-tiny", help="shipped name, checkpoint or run folder, or hub id")
     p.add_argument("--vocabulary", default="", help="MidiTok JSON or preset, for a checkpoint without its own")
     p.add_argument("--out", default="songs", help="folder for the files")
-    p.add_argument("-n", "--number", type=int, default=8, help="pieces")
+    whole_option(p, "-n", "--number", within=(1, MOST_AT_ONCE), default=8, help="pieces")
     p.add_argument("--time-signature", action="append", help="such as 4/4; repeatable; default: 4/4")
-    p.add_argument("--tempo", nargs=2, type=float, default=[60, 150], metavar=("LOW", "HIGH"), help="bpm")
-    p.add_argument("--max-tokens", type=int, default=500, help="length; a note costs three to four tokens")
-    p.add_argument("--temperature", type=float, default=1.0)
-    p.add_argument("--top-k", type=int, default=0, help="draw from the k likeliest tokens only; 0 = all")
-    p.add_argument("--top-p", type=float, default=1.0, help="draw from the likeliest tokens of this mass; 1 = all")
+    real_option(
+        p, "--tempo", nargs=2, within=(0, math.inf), above=True, default=[60, 150], metavar=("LOW", "HIGH"), help="bpm"
+    )
+    whole_option(
+        p, "--max-tokens", within=(1, MOST_AT_ONCE), default=500, help="length; a note costs three to four tokens"
+    )
+    real_option(p, "--temperature", within=(0, math.inf), above=True, default=1.0)
+    whole_option(p, "--top-k", within=(0, 2**31 - 1), default=0, help="draw from the k likeliest tokens only; 0 = all")
+    real_option(
+        p,
+        "--top-p",
+        within=(0, 1),
+        above=True,
+        default=1.0,
+        help="draw from the likeliest tokens of this mass; 1 = all",
+    )
     p.add_argument("--engine", default="native", help="native or vllm")
-    p.add_argument("--seed", type=int, default=0)
+    whole_option(p, "--seed", within=(0, LARGEST_SEED), default=0)
     p.add_argument("--wav", action="store_true", help="render each piece too")
     p.add_argument("--soundfont", default="", help="default: one that is installed")
 
@@ -160,7 +175,7 @@ def _render(p: argparse.ArgumentParser) -> None:
     p.add_argument("--flac", action="store_true", help="FLAC files; default: WAV")
     p.add_argument("--reverb", action="store_true", help="in a room; rewards never hear one")
     p.add_argument("--soundfont", default="", help="default: one that is installed")
-    p.add_argument("--workers", type=int, default=0, help="files at once; default: one a core")
+    whole_option(p, "--workers", within=(0, MOST_THREADS), default=0, help="files at once; default: one a core")
 
 
 def _bank(p: argparse.ArgumentParser) -> None:
@@ -173,14 +188,20 @@ def _bank(p: argparse.ArgumentParser) -> None:
     build = actions.add_parser("build", help="store every note of a piano")
     verify = actions.add_parser("verify", help="signal-to-noise ratio against FluidSynth, in dB")
     verify.add_argument("files", nargs="+", help="MIDI files or folders")
-    verify.add_argument("--clips", type=int, default=20, help="windows of the files to compare")
+    whole_option(verify, "--clips", within=(1, MOST_AT_ONCE), default=20, help="windows of the files to compare")
     verify.add_argument("--exact", action="store_true", help="with every note rendered on demand")
     for action in (build, verify):
         action.add_argument("--soundfont", default="", help="default: one that is installed")
-        action.add_argument("--sample-rate", type=int, default=16000, help="Hz; default: the rewards' 16000")
-        action.add_argument("--max-seconds", type=float, default=10.0, help="of a clip")
-        action.add_argument("--program", type=int, default=0, help="General MIDI program; default: the piano")
-        action.add_argument("--workers", type=int, default=0, help="processes; default: one a core")
+        whole_option(
+            action,
+            "--sample-rate",
+            within=(8000, 96_000),
+            default=16000,
+            help="Hz; default: the rewards' 16000",
+        )
+        real_option(action, "--max-seconds", within=(0.01, 3600), default=10.0, help="of a clip")
+        whole_option(action, "--program", within=(0, 127), default=0, help="General MIDI program; default: the piano")
+        whole_option(action, "--workers", within=(0, MOST_THREADS), default=0, help="processes; default: one a core")
 
 
 def _score(p: argparse.ArgumentParser) -> None:
@@ -200,7 +221,7 @@ def _score(p: argparse.ArgumentParser) -> None:
     p.add_argument("--clap-prompt", default="", help="text for clap_similarity")
     p.add_argument("--clap-class", action="append", default=[], help="texts for clap_class, the wanted one first")
     p.add_argument("--statistics", default="", help="typicality.json of real pieces; default: the shipped policy's")
-    p.add_argument("--max-seconds", type=float, default=10.0, help="of each MIDI file; 0 = all of it")
+    real_option(p, "--max-seconds", within=(0, 86_400), default=10.0, help="of each MIDI file; 0 = all of it")
     p.add_argument("--soundfont", default="", help="default: one that is installed")
 
 
@@ -215,19 +236,19 @@ def _pretrain(p: argparse.ArgumentParser) -> None:
     p.add_argument("--licence", default="", help="licence of the data, for the model card")
     p.add_argument("--vocabulary", default="smart", help="preset, MidiTok JSON or hub id")
     p.add_argument("--resume", action="store_true", help="go on with the run in --out")
-    p.add_argument("--steps", type=int, help="optimizer steps at most")
-    p.add_argument("--batch", type=int, help="rows a step")
-    p.add_argument("--length", type=int, help="tokens a row")
-    p.add_argument("--learning-rate", type=float)
-    p.add_argument("--patience", type=int, help="evaluations without improvement before stopping early")
-    p.add_argument("--eval-every", type=int, help="steps between evaluations")
-    p.add_argument("--seed", type=int)
-    p.add_argument("--layers", type=int, default=4)
-    p.add_argument("--hidden", type=int, default=256)
-    p.add_argument("--ffn", type=int, default=768)
-    p.add_argument("--heads", type=int, default=4)
+    whole_option(p, "--steps", within=(1, MOST_STEPS), help="optimizer steps at most")
+    whole_option(p, "--batch", within=(1, MOST_AT_ONCE), help="rows a step")
+    whole_option(p, "--length", within=(8, MOST_AT_ONCE), help="tokens a row")
+    real_option(p, "--learning-rate", within=(0, math.inf), above=True)
+    whole_option(p, "--patience", within=(1, MOST_STEPS), help="evaluations without improvement before stopping early")
+    whole_option(p, "--eval-every", within=(1, MOST_STEPS), help="steps between evaluations")
+    whole_option(p, "--seed", within=(0, LARGEST_SEED))
+    whole_option(p, "--layers", within=(1, 1024), default=4)
+    whole_option(p, "--hidden", within=(2, 2**16), default=256)
+    whole_option(p, "--ffn", within=(1, 2**18), default=768)
+    whole_option(p, "--heads", within=(1, 2**12), default=4)
     p.add_argument("--device", help="torch device; default cpu")
-    p.add_argument("--threads", type=int, default=0, help="CPU threads; default: one a core")
+    whole_option(p, "--threads", within=(0, MOST_THREADS), default=0, help="CPU threads; default: one a core")
     p.add_argument("--compile", action="store_true", help="fuse the network with torch.compile (needs a C++ compiler)")
 
 
@@ -251,15 +272,21 @@ def _evaluate(p: argparse.ArgumentParser) -> None:
 
 
 def _evaluation(p: argparse.ArgumentParser) -> None:
-    p.add_argument(
+    whole_option(
+        p,
         "-n",
         "--prompts",
-        type=int,
+        within=(2, MOST_AT_ONCE),
         default=1000,
         help="outputs of each policy, the held-out openings in turn; default 1000",
     )
-    p.add_argument(
-        "--best-of", type=int, default=8, metavar="N", help="outputs of the baseline's choice; default 8, 0 = none"
+    whole_option(
+        p,
+        "--best-of",
+        within=(0, 10_000),
+        default=8,
+        metavar="N",
+        help="outputs of the baseline's choice; default 8, 0 = none",
     )
     p.add_argument("--soundfont", action="append", default=[], help="score on this one too; repeatable")
     p.add_argument("--training-set", default="", help="folder of MIDI files to look for copies in")
@@ -272,9 +299,11 @@ def _report(p: argparse.ArgumentParser) -> None:
     )
     p.add_argument("source", metavar="RUN|EVALUATION", help="folder of a run or of an evaluation")
     p.add_argument("--out", default="", help="HTML file; default: report.html in the folder")
-    p.add_argument("--players", type=int, default=6, help="held-out prompts to listen to; default 6, 0 = none")
-    p.add_argument("-n", "--prompts", type=int, default=200, help="of a run's evaluation; default 200")
-    p.add_argument("--best-of", type=int, default=4, metavar="N", help="of a run's evaluation; default 4, 0 = none")
+    whole_option(p, "--players", within=(0, 1000), default=6, help="held-out prompts to listen to; default 6, 0 = none")
+    whole_option(p, "-n", "--prompts", within=(2, MOST_AT_ONCE), default=200, help="of a run's evaluation; default 200")
+    whole_option(
+        p, "--best-of", within=(0, 10_000), default=4, metavar="N", help="of a run's evaluation; default 4, 0 = none"
+    )
     p.add_argument("--training-set", default="", help="of a run's evaluation: MIDI files to look for copies in")
 
 
@@ -328,6 +357,8 @@ def _sweep(p: argparse.ArgumentParser) -> None:
     )
     p.add_argument("sweep", help="TOML file with a [grid] or [[runs]]")
     p.add_argument("--out", required=True, help="folder of the sweep")
-    p.add_argument("--index", type=int, help="only the run of this number, from 0, as a job of an array")
+    whole_option(
+        p, "--index", within=(0, MOST_AT_ONCE), help="only the run of this number, from 0, as a job of an array"
+    )
     p.add_argument("--training-set", default="", help="folder of MIDI files to look for copies in")
     p.add_argument("--dry-run", action="store_true", help="list the runs and leave")

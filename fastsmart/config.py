@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import tomllib
 import types
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,6 +15,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 from fastsmart.audio.settings import RenderSettings
 from fastsmart.errors import UserError
 from fastsmart.grpo.settings import DiversitySettings, LossSettings
+from fastsmart.limits import MOST_AT_ONCE
 from fastsmart.policy.settings import PolicySettings
 from fastsmart.reward.settings import RewardSettings
 from fastsmart.sampling.settings import SamplingSettings
@@ -48,6 +50,11 @@ class Config:
                 "sampling.group must be at least 2: advantages are relative to the rest of the group, unless "
                 "diversity.stratify is below 1"
             )
+        if (completions := self.train.prompts * self.sampling.group) > MOST_AT_ONCE:
+            raise UserError(
+                f"train.prompts times sampling.group makes {completions:,} completions a step; at most "
+                f"{MOST_AT_ONCE:,} are drawn at once"
+            )
         if self.diversity.active and self.reward.normalize != "none":
             raise UserError(
                 f"reward.normalize is {self.reward.normalize!r}; with any part of [diversity] on it must be 'none': "
@@ -69,19 +76,29 @@ class Config:
             )
 
 
+MOST_CHARACTERS = 10_000  # of a value of --set
+MOST_TEXT = 4096  # characters of a path or another text
+SHOWN_CHARACTERS = 80  # of a value in a message
+WHOLE_BELOW = 2**63  # what a whole number of torch and numpy can hold
+
+
 def read_config(path: str | Path, base: Config | None = None) -> Config:
     """A config from a TOML file; keys it does not name stay as in `base`.
 
     Raises UserError naming the file and the key, with the nearest valid one for a key that does not exist.
     """
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        text = Path(path).read_text(encoding="utf-8-sig")  # some editors begin a file with a mark
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read {path}: {error}") from error
     try:
         tree = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise UserError(f"{path} is not valid TOML: {error}") from error
+    except ValueError as error:  # Python reads no whole number of more than 4,300 digits
+        raise UserError(f"{path} holds a number with too many digits; write a smaller one") from error
+    except RecursionError as error:
+        raise UserError(f"{path} nests lists or tables too deeply; a config has two levels of tables") from error
     try:
         return merged(base or Config(), tree)
     except UserError as error:
@@ -100,17 +117,31 @@ def with_overrides(config: Config, texts: Sequence[str]) -> Config:
         key, equals, value = text.partition("=")
         *sections, last = key.strip().split(".")
         if not equals or not last or not sections:
-            raise UserError(f"--set {text}: write it as section.key=value, for example --set train.steps=50")
+            raise UserError(f"--set {shortened(text)}: write it as section.key=value, for example --set train.steps=50")
         node = tree
         for i, section in enumerate(sections):
             node = node.setdefault(section, {})
             if not isinstance(node, dict):
-                raise UserError(f"--set {text}: {'.'.join(sections[: i + 1])} is a value, not a section")
-        try:
-            node[last] = tomllib.loads(f"value = {value}")["value"]
-        except tomllib.TOMLDecodeError:
-            node[last] = value.strip()
+                raise UserError(f"--set {shortened(text)}: {'.'.join(sections[: i + 1])} is a value, not a section")
+        node[last] = _assigned(key.strip(), value)
     return merged(Config(), tree)
+
+
+def _assigned(key: str, text: str) -> Any:
+    """A value of --set: TOML, or text where it is none; raises UserError for what is too large to be meant."""
+    if len(text) > MOST_CHARACTERS:
+        raise UserError(f"--set {key} has a value of {len(text):,} characters; write at most {MOST_CHARACTERS:,}")
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text.strip()
+    except (ValueError, RecursionError) as error:  # more digits than Python reads, or more brackets
+        raise UserError(f"--set {key} is {shortened(text)}; write a smaller number or a flatter list") from error
+
+
+def shortened(text: str) -> str:
+    """A text as it may stand in a message: its beginning, where it is long."""
+    return text if len(text) <= SHOWN_CHARACTERS else f"{text[:SHOWN_CHARACTERS]}... ({len(text):,} characters)"
 
 
 def merged(config: Any, tree: Mapping[str, Any], where: str = "") -> Any:
@@ -124,7 +155,7 @@ def merged(config: Any, tree: Mapping[str, Any], where: str = "") -> Any:
     for key, value in tree.items():
         name = f"{where}{key}"
         if key not in hints:
-            raise UserError(f"unknown key {name}; {_nearest(key, where, config)}")
+            raise UserError(f"unknown key {shortened(name)}; {_nearest(key, where, config)}")
         current = getattr(config, key)
         if is_dataclass(current):
             if not isinstance(value, Mapping):
@@ -187,24 +218,31 @@ def _nearest(key: str, where: str, config: Any) -> str:
 def _coerced(value: Any, hint: Any, name: str) -> Any:
     """The value as the field's type wants it; raises UserError naming the key where it is none."""
     origin, args = get_origin(hint), get_args(hint)
+    if isinstance(value, int) and abs(value) >= WHOLE_BELOW:
+        raise UserError(f"{name} is a number of more than 18 digits; it must be below {WHOLE_BELOW:,}")
+    if isinstance(value, str) and (len(value) > MOST_TEXT or "\0" in value):
+        raise UserError(f"{name} is {shortened(repr(value))}; write at most {MOST_TEXT:,} characters, none of them NUL")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise UserError(f"{name} is {value}; it must be a finite number")
+    shown = shortened(repr(value))
     if origin is Literal:
         if value in args:
             return value
-        raise UserError(f"{name} is {value!r}; choose one of {', '.join(map(str, args))}")
+        raise UserError(f"{name} is {shown}; choose one of {', '.join(map(str, args))}")
     if origin in (Union, types.UnionType):
         return None if value is None else _coerced(value, next(a for a in args if a is not type(None)), name)
     if origin is tuple:
         if not isinstance(value, list | tuple) or (args[-1] is not Ellipsis and len(value) != len(args)):
-            raise UserError(f"{name} is {value!r}; it must be a list" + ("" if args[-1] is ... else f" of {len(args)}"))
+            raise UserError(f"{name} is {shown}; it must be a list" + ("" if args[-1] is ... else f" of {len(args)}"))
         kinds = [args[0]] * len(value) if args[-1] is Ellipsis else args
         return tuple(_coerced(v, kind, f"{name}[{i}]") for i, (v, kind) in enumerate(zip(value, kinds, strict=True)))
     if origin is not None and issubclass(origin, Mapping):
         if not isinstance(value, Mapping):
-            raise UserError(f"{name} is {value!r}; it must be a table, such as {{ name = 1.0 }}")
+            raise UserError(f"{name} is {shown}; it must be a table, such as {{ name = 1.0 }}")
         return {k: _coerced(v, args[1], f"{name}.{k}") for k, v in value.items()}
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if isinstance(value, hint) and not (hint is int and isinstance(value, bool)):
         return value
     kinds_by_name = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
-    raise UserError(f"{name} is {value!r}; it must be {kinds_by_name.get(hint, hint)}")
+    raise UserError(f"{name} is {shown}; it must be {kinds_by_name.get(hint, hint)}")

@@ -6,30 +6,31 @@ import argparse
 import json
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fastsmart.errors import UserError
 from fastsmart.machine.files import files_below
 from fastsmart.notes import MIDI_SUFFIXES
 
+if TYPE_CHECKING:
+    from fastsmart.tokens.prompts import Prompts
+    from fastsmart.tokens.vocabulary import Vocabulary
+
 AUDIO_SUFFIXES = (".wav", ".flac")
+SHORTEST_S = 0.01  # of a piece that is scored
 
 
 def sample(options: argparse.Namespace) -> int:
-    from fastsmart import decode, load_policy, prompts
+    from fastsmart import decode, load_policy
     from fastsmart import sample as draw
     from fastsmart.audio.rendering import is_cut
     from fastsmart.machine.files import make_folder
     from fastsmart.policy.checkpoints import policy_source
 
+    if options.tempo[0] > options.tempo[1]:
+        raise UserError(f"--tempo goes from {options.tempo[0]:g} to {options.tempo[1]:g}; write the lower one first")
     policy = load_policy(policy_source(options.policy), vocabulary=options.vocabulary)
-    asked = prompts.procedural(
-        policy.vocab,
-        options.number,
-        seed=options.seed,
-        time_signatures=options.time_signature or ["4/4"],
-        tempo_range=tuple(options.tempo),
-    )
+    asked = _prompts(policy.vocab, options)
     out = make_folder(options.out)
     rollout = draw(
         policy,
@@ -52,6 +53,18 @@ def sample(options: argparse.Namespace) -> int:
         length = f"{notes.end_s[i]:.1f} s{', its audio cut at 60 minutes' if cut else ''}"
         print(f"{path}  {asked.text(i)}: {int(notes.counts[i])} notes, {length}")
     return 0
+
+
+def _prompts(vocab: Vocabulary, options: argparse.Namespace) -> Prompts:
+    """What `sample` begins with; raises UserError naming the options that no token of the vocabulary meets."""
+    from fastsmart import prompts
+
+    metres, tempi = options.time_signature or ["4/4"], tuple(options.tempo)
+    try:
+        return prompts.procedural(vocab, options.number, options.seed, metres, tempi)
+    except UserError as error:
+        text = str(error).replace("prompts.tempo_min", "--tempo LOW").replace("prompts.tempo_max", "HIGH")
+        raise UserError(text.replace("prompts.time_signatures", "--time-signature")) from error
 
 
 def render(options: argparse.Namespace) -> int:
@@ -84,9 +97,15 @@ def render(options: argparse.Namespace) -> int:
 def score(options: argparse.Namespace) -> int:
     from fastsmart.machine.files import os_errors_as_user_errors, write_atomic
     from fastsmart.machine.progress import bar
+    from fastsmart.policy.device import usable_device
     from fastsmart.reward import RewardSettings
     from fastsmart.study.scoring import FileScorer, scored_before
 
+    if 0 < options.max_seconds < SHORTEST_S:
+        raise UserError(
+            f"--max-seconds is {options.max_seconds}; it must be 0, all of the file, or at least {SHORTEST_S}"
+        )
+    usable_device(options.device, "--device")
     settings = RewardSettings(
         terms=dict.fromkeys(options.reward, 1.0),
         audiobox_checkpoint=options.checkpoint,

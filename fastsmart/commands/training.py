@@ -22,10 +22,10 @@ def pretrain(options: argparse.Namespace) -> int:
     from fastsmart.machine.progress import bar
     from fastsmart.machine.signals import stop_signals
     from fastsmart.policy.crops import CropSettings
+    from fastsmart.policy.device import usable_device
     from fastsmart.policy.pretrain import PretrainSettings
     from fastsmart.policy.pretrain import pretrain as run_pretraining
     from fastsmart.policy.transformer import PolicySize
-    from fastsmart.run.provenance import usable_device
     from fastsmart.study.card import STATISTICS_FILE, real_statistics, write_release
     from fastsmart.tokens.dataset import TokenDataset, encode_folder
     from fastsmart.tokens.vocabulary import load_vocabulary

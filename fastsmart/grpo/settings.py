@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from fastsmart.errors import UserError
+from fastsmart.limits import MOST_AT_ONCE
 
 LossName = Literal["grpo", "bnpo", "dr_grpo", "dapo", "gspo", "cispo"]
 KlName = Literal["k1", "k2", "k3"]
@@ -80,7 +81,9 @@ class LossSettings:
             ("beta", 0.0 <= self.beta < math.inf, "must be 0 or above"),
             ("kl_clamp", 0.0 < self.kl_clamp <= MAX_LOG_RATIO, f"must be above 0 and at most {MAX_LOG_RATIO:g}"),
             ("mask_low", 0.0 <= self.mask_low < 1.0, "must be between 0 and 1"),
-            ("mask_high", self.mask_high == 0.0 or self.mask_high > 1.0, "must be 0 (no bound) or above 1"),
+            ("mask_high", self.mask_high == 0.0 or 1.0 < self.mask_high < math.inf, "must be 0 (no bound) or above 1"),
+            ("truncate", 0.0 <= self.truncate < math.inf, "must be 0 (no cap) or above 1"),
+            ("max_tokens", 0 <= self.max_tokens <= MOST_AT_ONCE, f"must be from 0 to {MOST_AT_ONCE:,}"),
             ("entropy_bonus", 0.0 <= self.entropy_bonus < math.inf, "must be 0 or above"),
         ]
         for key, holds, rule in rules:

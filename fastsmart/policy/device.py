@@ -12,12 +12,19 @@ def resolved_device(settings: PolicySettings) -> torch.device:
     """The device "auto" stands for on this machine; raises UserError for one it lacks."""
     if settings.device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return usable_device(settings.device, "policy.device")
+
+
+def usable_device(name: str, key: str) -> torch.device:
+    """The device of that name; raises UserError, naming the key it was given by, where this machine lacks it."""
     try:
-        device = torch.device(settings.device)
+        device = torch.device(name)
         torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
+        if device.type == "meta":
+            raise RuntimeError("it holds no numbers")
+    except (RuntimeError, AssertionError, NotImplementedError, ValueError, ImportError) as error:
         reason = str(error).splitlines()[0]
-        raise UserError(f"policy.device is {settings.device!r}, which does not work here: {reason}") from error
+        raise UserError(f"{key} is {name!r}, which does not work here: {reason}; write cpu or cuda") from error
     return device
 
 

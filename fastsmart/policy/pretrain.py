@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -16,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastsmart.errors import UserError
+from fastsmart.limits import LARGEST_SEED, MOST_AT_ONCE, MOST_STEPS
 from fastsmart.machine.files import JsonLines, make_folder, os_errors_as_user_errors
 from fastsmart.machine.folder_lock import LEASE_S, FolderLock
 from fastsmart.machine.signals import StopRequest
@@ -63,11 +65,15 @@ class PretrainSettings:
     crop: CropSettings = field(default_factory=CropSettings)
 
     def __post_init__(self) -> None:
-        for key in ("steps", "batch", "valid_rows", "eval_every", "patience"):
-            if getattr(self, key) < 1:
-                raise UserError(f"--{key.replace('_', '-')} is {getattr(self, key)}; it must be at least 1")
-        if not self.learning_rate > 0:
-            raise UserError(f"--learning-rate is {self.learning_rate}; it must be above 0")
+        counts = {"batch": MOST_AT_ONCE, "valid_rows": MOST_AT_ONCE} | dict.fromkeys(
+            ("steps", "eval_every", "patience"), MOST_STEPS
+        )
+        for key, least, most in [*((key, 1, most) for key, most in counts.items()), ("seed", 0, LARGEST_SEED)]:
+            if not least <= getattr(self, key) <= most:
+                option = f"--{key.replace('_', '-')}"
+                raise UserError(f"{option} is {getattr(self, key)}; it must be at least {least} and at most {most:,}")
+        if not 0 < self.learning_rate < math.inf:
+            raise UserError(f"--learning-rate is {self.learning_rate}; it must be a finite number above 0")
 
 
 @dataclass(frozen=True)
@@ -123,14 +129,18 @@ def _pretrain(
     backbone = torch.compile(policy.model) if settings.compile else policy.model
     record = {"settings": asdict(settings), "size": asdict(size), "pieces": len(dataset), "baselines": baselines}
     start, best, stale = 0, math.inf, 0
-    metrics, checkpoints = JsonLines(out / "metrics.jsonl"), Checkpoints(out / "checkpoints")
+    metrics, checkpoints = JsonLines(out / "metrics.jsonl", _whole), Checkpoints(out / "checkpoints")
     if resume:
         saved = checkpoints.load(policy, optimizer)
+        for path, why in checkpoints.passed_over.items():
+            print(f"passed over {path.name}: {why}", file=sys.stderr)
         _check_same_run(saved, record, out)
         start, best, stale = saved["step"], saved["best"], saved["stale"]
     elif checkpoints.all() or metrics.lines():
         raise UserError(f"{out} already holds a run; add --resume, or choose another --out")
     metrics.forget_after(start)
+    if metrics.damaged:
+        print(f"{metrics.told}; kept in {metrics.aside}", file=sys.stderr)
 
     window: list[tuple[Tensor, int]] = []
     clock = time.perf_counter()
@@ -210,6 +220,11 @@ def _check_same_run(saved: dict[str, Any], record: dict[str, Any], out: Path) ->
             ours, theirs = {**ours, **free}, {**theirs, **free}
         if ours != theirs:
             raise UserError(f"{out} was started with other {key}; resume with the same, or choose another --out")
+
+
+def _whole(line: dict[str, Any]) -> bool:
+    """Whether a line of metrics has what the curve shows."""
+    return all(isinstance(line.get(key), int | float) for key in ("train_loss", "valid_loss"))
 
 
 def draw_curve(lines: list[dict[str, Any]], baselines: dict[str, float], path: Path) -> None:

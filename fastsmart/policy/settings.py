@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Literal
+
+from fastsmart.errors import UserError
+
+DEVICE = re.compile(r"[a-z]+(:\d{1,3})?")
 
 
 @dataclass(frozen=True)
@@ -21,3 +26,9 @@ class PolicySettings:
     vocabulary: str = ""
     device: str = "auto"
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+
+    def __post_init__(self) -> None:
+        if not self.source:
+            raise UserError("policy.source is empty; name a shipped policy, a checkpoint folder or a hub id")
+        if not DEVICE.fullmatch(self.device):
+            raise UserError(f"policy.device is {self.device!r}; write auto, cpu, cuda or cuda:0")

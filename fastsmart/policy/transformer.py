@@ -6,6 +6,7 @@ V vocabulary.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -15,6 +16,17 @@ from torch import Tensor, nn
 
 from fastsmart.errors import UserError
 from fastsmart.tokens.vocabulary import Vocabulary
+
+# Far above any policy of music; a size is refused before memory is taken for it
+MOST = {
+    "vocab_size": 2**22,
+    "hidden_size": 2**16,
+    "intermediate_size": 2**18,
+    "num_layers": 1024,
+    "num_heads": 2**12,
+    "num_kv_heads": 2**12,
+    "max_positions": 2**20,
+}
 
 
 @dataclass(frozen=True)
@@ -39,9 +51,12 @@ class PolicySize:
     tied_head: bool = False
 
     def __post_init__(self) -> None:
-        for key in ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads"):
-            if getattr(self, key) < 1:
-                raise UserError(f"{key} of a policy is {getattr(self, key)}; it must be at least 1")
+        for key, most in MOST.items():
+            if not 1 <= getattr(self, key) <= most:
+                raise UserError(f"{key} of a policy is {getattr(self, key)}; it must be from 1 to {most:,}")
+        for key in ("rope_theta", "rms_norm_eps"):
+            if not 0 < getattr(self, key) < math.inf:
+                raise UserError(f"{key} of a policy is {getattr(self, key)}; it must be a number above 0")
         if self.hidden_size % self.num_heads or (self.hidden_size // self.num_heads) % 2:
             raise UserError(f"hidden_size {self.hidden_size} does not split into {self.num_heads} heads of even size")
         if self.num_heads % self.num_kv_heads:

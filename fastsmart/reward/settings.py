@@ -68,8 +68,8 @@ class RewardSettings:
                 raise UserError(f"reward.audiobox_axes.{axis} is {weight!r}; a weight is a number from 0 up")
         if not any(self.audiobox_axes.values()):
             raise UserError("reward.audiobox_axes weighs no axis; give one of them a weight above 0")
-        if not isinstance(self.audiobox_batch, int) or self.audiobox_batch < 1:
-            raise UserError(f"reward.audiobox_batch is {self.audiobox_batch!r}; it is a whole number from 1 up")
+        if not isinstance(self.audiobox_batch, int) or not 1 <= self.audiobox_batch <= 4096:
+            raise UserError(f"reward.audiobox_batch is {self.audiobox_batch!r}; it is a whole number from 1 to 4096")
         if self.audiobox_dtype not in AUDIOBOX_DTYPES:
             known = ", ".join(AUDIOBOX_DTYPES)
             raise UserError(f"reward.audiobox_dtype is {self.audiobox_dtype!r}; it is one of {known}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from fastsmart.errors import UserError
+from fastsmart.limits import MOST_AT_ONCE, require, require_finite
 
 ENGINES = ("native", "vllm")
 
@@ -29,6 +30,8 @@ class VllmSettings:
     def __post_init__(self) -> None:
         if self.kv_cache_bytes < 0:
             raise UserError(f"vllm.kv_cache_bytes is {self.kv_cache_bytes}; it must be 0 (computed) or above")
+        if self.kv_cache_bytes > 2**50:
+            raise UserError(f"vllm.kv_cache_bytes is {self.kv_cache_bytes}; it must be at most {2**50:,}, a pebibyte")
         if not 0 < self.transfer_port < 2**16:
             raise UserError(f"vllm.transfer_port is {self.transfer_port}; it must be from 1 to 65535")
         if self.server and not self.server.startswith(("http://", "https://")):
@@ -67,12 +70,11 @@ class SamplingSettings:
     def __post_init__(self) -> None:
         if self.engine not in ENGINES:
             raise UserError(f"sampling.engine is {self.engine!r}; choose one of {', '.join(ENGINES)}")
-        for key in ("group", "max_tokens", "max_rows"):
-            if getattr(self, key) < 1:
-                raise UserError(f"sampling.{key} is {getattr(self, key)}; it must be at least 1")
+        require(self, "sampling.", dict.fromkeys(("group", "max_tokens", "max_rows"), (1, MOST_AT_ONCE)))
+        require_finite(self, "sampling.", "temperature")
         if not self.temperature > 0:
             raise UserError(f"sampling.temperature is {self.temperature}; it must be above 0")
-        if self.top_k < 0 or not 0 < self.top_p <= 1:
+        if not 0 <= self.top_k < 2**31 or not 0 < self.top_p <= 1:
             raise UserError(
                 f"sampling.top_k {self.top_k} and top_p {self.top_p}: use 0 and 1.0 for off, top_p in (0, 1]"
             )

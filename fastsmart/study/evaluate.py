@@ -16,6 +16,7 @@ from fastsmart.music.bootstrap import LEVEL, RESAMPLES
 from fastsmart.music.diversity import prompt_numbers
 from fastsmart.music.rarefied import NOTES, TOKENS
 from fastsmart.music.training_set import TrainingSet
+from fastsmart.notes import MIDI_SUFFIXES
 from fastsmart.policy.checkpoints import policy_source
 from fastsmart.policy.device import resolved_device
 from fastsmart.policy.hf_format import load_policy
@@ -63,6 +64,7 @@ def evaluate(
     user can mend.
     """
     pairs = labelled(sources)
+    require_training_set(training_set)
     stage = Stage(out, config, prompts, soundfonts)
     played: dict[str, Outputs] = {}
     records: list[PolicyRecord] = []
@@ -190,6 +192,15 @@ def _record(label: str, source: str, policy: Policy) -> PolicyRecord:
         return PolicyRecord(label, source, weights_hash(policy))
     font = json.loads(provenance.read_text(encoding="utf-8"))["inputs"].get("soundfont")
     return PolicyRecord(label, source, weights_hash(policy), str(run.resolve()), font["sha256"] if font else "")
+
+
+def require_training_set(source: str | Path) -> None:
+    """Raises UserError where this is no folder of MIDI files and no encoded dataset; "" is none that is wanted."""
+    if not source:
+        return
+    files = Path(source).rglob("*")
+    if not any(path.suffix.lower() in MIDI_SUFFIXES or path.name == "tokens.bin" for path in files):
+        raise UserError(f"--training-set {source} holds no MIDI files; name a folder of them, or leave it out")
 
 
 def _training_set(source: str | Path, out: Path, vocab: Vocabulary, progress: Progress) -> TrainingSet:

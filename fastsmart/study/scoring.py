@@ -141,6 +141,8 @@ def scored_before(path: str | Path, columns: Sequence[str]) -> dict[str, Row]:
         lines = Path(path).read_text(encoding="utf-8").splitlines(keepends=True)
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is no text, so not one of fastsmart score; choose another --out") from error
     rows: dict[str, Row] = {}
     for number, line in enumerate(lines, 1):
         if not line.endswith("\n"):

@@ -34,7 +34,7 @@ from fastsmart.machine.files import make_folder, write_atomic
 from fastsmart.presets import load_preset
 from fastsmart.run.display import Display
 from fastsmart.run.folder import RunFolder
-from fastsmart.study.evaluate import Stage, evaluate, labelled
+from fastsmart.study.evaluate import Stage, evaluate, labelled, require_training_set
 from fastsmart.study.outputs import Progress
 from fastsmart.study.report import drawn_figures, standalone, write_report
 from fastsmart.trainer.loop import train
@@ -60,6 +60,8 @@ def read_sweep(path: str | Path) -> Sweep:
         raise UserError(f"cannot read {path}: {error}") from error
     except tomllib.TOMLDecodeError as error:
         raise UserError(f"{path} is not valid TOML: {error}") from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} holds a number of too many digits or too deep a list; write it smaller") from error
     try:
         return _sweep(tree, Path(path).parent)
     except UserError as error:
@@ -81,6 +83,7 @@ def run_sweep(
 
     Call it again to go on. Raises UserError when a run in `out` has other settings than the sweep asks for.
     """
+    require_training_set(training_set)
     out, names = make_folder(out), list(sweep.runs)
     if index is not None and not 0 <= index < len(names):
         raise UserError(f"--index {index}: the sweep has runs 0 to {len(names) - 1}")
@@ -115,10 +118,32 @@ def _compare(sweep: Sweep, out: Path, training_set: str, progress: Progress) -> 
     write_report(found, out / "report.html", progress=progress)
 
 
-def _sweep(tree: dict[str, Any], folder: Path) -> Sweep:
+def _require_form(tree: dict[str, Any]) -> None:
+    """Raises UserError for the first key of a sweep file that is unknown or holds another kind of value."""
     for key in tree:
         if key not in KEYS:
             raise UserError(f"unknown key {key}; a sweep has {', '.join(KEYS)}")
+    for key in ("preset", "config"):
+        if not isinstance(tree.get(key, ""), str):
+            raise UserError(f"{key} is {tree[key]!r}; it must be text")
+    if not _are_texts(tree.get("set", [])):
+        raise UserError(f"set is {tree['set']!r}; it must be a list of texts, such as ['train.steps=50']")
+    if not isinstance(tree.get("grid", {}), dict):
+        raise UserError(f"grid is {tree['grid']!r}; it must be a table, [grid], of a list of values for each key")
+    runs = tree.get("runs", [])
+    if not isinstance(runs, list) or not all(isinstance(run, dict) for run in runs):
+        raise UserError(f"runs is {runs!r}; write each run as a table, [[runs]]")
+    for k, run in enumerate(runs):
+        if not isinstance(run.get("name", ""), str) or not _are_texts(run.get("set", [])):
+            raise UserError(f"runs[{k}] needs a name of its own and a list called set, such as ['grpo.beta=0']")
+
+
+def _are_texts(values: object) -> bool:
+    return isinstance(values, list) and all(isinstance(value, str) for value in values)
+
+
+def _sweep(tree: dict[str, Any], folder: Path) -> Sweep:
+    _require_form(tree)
     common = load_preset(tree["preset"]) if "preset" in tree else Config()
     if "config" in tree:
         common = read_config(folder / tree["config"], common)

@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from fastsmart.errors import UserError
+from fastsmart.limits import LARGEST_SEED, MOST_AT_ONCE, require
 from fastsmart.tokens.dataset import TokenDataset
 from fastsmart.tokens.token_batch import TokenBatch
 from fastsmart.tokens.vocabulary import Vocabulary
@@ -33,6 +34,12 @@ LIMITED = {  # what a kind of token is called in the settings, and its unit
     "Pitch": ("pitch", ""),
     "Velocity": ("velocity", ""),
     "Duration": ("duration", " beats"),
+}
+LIMITS = {
+    "seed": (0, LARGEST_SEED),
+    **dict.fromkeys(("tempo_min", "tempo_max"), (0, 1000)),
+    **dict.fromkeys(("pitch_min", "pitch_max", "velocity_min", "velocity_max"), (0, 127)),
+    **dict.fromkeys(("duration_min", "duration_max"), (0, 1000)),
 }
 TRAIN_STREAM, HELDOUT_STREAM, UNSPLIT_STREAM, ORDER_STREAM, NOTE_STREAM = range(5)  # second number of the seed
 
@@ -50,7 +57,8 @@ class PromptSettings:
     dataset        : folder of an encoded dataset, for source "dataset"
     seed           : of which openings are held out and in which order all of them come
 
-    Raises UserError for an unknown source or a negative seed; what depends on the vocabulary `make_prompts` checks.
+    Raises UserError for an unknown source and a number that cannot be meant; what depends on the vocabulary
+    `make_prompts` checks.
     """
 
     source: str = "procedural"
@@ -69,8 +77,7 @@ class PromptSettings:
     def __post_init__(self) -> None:
         if self.source not in SOURCES:
             raise UserError(f"prompts.source must be one of {', '.join(SOURCES)}, not {self.source!r}")
-        if self.seed < 0:
-            raise UserError(f"prompts.seed must be 0 or more, not {self.seed}")
+        require(self, "prompts.", LIMITS)
 
 
 @dataclass(frozen=True)
@@ -188,7 +195,9 @@ def describe(ids: Sequence[int] | np.ndarray, vocab: Vocabulary) -> str:
 
 
 def _any_split(settings: PromptSettings, vocab: Vocabulary, n: int) -> Prompts:
-    """n random prompts with nothing held out."""
+    """n random prompts with nothing held out; raises UserError for a number of them that cannot be meant."""
+    if not 1 <= n <= MOST_AT_ONCE:
+        raise UserError(f"{n} prompts were asked for; ask for 1 to {MOST_AT_ONCE:,}")
     (size, opening), added = _openings(settings, vocab), _added_note(settings, vocab)
     random = _random(settings.seed, UNSPLIT_STREAM)
     rows = [opening(int(random.integers(size))) + [int(random.choice(ids)) for ids in added] for _ in range(n)]

@@ -6,6 +6,17 @@ from dataclasses import dataclass
 from typing import Literal
 
 from fastsmart.errors import UserError
+from fastsmart.limits import LARGEST_SEED, MOST_AT_ONCE, MOST_STEPS, MOST_THREADS, require, require_finite
+
+LIMITS = {
+    **dict.fromkeys(("steps", "keep"), (1, MOST_STEPS)),
+    **dict.fromkeys(("warmup", "eval_every", "save_every"), (0, MOST_STEPS)),
+    **dict.fromkeys(("prompts", "micro_batch", "score_batch", "eval_prompts"), (1, MOST_AT_ONCE)),
+    **dict.fromkeys(("iterations", "max_staleness"), (1, 1000)),
+    "listen": (0, MOST_AT_ONCE),
+    "threads": (0, MOST_THREADS),
+    "seed": (0, LARGEST_SEED),
+}
 
 
 @dataclass(frozen=True)
@@ -61,12 +72,8 @@ class TrainSettings:
     mismatch_limit: float = 0.0
 
     def __post_init__(self) -> None:
-        least = dict.fromkeys(("steps", "prompts", "iterations", "micro_batch", "eval_prompts", "keep"), 1)
-        least |= dict.fromkeys(("max_staleness", "score_batch"), 1)
-        least |= dict.fromkeys(("warmup", "eval_every", "save_every", "listen", "threads", "seed"), 0)
-        for key, low in least.items():
-            if getattr(self, key) < low:
-                raise UserError(f"train.{key} is {getattr(self, key)}; it must be at least {low}")
+        require(self, "train.", LIMITS)
+        require_finite(self, "train.", "learning_rate", "max_grad_norm", "weight_decay", "mismatch_limit")
         if self.listen > self.eval_prompts:
             raise UserError(f"train.listen is {self.listen}, more than the {self.eval_prompts} of train.eval_prompts")
         for key in ("learning_rate", "max_grad_norm"):

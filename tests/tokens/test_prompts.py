@@ -224,7 +224,7 @@ def test_a_time_signature_named_twice_counts_once():
         ({"time_signatures": ("1/4",)}, r"prompts\.time_signatures: no '1/4'.*3/8, 5/8.*3/2"),
         ({"tempo_min": 300}, r"prompts\.tempo_min 300.*40, 43\.33.*250 bpm"),
         ({"tempo_min": 100, "tempo_max": 99}, r"prompts\.tempo_max 99.*40, 43\.33.*250 bpm"),
-        ({"tempo_min": float("nan")}, r"prompts\.tempo_min nan"),
+        ({"tempo_min": float("nan")}, r"prompts\.tempo_min is nan"),
         ({"source": "first-note", "pitch_min": 109}, r"prompts\.pitch_min 109 .*leave no pitch.*21, 22.*108$"),
         ({"source": "first-note", "velocity_min": 4, "velocity_max": 6}, r"prompts\.velocity_max 6 .*3, 7, .*127$"),
         ({"source": "procedural-note", "duration_min": 4.5}, r"prompts\.duration_min 4\.5 .*4 beats$"),

@@ -1,0 +1,74 @@
+"""Arguments of the command line that are checked when they are read, before any work."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from typing import Any
+
+from fastsmart.errors import UserError
+
+NAMES = ("files", "answers", "policy", "midi", "evaluation", "run", "source", "sweep", "key")
+NEED_OUT = ("pretrain", "bench", "profile", "sample", "evaluate", "sweep")  # the others know what to do without
+
+
+def whole_option(
+    parser: argparse.ArgumentParser, *names: str, within: tuple[int, int], default: int | None = None, **said: Any
+) -> None:
+    """Add an option for a whole number; reading it raises UserError naming the option for any outside the limits, both
+    included."""
+
+    def read(text: str) -> int:
+        try:
+            value = int(text) if len(text) <= 100 else None
+        except ValueError:
+            value = None
+        if value is None:
+            raise UserError(f"{names[-1]} is {_shown(text)}; it must be a whole number")
+        if not within[0] <= value <= within[1]:
+            bound = f"at least {within[0]:,}" if value < within[0] else f"at most {within[1]:,}"
+            raise UserError(f"{names[-1]} is {_shown(text)}; it must be {bound}")
+        return value
+
+    parser.add_argument(*names, type=read, default=default, **said)
+
+
+def real_option(
+    parser: argparse.ArgumentParser,
+    *names: str,
+    within: tuple[float, float],
+    above: bool = False,
+    default: Any = None,
+    **said: Any,
+) -> None:
+    """Add an option for finite numbers within the limits, the lower one excluded with `above`; raises as
+    `whole_option` does."""
+    low, high = within
+
+    def read(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        if not math.isfinite(value) or not low <= value <= high or (above and value == low):
+            least = f"above {low:g}" if above else f"from {low:g}"
+            most = "" if math.isinf(high) else f" to {high:g}"
+            raise UserError(f"{names[-1]} is {_shown(text)}; it must be a finite number {least}{most}")
+        return value
+
+    parser.add_argument(*names, type=read, default=default, **said)
+
+
+def refuse_empty_names(options: argparse.Namespace) -> None:
+    """Raises UserError for an empty path or name, as an unset variable of a shell leaves it: it would mean the folder
+    one stands in; and for one with a NUL in it, which no file system knows."""
+    for key, value in vars(options).items():
+        for text in value if isinstance(value, list) else [value]:
+            if isinstance(text, str) and "\0" in text:
+                raise UserError(f"{key} holds a NUL character; write it without")
+            if text == "" and (key in NAMES or (key == "out" and options.command in NEED_OUT)):
+                raise UserError(f"{key} is empty; name a file or folder (perhaps a variable of the shell is not set)")
+
+
+def _shown(text: str) -> str:
+    return text if len(text) <= 80 else f"{text[:80]}... ({len(text):,} characters)"

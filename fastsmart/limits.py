@@ -1,0 +1,32 @@
+"""Limits of the numbers of a configuration, told in one way."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from fastsmart.errors import UserError
+
+# Far above what anybody means, and low enough that nothing overflows or is built for ever
+MOST_STEPS = 10**9
+MOST_AT_ONCE = 10**6  # completions, clips, prompts, tokens
+MOST_THREADS = 1024
+LARGEST_SEED = 2**63 - 1
+
+
+def require(settings: Any, section: str, limits: Mapping[str, tuple[float, float]]) -> None:
+    """Raises UserError for the first key of the settings that is outside its limits, both included, or not a number."""
+    for key, (low, high) in limits.items():
+        value = getattr(settings, key)
+        if not value >= low:
+            raise UserError(f"{section}{key} is {value}; it must be at least {low:g}")
+        if not value <= high:
+            raise UserError(f"{section}{key} is {value}; it must be at most {high:,}")
+
+
+def require_finite(settings: Any, section: str, *keys: str) -> None:
+    """Raises UserError for the first of these keys whose value is infinite or not a number."""
+    for key in keys:
+        if not math.isfinite(getattr(settings, key)):
+            raise UserError(f"{section}{key} is {getattr(settings, key)}; it must be a finite number")
