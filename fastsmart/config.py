@@ -168,6 +168,8 @@ def merged(config: Any, tree: Mapping[str, Any], where: str = "") -> Any:
     except UserError as error:
         section = where.rstrip(".")
         text = str(error)
+        for value in changes.values():
+            text = text.replace(value, shortened(value)) if isinstance(value, str) and value else text
         raise UserError(text if not section or text.startswith(section) else f"{section}.{text}") from error
 
 

@@ -119,6 +119,8 @@ SETTINGS = [
     ("policy.device=''", "policy.device is ''; write auto, cpu, cuda or cuda:0"),
     ("train.steps=" + "x" * 9000, "train.steps is 'xxx"),
     ("x" * 5000 + ".y=1", "unknown key xxx"),
+    ("audio.backend=" + "x" * 4000, "... (4,000 characters)"),
+    ("sampling.engine=" + "x" * 4000, "... (4,000 characters)"),
     ("sampling.vllm.kv_cache_bytes=9000000000000000000", "vllm.kv_cache_bytes is 9000000000000000000"),
 ]
 

@@ -96,8 +96,8 @@ class Checkpoints:
             with suppress(UserError):  # of a damaged one nothing is known
                 reward = _record(path).get(BEST_KEY, math.nan)
                 evaluated |= {path: reward} if math.isfinite(reward) else {}
-        path = max(evaluated, key=lambda path: evaluated[path], default=None)
-        return path, evaluated[path] if path else float("-inf")
+        best = max(evaluated, key=lambda path: evaluated[path], default=None)
+        return best, evaluated[best] if best else float("-inf")
 
     def save(
         self, step: int, policy: Policy, optimizer: torch.optim.Optimizer, record: dict[str, Any] | None = None

@@ -105,7 +105,7 @@ def pretrain(
     be resumed there, or another process trains there.
     """
     out = make_folder(out)
-    with FolderLock(out, "training", LEASE_S if resume else 0.0):
+    with FolderLock(out, "training", LEASE_S):
         return _pretrain(dataset, size, settings, out, resume, stop, report)
 
 

@@ -81,7 +81,7 @@ class RunFolder:
         if resume and not (path / CONFIG_FILE).exists():
             raise _no_run(path)
         make_folder(path)
-        lock = FolderLock(path, "training", LEASE_S if resume else 0.0)
+        lock = FolderLock(path, "training", LEASE_S)
         try:
             folder = RunFolder.reopen(path, changes) if resume else RunFolder.create(path, config)
         except BaseException:

@@ -251,10 +251,19 @@ def finish(folder: RunFolder, recorder: Recorder, trainer: Trainer, stop: StopRe
     if trainer.ranks.leader:
         plot_curves(folder.metrics.lines(), folder.path / "curves.png")
         if before and after:
-            old, new = (HeldOut.load(folder.held_out(label)) for label in ("before", "after"))
-            folder.write(TABLE_FILE, before_after(before, after, step, (old, new) if old and new else None))
+            folder.write(TABLE_FILE, before_after(before, after, step, _clips(folder, recorder)))
     if stop and step < steps:
         name = signal.Signals(stop.signal_number).name
         recorder.show.message(f"{name}: saved at step {step}; go on with: fastsmart train --out {folder.path} --resume")
     exit_code = stop.exit_code if step < steps else 0
     return Run(trainer.policy.eval(), folder.path, step, before, after, exit_code)
+
+
+def _clips(folder: RunFolder, recorder: Recorder) -> tuple[HeldOut, HeldOut] | None:
+    """The numbers of all clips before and after; None where they are not there, or damaged, which is said."""
+    try:
+        old, new = (HeldOut.load(folder.held_out(label)) for label in ("before", "after"))
+    except UserError as error:
+        recorder.show.message(str(error))
+        return None
+    return (old, new) if old and new else None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from tiny_policy import make_policy
 from fastsmart import UserError, train
 from fastsmart.cli import main
 from fastsmart.config import Config, read_config, with_overrides
+from fastsmart.machine.distributed import Ranks
 from fastsmart.policy.checkpoints import Checkpoints, Snapshot
 from fastsmart.policy.optimizer import make_optimizer
 from fastsmart.run.display import Silent
@@ -45,6 +47,7 @@ def test_a_finished_run_does_nothing_twice_and_can_be_made_longer_and_passes_ove
     assert said.endswith("has done all its 2 steps; make it longer with --resume --set train.steps=4")
 
     (out / "checkpoints" / "step-000002" / "state.json").write_text("{}")
+    (out / "held-out" / "before.csv").write_text("opening,reward\n0,x\n")
     display = Said()
     longer = train(config, out, resume=True, changes={"train.steps": 3}, display=display)
     assert longer.step == 3
@@ -57,7 +60,9 @@ def test_a_finished_run_does_nothing_twice_and_can_be_made_longer_and_passes_ove
     assert notes[1].startswith("passed over step-000002: ")
     assert "state.json is damaged" in notes[1]
     assert notes[2] == "train.steps is 3 from here on, was 2"
-    assert display.said == notes[1:]
+    assert display.said[:-1] == notes[1:]
+    assert "before.csv is damaged" in display.said[-1]  # which costs the intervals, not the run
+    assert "| reward |" in (out / "before_after.md").read_text()
 
 
 @pytest.fixture
@@ -110,6 +115,18 @@ def test_what_may_not_change_is_named_and_nothing_is_written(begun, capsys, opti
         assert says in error
         assert error.count("\n") == 1
     assert contents(begun) == before
+
+
+@pytest.mark.parametrize("resume", [[], ["--resume"], ["--resume", "auto"]])
+def test_a_second_train_into_the_folder_is_refused_before_it_touches_anything(begun, capsys, resume):
+    with RunFolder.open(begun, Config(), True, Ranks()):
+        before = contents(begun)
+        assert main(["train", "--out", str(begun), *resume, *([] if resume else ["--preset", "demo"])]) == 2
+        error = capsys.readouterr().err
+        assert f"process {os.getpid()} on host " in error
+        assert f"is training in {begun}" in error
+        assert error.count("\n") == 1
+        assert contents(begun) == before
 
 
 def test_every_key_that_may_change_exists_and_is_written_down(begun):
