@@ -268,9 +268,12 @@ def _within(settings: PromptSettings, vocab: Vocabulary, kind: str) -> list[int]
     values = [_number(value) for value in vocab.values_of(kind)]
     chosen = [i for i, x in zip(vocab.ids_of(kind), values, strict=True) if low <= x <= (high or float("inf"))]
     if not chosen:
+        shown = [f"{x:g}" for x in values]
+        if len(shown) > 12:
+            shown[3:-3] = ["..."]
         raise UserError(
             f"prompts.{key}_min {low:g} and prompts.{key}_max {high:g} leave no {key}; the vocabulary has "
-            f"{', '.join(f'{x:g}' for x in values)}{unit}"
+            f"{', '.join(shown)}{unit}"
         )
     return chosen
 
