@@ -51,6 +51,13 @@ def test_every_page_is_in_the_index() -> None:
     assert pages <= links(ROOT / "docs/README.md")
 
 
+def test_every_extra_that_a_page_names_exists() -> None:
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    named = {name for page in DOCUMENTS for name in re.findall(r"(?:fastsmart|`\.|'\.)\[(\w+)\]", page.read_text())}
+    assert named <= set(extras)
+    assert "vllm" in named
+
+
 def test_the_version_is_the_same_everywhere() -> None:
     version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
     assert f"version: {version}\n" in (ROOT / "CITATION.cff").read_text()
