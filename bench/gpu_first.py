@@ -45,6 +45,7 @@ CHECKS = {  # name -> module and function, what matters most first
     "log_probs": "gpu_first_kernels:log_probs",
     "objective": "gpu_first_kernels:objective",
     "convolution": "gpu_first_kernels:convolution",
+    "moments": "gpu_first_kernels:moments",
     "decode_products": "gpu_first_kernels:decode_products",
 }
 BEGINS = "begins"  # the only key, beside the check, of the line that a worker begins a check with

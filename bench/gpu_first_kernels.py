@@ -21,6 +21,7 @@ from fastsmart.kernels.convolution import convolution_gelu
 from fastsmart.kernels.decode_step import add_normalised, attend_next, gated
 from fastsmart.kernels.jit import INTERPRETED, triton
 from fastsmart.kernels.logprob import logprob
+from fastsmart.kernels.moments import window_moments
 from fastsmart.kernels.sample import sample_tokens
 
 HEADS, HEAD, WIDTH, UNITS, VOCABULARY = 8, 64, 512, 2048, 413  # of the paper's policy
@@ -145,6 +146,19 @@ def convolution(look: Look) -> Iterator[Finding]:
         outputs = (samples - 10) // 5 + 1
         work = [Work("output", gbyte=1e-9 * batch * outputs * channels * dtype.itemsize)]
         yield look.finding(f"{batch} windows", us=us, work=work, apart=off, limit=2e-3)
+
+
+def moments(look: Look) -> Iterator[Finding]:
+    """Of the windows that the encoder's first convolution sees, for the norm after it; the work is to read samples."""
+    samples, batches = (160_000, (2, 64)) if not look.quick else (500, (1,))
+    for batch in batches:
+        x = look.normal(batch, samples)
+        count = (samples - 10) // 5 + 1
+        found, exact = (window_moments(x, 10, 5, count, kernel) for kernel in (look.kernel, "torch"))
+        us = look.replayed_us(lambda x=x, n=count: window_moments(x, 10, 5, n, look.kernel), 5)
+        off = max(apart(a, b) for a, b in zip(found, exact, strict=True))
+        work = [Work("samples", gbyte=4e-9 * x.numel())]
+        yield look.finding(f"{batch} windows", us=us, work=work, apart=off, limit=1e-10)
 
 
 def log_probs(look: Look) -> Iterator[Finding]:

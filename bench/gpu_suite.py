@@ -42,7 +42,7 @@ FONT = "synthetic-piano.sf2"  # as bench/synthetic_piano.py has it, which needs 
 TESTS = ROOT / "tests"
 MARKED = ("sampling/test_fixed.py", "train/test_modes.py", "kernels/test_logprob.py")  # that have tests marked `gpu`
 KERNEL_TESTS = (  # every kernel beside its twin; of the objective the variants that say most, each is a kernel
-    *(f"kernels/test_{name}.py" for name in ("decode_step", "attention", "sample", "logprob", "mixdown")),
+    *(f"kernels/test_{name}.py" for name in ("decode_step", "attention", "sample", "moments", "logprob", "mixdown")),
     "sampling/test_fixed.py",
     "audio/test_device.py",
     "grpo/test_fused.py::test_every_loss_with_every_kl_and_mask",

@@ -9,9 +9,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from fastsmart.kernels.moments import window_moments
 from fastsmart.reward.audiobox.architecture import (
     FRAMES,
     KERNELS,
@@ -127,9 +127,9 @@ def normalised_first(samples: Tensor, first: Tensor, norm: Norm) -> tuple[Tensor
     """
     kernel, stride = KERNELS[0], STRIDES[0]
     count = (WINDOW - kernel) // stride + 1
-    x = F.pad(samples.double(), (0, kernel)).unfold(1, kernel, stride)[:, :count]
-    mean = x.sum(1) / count  # [B, 10]
-    second = x.transpose(1, 2) @ x / count - mean[:, :, None] * mean[:, None]
+    total, products = window_moments(samples, kernel, stride, count)
+    mean = total / count  # [B, 10]
+    second = products / count - mean[:, :, None] * mean[:, None]
     first = first.double()
     variance = torch.einsum("kc,bkl,lc->bc", first, second, first).clamp_min(0.0)
     scale = norm[0].double() * (variance + NORM_EPS).rsqrt()
