@@ -53,6 +53,7 @@ GAIN = 0.2  # FluidSynth's own default; far from clipping, and float output does
 SUSTAIN = 64  # the controller
 MIN_VOICES, MAX_VOICES = 64, 1024
 PROBE_VOICES = 256
+FADE_S = 1.0  # where the pedal is down to the end, notes ring on for longer than any release
 STRIKE_CHUNK = 64 * BLOCK  # samples between looks whether a single note has died away
 EVENTS_PER_VOICE = 64  # of the queue, for each voice of the polyphony
 SILENCE_BLOCKS = 100  # a note-off revives a voice once, so two or three are enough
@@ -169,12 +170,16 @@ class FluidSynthRenderer:
         return out[: self.render_into(out, piece_arrays(notes, i))]
 
     def render_stereo(self, notes: NoteBatch, i: int) -> np.ndarray:
-        """Piece i as float32 [T, 2]."""
+        """Piece i as float32 [T, 2]; what still sounds at the end of a release tail fades out."""
         score, length = self._play(piece_arrays(notes, i))
         if length == 0:
             return np.full((self.settings.empty_samples, 2), empty_value(self.settings), np.float32)
         stereo = np.stack([self._resampled(channel, length) for channel in self._buffer], axis=1)
-        return stereo[: finish(stereo, score, self.settings)]
+        kept = finish(stereo, score, self.settings)
+        if self.settings.tail == "release" and kept == length > score:
+            fade = min(round(FADE_S * self.settings.sample_rate), length - score)
+            stereo[-fade:] *= np.linspace(1.0, 0.0, fade, dtype=np.float32)[:, None] ** 2
+        return stereo[:kept]
 
     def render_into(self, out: np.ndarray, piece: Piece) -> int:
         """Fill `out`, float32 [max_samples], with one piece, mono, zeros after its end; returns its length T.

@@ -13,6 +13,7 @@ from fastsmart.audio.rendering import LISTENING_RATE_HZ
 from fastsmart.notes import NoteBatch
 
 LAME_LEVEL = {"VARIABLE": 1.0, "CONSTANT": 0.95}  # what the encoder makes of a level of 1, measured
+LOUDEST = 10 ** (-0.5 / 20)  # of a sample before encoding, which adds up to 0.2 dB to a peak (measured)
 COMPRESSION = {"VARIABLE": 0.3, "CONSTANT": 0.8}  # of soundfile's MP3 scale: near 100 kbit/s in stereo with both
 
 
@@ -27,9 +28,15 @@ def listen_to(notes: NoteBatch, settings: RenderSettings, max_seconds: float | N
 
 
 def mp3(samples: np.ndarray, constant: bool = False) -> bytes:
-    """Samples [T, 2] in -1..1 at 48 kHz as MP3 without title or date; `constant` makes equal lengths equal sizes."""
+    """Samples [T, 2] in -1..1 at 48 kHz as MP3 without title or date; `constant` makes equal lengths equal sizes.
+
+    A clip whose peak is above -0.5 dB is brought down to it, so that decoders do not clip.
+    """
     import soundfile  # brings a libsndfile of its own, see `fastsmart.audio.fluidsynth`
 
+    peak = float(np.abs(samples).max(initial=0.0))
+    if peak > LOUDEST:
+        samples = samples * np.float32(LOUDEST / peak)
     sink = io.BytesIO()
     mode = "CONSTANT" if constant else "VARIABLE"
     soundfile.write(
