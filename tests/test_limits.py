@@ -13,8 +13,8 @@ from fastsmart.cli import main
 from fastsmart.config import Config, read_config, to_toml, with_overrides
 from fastsmart.errors import UserError
 from fastsmart.machine.files import os_errors_as_user_errors
-from fastsmart.policy.hf_format import load_policy, policy_size
 from fastsmart.policy.device import usable_device
+from fastsmart.policy.hf_format import load_policy, policy_size
 from fastsmart.study.scoring import scored_before
 from fastsmart.study.sweep import read_sweep
 from fastsmart.tokens.prompts import PromptSettings, procedural
