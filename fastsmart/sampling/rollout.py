@@ -75,8 +75,15 @@ class Rollout:
     def select(self, chosen: range) -> Rollout:
         """The completions of the given numbers."""
         part = slice(chosen.start, chosen.stop)
-        arrays = (self.prompt_ids, self.prompt_lengths, self.ids, self.lengths, self.logprobs, self.group)
-        return Rollout(*(values[part] for values in arrays), self.version)
+        return Rollout(
+            self.prompt_ids[part],
+            self.prompt_lengths[part],
+            self.ids[part],
+            self.lengths[part],
+            self.logprobs[part],
+            self.group[part],
+            self.version,
+        )
 
     def sequences(self) -> TokenBatch:
         """Every prompt with its completion, packed."""

@@ -80,7 +80,7 @@ def calibrate(config: Config, worker: RolloutWorker, folder: Path, step: int) ->
     found |= {"rows": table[:, len(COLUMNS) : -longest], "ids": table[:, -longest:].astype(np.int32)}
     if ranks.leader:
         content = io.BytesIO()
-        np.savez_compressed(content, **found)  # type: ignore[arg-type]
+        np.savez_compressed(content, **found)
         write_atomic(path, content.getvalue())
     return found
 
@@ -198,7 +198,7 @@ def diversity_control(
 
 def _similar(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> np.ndarray:
     """Mean intersection over the histograms of every two clips, float64 [N, M]."""
-    return np.mean([intersection(a[name], b[name]) for name in BINS], axis=0, dtype=np.float64)
+    return np.asarray(np.mean([intersection(a[name], b[name]) for name in BINS], axis=0, dtype=np.float64))
 
 
 def _key(pitch_class: np.ndarray) -> np.ndarray:
