@@ -63,7 +63,7 @@ ARGUMENTS = [
     ("listen power --effect 0.3 --prompts 0", "--prompts is 0"),
     ("listen power --effect 0.3 --prompts -5", "--prompts is -5"),
     ("listen power --effect nan", "--effect is nan"),
-    ("listen power --effect 1.5 --design ab", "--effect is 1.5; of --design ab it is a chance"),
+    ("listen power --effect 1.5 --design ab", "--effect is 1.5; with --design ab it is a chance"),
     ("listen power --effect 0.3 --clip-sd nan", "--clip-sd is nan"),
     ("listen power --effect 0.3 --sd -1", "--sd is -1"),
     ("sweep x --out y --index -1", "--index is -1"),

@@ -16,7 +16,7 @@ from fastsmart.machine.files import atomic_file
 if TYPE_CHECKING:  # the pool's workers start faster without it
     from torch import Tensor
 
-FULL_SCALE = 32767  # of 16 bits
+FULL_SCALE = 32768  # of 16 bits, as readers divide by it
 CHUNK = 2**18  # samples that are converted at once: an hour of them would fill the memory
 PROBE_BYTES = 2**16  # more than libsndfile writes at once, so that they find the disk as full as it did
 
@@ -75,8 +75,8 @@ def write_wav(path: str | Path, samples: np.ndarray, sample_rate: int) -> None:
             with soundfile.SoundFile(part, "w", sample_rate, channels, "PCM_16", format=kind) as file:
                 for start in range(0, len(samples), CHUNK):
                     # rounded here: libsndfile cuts off, which makes the least negative value half a step too loud
-                    chunk = np.clip(samples[start : start + CHUNK], -1.0, 1.0) * FULL_SCALE
-                    file.write(np.rint(chunk).astype(np.int16))
+                    steps = np.rint(samples[start : start + CHUNK] * FULL_SCALE)
+                    file.write(np.clip(steps, -FULL_SCALE, FULL_SCALE - 1).astype(np.int16))
         except soundfile.LibsndfileError as error:
             _raise_cause(part)
             raise UserError(f"cannot write {path}: {error}") from error
