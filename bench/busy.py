@@ -61,6 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any] | None:
         return None
     if not hasattr(os, "sched_setaffinity"):
         raise UserError("bench/busy.py pins processes to cores, which this system does not let it; run it on Linux")
+    torch.set_num_threads(cpu_cores())  # as every worker does, and as the result says
     before = load_average()
     ways = {OURS: None, OWN: OWN_SPINS} | {f"{spins} turns": spins for spins in given.spins}
     found = {job: compare(job, ways, given.busy, given.rounds, given.quick) for job in given.jobs}
