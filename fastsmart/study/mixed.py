@@ -199,7 +199,7 @@ def _bootstrapped(layout: Layout, variances: Variances, shares: np.ndarray) -> n
     squares = np.einsum("bij,bij->b", residuals, residuals)
     s, c, e = (float(np.sqrt(v[0])) for v in variances)
     n_l, n_p = layout.by_listener, layout.by_prompt
-    given = layout.given.astype(float)
+    given: np.ndarray = layout.given.astype(float)
     all_squares = (
         s**2 * (normal_l**2 @ n_l)
         + c**2 * (normal_p**2 @ n_p)

@@ -5,8 +5,6 @@ from __future__ import annotations
 import io
 import json
 import re
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -274,16 +272,6 @@ def test_power_of_impossible_numbers_is_refused(options, capsys):
     said = capsys.readouterr()
     assert said.out == ""
     assert is_one_sentence(said.err, "--")
-
-
-def test_analysis_needs_nothing_but_what_fastsmart_is_installed_with():
-    code = (
-        "import sys; sys.modules['pandas'] = sys.modules['statsmodels'] = None; from fastsmart.cli import main;"
-        "import fastsmart.study.ratings; sys.exit(main(['listen', 'power', '--effect', '0.5']))"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stderr) == (0, "")
-    assert "20 listeners" in done.stdout
 
 
 def test_hostile_questions_and_labels_do_not_become_part_of_the_page(long_enough, tmp_path, browser):
