@@ -31,8 +31,6 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import fastsmart  # noqa: F401  # isort: skip  # before torch: OpenMP's threads then wait politely
-
 import torch
 
 BENCH = Path(__file__).resolve().parent
@@ -40,11 +38,15 @@ ROOT = BENCH.parent
 NAME = "gpu_suite"
 FONT = "synthetic-piano.sf2"  # as bench/synthetic_piano.py has it, which needs fastsmart and so runs as a part
 TESTS = ROOT / "tests"
-MARKED = ("sampling/test_fixed.py", "train/test_modes.py", "kernels/test_logprob.py")  # that have tests marked `gpu`
+MARKED = (
+    "sampling/test_cuda_graph_batch.py",
+    "trainer/test_modes.py",
+    "kernels/test_logprob.py",
+)  # that have tests marked `gpu`
 KERNEL_TESTS = (  # every kernel beside its twin; of the objective the variants that say most, each is a kernel
     *(f"kernels/test_{name}.py" for name in ("decode_step", "attention", "sample", "moments", "logprob", "mixdown")),
-    "sampling/test_fixed.py",
-    "audio/test_device.py",
+    "sampling/test_cuda_graph_batch.py",
+    "audio/test_gpu_mixdown.py",
     "grpo/test_fused.py::test_every_loss_with_every_kl_and_mask",
     "grpo/test_fused.py::test_completions_longer_than_a_block",
     "grpo/test_fused.py::test_dropped_and_broken_tokens",

@@ -14,6 +14,8 @@ import time
 from dataclasses import asdict, dataclass
 from functools import cache
 
+import fastsmart  # noqa: F401  # isort: skip  # before torch: OpenMP's threads then wait politely
+
 import numpy as np
 from results import write_result
 from scipy import special

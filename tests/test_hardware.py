@@ -106,7 +106,9 @@ def test_benchmarks_import_fastsmart_before_whatever_loads_torch(script):
         for name in ([node.module] if isinstance(node, ast.ImportFrom) else [alias.name for alias in node.names])
     ]
     foreign = [name for name in names if name not in sys.stdlib_module_names]
-    if any(isinstance(node, ast.If) and "__main__" in ast.unparse(node.test) for node in tree.body):
+    if script.stem in ("gpu_first", "gpu_suite"):  # run where fastsmart is not installed; what they start imports it
+        assert "fastsmart" not in foreign
+    elif any(isinstance(node, ast.If) and "__main__" in ast.unparse(node.test) for node in tree.body):
         assert foreign[0] == "fastsmart"
 
 

@@ -67,13 +67,13 @@ def leave_out(monkeypatch, engine: str, after: int = 0) -> None:
             build(self, *arguments, **named)
             of_the_run.append(self)
             if not after and self is of_the_run[0]:
-                self.layers[1].down.weight.zero_()
+                self.weights.layers[1].down.weight.zero_()
 
         def partial(self, policy, version):
-            held = self.layers[1].down.weight.clone()
+            held = self.weights.layers[1].down.weight.clone()
             load(self, policy, version)
             if version >= after and self is of_the_run[0]:
-                self.layers[1].down.weight.copy_(held)
+                self.weights.layers[1].down.weight.copy_(held)
 
         monkeypatch.setattr(NativeEngine, "__init__", built)
         monkeypatch.setattr(NativeEngine, "load", partial)
