@@ -75,7 +75,6 @@ def test_what_the_encoder_hears_does_not_depend_on_the_neighbours_to_the_last_bi
         assert torch.equal(encoder([audio.clip(i)])[0], together[i])
 
 
-@pytest.mark.skipif(not int8_is_fast(), reason="no 8-bit products here")
 def test_a_batch_takes_the_next_larger_graph_and_all_are_recorded_beforehand(checkpoint: Path) -> None:
     """With captured graphs whose replays do the job again, as a GPU's would, into the tensors of the first time."""
 
@@ -107,6 +106,7 @@ def test_a_batch_takes_the_next_larger_graph_and_all_are_recorded_beforehand(che
     assert recorded == [6, 4, 2, 1]
 
 
+@pytest.mark.skipif(not int8_is_fast(), reason="no 8-bit products here")
 def test_int8_is_near_float32_and_not_the_same(checkpoint: Path) -> None:
     batch = clips(3.0, 2.0, 11.0)
     full, eight = (load_reward("audiobox", checkpoint=checkpoint, dtype=d).rate(batch) for d in ("float32", "int8"))

@@ -118,12 +118,12 @@ def test_memory_is_used_again_for_other_prompts_weights_and_numbers(vocab):
 @pytest.mark.parametrize("static_cache", [True, False])
 def test_the_sampler_works_on_its_own_stream_and_its_customers_do_not(policy, static_cache):
     engine, inside = NativeEngine(policy, static_cache=static_cache), []
-    engine.own, forward, arranged = WatchedStream(), engine.forward, NativeEngine._matrices
-    engine.forward = lambda *given: inside.append(engine.own.entered) or forward(*given)
+    engine.own, forward, load = WatchedStream(), engine.weights.forward, engine.weights.load
+    engine.weights.forward = lambda *given: inside.append(engine.own.entered) or forward(*given)
     for _ in engine.stream(PROMPTS, SamplingSettings(group=2, max_tokens=20), (0,)):
         assert not engine.own.entered
     assert inside == [True] * len(inside) != []
-    engine._matrices = lambda: inside.append(engine.own.turns) or arranged(engine)
+    engine.weights.load = lambda policy: inside.append(engine.own.turns) or load(policy)
     engine.load(policy, 1)
     assert (inside[-1], engine.own.turns, engine.own.entered) == (1, 1, False)
 

@@ -138,7 +138,7 @@ def test_every_completion_token_is_in_exactly_one_micro_batch(batch):
             length = int(rollout.lengths[i])
             assert m.ids[mine].tolist() == rollout.ids[i, :length].tolist()
             torch.testing.assert_close(m.sampler_logprobs[mine], torch.from_numpy(rollout.logprobs[i, :length]))
-            where = m.where[mine] - row * m.rows.shape[1]
+            where = m.gather_index[mine] - row * m.rows.shape[1]
             assert where.tolist() == list(range(rollout.prompt_lengths[i] - 1, rollout.prompt_lengths[i] - 1 + length))
 
 
