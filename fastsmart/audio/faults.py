@@ -9,13 +9,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fastsmart.audio.events import BLOCK, SILENCE
+from fastsmart.audio.events import SILENCE
 from fastsmart.audio.loudness import loudness_lufs
-from fastsmart.audio.settings import SYNTH_HZ
 
 FULL_SCALE = 1.0 - 2.0**-14  # what a 16-bit file has of 1, and a little less
 CLIPPED_RUN = 3  # samples at full scale, one after the other; a wave that only touches it has fewer
 LOUDNESS_LU = 0.5
+SWELL_S = 0.25  # after the end of its score a piece may be loudest: what is struck last, or under the pedal, swells
 END_S = 0.01  # of a tail that has to be quiet
 
 
@@ -66,9 +66,8 @@ def audible_faults(
     if first > 0 and (early := float(level[:first].max())) > hearing.silence:
         at_s = float(level[:first].argmax()) / rate_hz
         found.append(f"a sample of {early:.4f} at {at_s:.3f} s, before the first note at {onset_s.min():.3f} s")
-    # notes begin and end with the synth's next block, and sound on for a moment after their release
-    at_s, latest_s = float(level.argmax()) / rate_hz, end_s + BLOCK / SYNTH_HZ + hearing.lead_s
-    if not onset_s.min() - hearing.lead_s <= at_s <= latest_s:
+    at_s = float(level.argmax()) / rate_hz
+    if not onset_s.min() - hearing.lead_s <= at_s <= end_s + SWELL_S:
         found.append(f"the loudest sample is at {at_s:.3f} s, outside the music ({onset_s.min():.3f} to {end_s:.3f} s)")
     if len(samples) < int(end_s * rate_hz):
         found.append(f"it lasts {len(samples) / rate_hz:.3f} s, and its notes {end_s:.3f} s")
