@@ -1,8 +1,9 @@
 """The mixdown of many clips on a GPU, from a note bank in its memory: notes go over the bus, audio stays.
 
-Every program owns a tile of one clip and adds up, in the order of the notes, what the slices that reach into it leave
-there; nothing is added to by two programs, so the same notes give the same bits. `fastsmart.audio.mixdown` is the same
-on a CPU. Shape letters: N clips, M slices of all clips together, T samples of a clip, B tiles of a clip, K entries.
+Every program owns a tile of one clip, goes through the clip's slices in the order of the notes, and adds up what those
+that reach into the tile leave there; nothing is added to by two programs, so the same notes give the same bits.
+`fastsmart.audio.mixdown` is the same on a CPU. Shape letters: N clips, M slices of all clips together, T samples of a
+clip.
 """
 
 from __future__ import annotations
@@ -19,12 +20,12 @@ TILE = 1024
 
 
 class Slices(NamedTuple):
-    """M slices of stored notes and the tiles they reach into.
+    """M slices of stored notes, clip by clip.
 
     start, wave, length : int32, int64, int32 [M]: its first sample in the clip (or before), place in the bank, samples
     hold, part          : int32, float32 [M]: samples until the release, its whole and its fraction
     gain, rate          : float32 [M]: level, and nepers a sample at which it falls once released
-    bins, notes         : int32 [N * B + 1], int32 [K]: slices `notes[bins[t]:bins[t + 1]]` reach into tile t, ascending
+    offsets             : int32 [N + 1]: the slices of clip i are offsets[i] … offsets[i + 1] − 1
     clips               : int32 [N]: samples of each clip
     """
 
@@ -35,8 +36,7 @@ class Slices(NamedTuple):
     part: Tensor
     gain: Tensor
     rate: Tensor
-    bins: Tensor
-    notes: Tensor
+    offsets: Tensor
     clips: Tensor
 
 
@@ -67,11 +67,12 @@ def _mix_torch(out: Tensor, top: Tensor, waves: Tensor, slices: Slices) -> None:
     tiles = top.shape[1]
     for clip in range(len(out)):
         for tile in range(tiles):
-            row = clip * tiles + tile
             n = torch.arange(tile * TILE, min((tile + 1) * TILE, out.shape[1]), device=out.device)
             total = torch.zeros(len(n), dtype=torch.float32, device=out.device)
-            for m in slices.notes[int(slices.bins[row]) : int(slices.bins[row + 1])]:
+            for m in range(int(slices.offsets[clip]), int(slices.offsets[clip + 1])):
                 at = n - slices.start[m]
+                if not len(at) or at[-1] < 0 or at[0] >= slices.length[m]:
+                    continue
                 inside = (at >= 0) & (at < slices.length[m])
                 x = waves[(slices.wave[m] + at).clamp(0, len(waves) - 1)].float()
                 since = ((at - slices.hold[m]).float() - slices.part[m]).clamp(min=0.0)
@@ -94,8 +95,7 @@ def _mix(
     part,
     gain,
     rate,
-    bins,
-    notes,
+    offsets,
     clips,
     samples,
     tiles,
@@ -104,14 +104,13 @@ def _mix(
     tile, clip = tl.program_id(0), tl.program_id(1)
     n = tile * TILE + tl.arange(0, TILE)
     total = tl.zeros([TILE], tl.float32)
-    row = bins + clip * tiles + tile
-    for k in range(tl.load(row), tl.load(row + 1)):
-        m = tl.load(notes + k)
-        at = n - tl.load(start + m)
-        inside = (at >= 0) & (at < tl.load(length + m))
-        x = tl.load(waves + tl.load(wave + m) + at, mask=inside, other=0).to(tl.float32)
-        since = tl.maximum((at - tl.load(hold + m)).to(tl.float32) - tl.load(part + m), 0.0)
-        total += tl.load(gain + m) * tl.exp(-tl.load(rate + m) * since) * x
+    for m in range(tl.load(offsets + clip), tl.load(offsets + clip + 1)):
+        begin, size = tl.load(start + m), tl.load(length + m)
+        if (begin < (tile + 1) * TILE) & (begin + size > tile * TILE):
+            at = n - begin
+            x = tl.load(waves + tl.load(wave + m) + at, mask=(at >= 0) & (at < size), other=0).to(tl.float32)
+            since = tl.maximum((at - tl.load(hold + m)).to(tl.float32) - tl.load(part + m), 0.0)
+            total += tl.load(gain + m) * tl.exp(-tl.load(rate + m) * since) * x
     total = tl.where(n < tl.load(clips + clip), total, 0.0)
     tl.store(out + clip.to(tl.int64) * samples + n, total, mask=n < samples)
     tl.store(top + clip * tiles + tile, tl.max(tl.abs(total), axis=0))
@@ -120,7 +119,7 @@ def _mix(
 def _shipped() -> list[Shipped]:
     if triton is None:
         return []
-    whole = dict.fromkeys(("start", "length", "hold", "bins", "notes", "clips"), "*i32")
+    whole = dict.fromkeys(("start", "length", "hold", "offsets", "clips"), "*i32")
     real = dict.fromkeys(("out", "top", "part", "gain", "rate"), "*fp32")
     types = whole | real | {"waves": "*i16", "wave": "*i64", "samples": "i32", "tiles": "i32"}
     return [Shipped("mixdown", _mix, types, {"TILE": TILE}, aligned=("samples",))]  # 160,000

@@ -11,12 +11,14 @@ from torch import Tensor
 
 from fastsmart.audio.bank import NoteBank
 from fastsmart.audio.batch import DeviceAudio
-from fastsmart.audio.mixdown import bin_slices, slice_clips
+from fastsmart.audio.mixdown import slice_clips
 from fastsmart.audio.pool import RenderPool
 from fastsmart.audio.settings import RenderSettings
 from fastsmart.errors import UserError
-from fastsmart.kernels.mixdown import TILE, Slices, mixdown
+from fastsmart.kernels.mixdown import Slices, mixdown
 from fastsmart.notes import NoteBatch, Pedals
+
+ALIGNED = 16  # bytes; where each column of a copy begins
 
 
 class DeviceRenderer:
@@ -61,6 +63,10 @@ class DeviceRenderer:
             not np.isnan(clip[0]) and not self.mixer.bank.ensure(*_audible(self._notes[indices[row]])).any()
             for row, clip in zip(kept, pooled.samples, strict=True)
         ]
+        if mine.all():
+            self.mixed += len(indices)
+            clips, lengths = self.mixer.render(NoteBatch.concat([self._notes[index] for index in indices]))
+            return DeviceAudio(clips[:, : lengths.max(initial=0)], lengths, self.mixer.settings.sample_rate)
         lengths = np.zeros(len(indices), np.int64)
         clips = torch.zeros(len(indices), self.mixer.settings.max_samples, device=self.mixer.device)
         if mine.any():
@@ -154,7 +160,6 @@ class DeviceMixer:
         )
         lengths = np.where(np.diff(offsets) == 0, 0, np.rint(window_s * settings.sample_rate)).astype(np.int64)
         empty = lengths == 0
-        bins, members = bin_slices(slices, offsets, lengths, TILE, -(-settings.max_samples // TILE))
         whole = np.floor(slices.hold)
         columns = (
             slices.start.astype(np.int32),
@@ -164,8 +169,20 @@ class DeviceMixer:
             (slices.hold - whole).astype(np.float32),
             slices.gain,
             slices.rate,
-            bins,
-            members,
+            offsets.astype(np.int32),
             lengths.astype(np.int32),
         )
-        return Slices(*(torch.from_numpy(c).to(self.device) for c in columns)), lengths, empty
+        return Slices(*copied(columns, self.device)), lengths, empty
+
+
+def copied(columns: Sequence[np.ndarray], device: torch.device) -> list[Tensor]:
+    """The columns on the device, by one copy, which on a GPU nothing waits for."""
+    starts = np.cumsum([0] + [-(-column.nbytes // ALIGNED) * ALIGNED for column in columns])
+    packed = torch.empty(int(starts[-1]), dtype=torch.uint8, pin_memory=device.type == "cuda")
+    for start, column in zip(starts, columns, strict=False):
+        packed.numpy()[start : start + column.nbytes] = column.view(np.uint8)
+    there = packed.to(device, non_blocking=True)
+    return [
+        there[start : start + column.nbytes].view(torch.from_numpy(column[:0]).dtype)
+        for start, column in zip(starts.tolist(), columns, strict=False)
+    ]

@@ -62,6 +62,15 @@ class Slices(NamedTuple):
 
 
 @njit(cache=True, nogil=True)
+def _order(at: np.ndarray) -> np.ndarray:
+    """The stable order of times, int64 [M]; most come in order."""
+    for i in range(1, len(at)):
+        if at[i] < at[i - 1]:
+            return np.argsort(at, kind="mergesort")
+    return np.arange(len(at))
+
+
+@njit(cache=True, nogil=True)
 def pair(
     start: np.ndarray, stop: np.ndarray, pitch: np.ndarray, pedal_at: np.ndarray, pedal_down: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -71,33 +80,41 @@ def pair(
     new one; while the pedal is down both hand the note to the pedal instead; no note ends within 10 ms.
     """
     m, c = len(start), len(pedal_at)
-    at = np.concatenate((stop, pedal_at, start))
-    order = np.argsort(at, kind="mergesort")
+    ends, pedalling, begins = _order(stop), _order(pedal_at), _order(start)
     on, off = np.empty(m, np.int64), np.full(m, NEVER)
     sounding = np.full(_KEYS, -1)
     pedalled, waiting = np.empty(m, np.int64), 0  # notes that the pedal holds, and their number
     down = False
-    for e in order:
-        block = -(-at[e] // BLOCK)
-        if m <= e < m + c:
-            down = pedal_down[e - m]
+    ended = changed = begun = 0
+    for _ in range(2 * m + c):  # at one sample notes end first, then the pedal moves, then notes begin
+        end = stop[ends[ended]] if ended < m else NEVER
+        change = pedal_at[pedalling[changed]] if changed < c else NEVER
+        begin = start[begins[begun]] if begun < m else NEVER
+        if change < end and change <= begin:
+            down = pedal_down[pedalling[changed]]
             if not down:
                 for w in range(waiting):
-                    off[pedalled[w]] = block
+                    off[pedalled[w]] = -(-change // BLOCK)
                 waiting = 0
+            changed += 1
             continue
-        key = pitch[e] if e < m else pitch[e - m - c]
+        ends_one = end <= begin
+        note = ends[ended] if ends_one else begins[begun]
+        block = -(-min(end, begin) // BLOCK)
+        key = pitch[note]
         before = sounding[key]
         if before >= 0 and down:
             pedalled[waiting] = before
             waiting += 1
         elif before >= 0:
             off[before] = block
-        if e < m:
+        if ends_one:
             sounding[key] = -1
+            ended += 1
         else:
-            sounding[key] = e - m - c
-            on[e - m - c] = block
+            sounding[key] = note
+            on[note] = block
+            begun += 1
     for note in range(m):
         off[note] = max(off[note], on[note] + MIN_NOTE_BLOCKS)
     return on, off
@@ -214,28 +231,3 @@ def slice_clips(
         out.start[a:b], out.wave[a:b], out.length[a:b] = part.start, part.wave, part.length
         out.hold[a:b], out.gain[a:b], out.rate[a:b] = part.hold, part.gain, part.rate
     return out
-
-
-@njit(cache=True, nogil=True)
-def bin_slices(
-    slices: Slices, offsets: np.ndarray, clips: np.ndarray, tile: int, tiles: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """Which slices reach into each tile of each clip: int32 [N * tiles + 1] and int32 [K], ascending in a tile."""
-    bins = np.zeros(len(clips) * tiles + 1, np.int32)
-    for fill in range(2):
-        if fill:
-            bins[1:] = np.cumsum(bins[1:])
-            notes = np.empty(bins[-1], np.int32)
-            free = bins[:-1].copy()
-        for clip in range(len(clips)):
-            for i in range(offsets[clip], offsets[clip + 1]):
-                end = min(slices.start[i] + slices.length[i], clips[clip])
-                if slices.length[i] == 0 or end <= 0 or slices.start[i] >= clips[clip]:
-                    continue
-                for row in range(max(slices.start[i], 0) // tile, (end - 1) // tile + 1):
-                    if fill:
-                        notes[free[clip * tiles + row]] = i
-                        free[clip * tiles + row] += 1
-                    else:
-                        bins[clip * tiles + row + 1] += 1
-    return bins, notes
