@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
+from fastsmart.audio.batch import DeviceAudio
 from fastsmart.errors import UserError
 
 if TYPE_CHECKING:
@@ -75,4 +76,6 @@ def heard(clips: Clips, reward: str) -> AudioBatch:
 
 def unrendered(audio: AudioBatch) -> np.ndarray:
     """Which clips could not be rendered, bool [N]: their rows hold NaN."""
+    if isinstance(audio, DeviceAudio):
+        return np.asarray(audio.on_device[:, :1].isnan().any(dim=1).cpu().numpy())
     return np.isnan(audio.samples[:, :1]).any(axis=1)

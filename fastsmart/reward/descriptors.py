@@ -1,6 +1,6 @@
 """Audio descriptors by formula: what a sound is like, with no network and nobody's taste but the named paper's.
 
-Frames are 0.256 s (4,096 samples at 16 kHz), half overlapping, under a Blackman window. All rewards here are bounded by
+Frames are those of `fastsmart.reward.spectra`. All rewards here are bounded by
 0 and 1, give 0 for silence and NaN for audio that was not rendered.
 
 Shape letters: N clips, T samples, K frames of a clip, B frequency bins, P peaks of a frame.
@@ -8,20 +8,14 @@ Shape letters: N clips, T samples, K frames of a clip, B frequency bins, P peaks
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import numba
 import numpy as np
-from scipy import fft, signal
+from scipy import signal
 
-from fastsmart.audio.batch import AudioBatch
+from fastsmart.audio.batch import AudioBatch, DeviceAudio
 from fastsmart.reward.base import Clips, heard, unrendered
+from fastsmart.reward.spectra import CURVE_MAX, PEAK_FLOOR_DB, PEAKS, spectra
 
-FRAME_S = 0.256
-PEAKS = 20
-CURVE_MAX = 0.179756  # of exp(-3.51 x) - exp(-5.75 x)
-PEAK_FLOOR_DB = 55.0  # under the strongest peak of the frame; the side lobes of a Blackman window are 58 dB under it
-SILENCE_RMS = 1e-4  # -80 dBFS; frames under it are not heard
 LOWEST_HZ, OCTAVES = 125.0, 6.0  # brightness 0 at 125 Hz, 1 at 8 kHz
 RANGE_LU = 20.0  # loudness range that counts as all there is: the relative gate of EBU Tech 3342
 
@@ -40,7 +34,12 @@ class Consonance:
     needs_audio = True
 
     def __call__(self, clips: Clips) -> np.ndarray:
-        return _score(np.exp(-clip_roughness(heard(clips, self.name))), clips)
+        audio = heard(clips, self.name)
+        if isinstance(audio, DeviceAudio) and audio.on_device.device.type != "cpu":
+            from fastsmart.reward.roughness_on_device import clip_roughness_on_device  # brings torch
+
+            return _score(np.exp(-clip_roughness_on_device(audio)), clips)
+        return _score(np.exp(-clip_roughness(audio)), clips)
 
 
 class Brightness:
@@ -92,7 +91,7 @@ def clip_roughness(audio: AudioBatch) -> np.ndarray:
     amplitudes; frames weigh by that sum, so that quiet tails count as little as they are heard.
     """
     result = np.full(len(audio), np.nan)
-    for i, magnitude, hz_per_bin in _spectra(audio):
+    for i, magnitude, hz_per_bin in spectra(audio):
         rough, power = _peak_roughness(magnitude, hz_per_bin)
         result[i] = rough.sum() / power.sum() if power.sum() > 0 else 0.0
     return result
@@ -126,7 +125,7 @@ def clip_centroid_hz(audio: AudioBatch) -> np.ndarray:
     the notes); frames are averaged in octaves, by energy.
     """
     result = np.full(len(audio), np.nan)
-    for i, magnitude, hz_per_bin in _spectra(audio):
+    for i, magnitude, hz_per_bin in spectra(audio):
         power = magnitude**2
         total = power.sum(axis=1)
         centroid_hz = power @ np.arange(power.shape[1], dtype=np.float32) * hz_per_bin / total
@@ -192,22 +191,6 @@ def _score(values: np.ndarray, clips: Clips) -> np.ndarray:
     score = np.minimum(np.nan_to_num(values, nan=0.0), 1.0).astype(np.float32)
     score[unrendered(heard(clips, ""))] = np.nan
     return score
-
-
-def _spectra(audio: AudioBatch) -> Iterator[tuple[int, np.ndarray, float]]:
-    """Clip, magnitudes of its frames that are heard (float32 [K, B], full scale = 1), Hz per bin; silence left out."""
-    size = 1 << round(np.log2(FRAME_S * audio.sample_rate))
-    hz_per_bin = audio.sample_rate / size
-    window = signal.windows.blackman(size, sym=False).astype(np.float32)
-    for i in map(int, np.flatnonzero(~unrendered(audio))):
-        samples = audio.clip(i)
-        frames = 1 + max(-(-(len(samples) - size) // (size // 2)), 0)
-        padded = np.zeros((frames + 1) * (size // 2), np.float32)
-        padded[: len(samples)] = samples
-        frame = np.lib.stride_tricks.sliding_window_view(padded, size)[:: size // 2]
-        frame = frame[np.einsum("kt,kt->k", frame, frame) > SILENCE_RMS**2 * size]
-        if len(frame):
-            yield i, np.abs(fft.rfft(frame * window, axis=1)) * np.float32(2 / window.sum()), hz_per_bin
 
 
 @numba.njit(cache=True, nogil=True)

@@ -2,9 +2,10 @@
 
 import numpy as np
 import pytest
+import torch
 from scipy import signal
 
-from fastsmart.audio.batch import AudioBatch
+from fastsmart.audio.batch import AudioBatch, DeviceAudio
 from fastsmart.reward import REWARDS, Clips, load_reward
 from fastsmart.reward.descriptors import (
     clip_centroid_hz,
@@ -143,3 +144,25 @@ def test_brightness_and_warmth_are_two_sides() -> None:
 def _clips(audio: AudioBatch) -> Clips:
     """Audio on its own: these rewards never look at the notes, so any object of that length stands for them."""
     return Clips(notes=range(len(audio)), audio=audio)  # type: ignore[arg-type]
+
+
+def test_roughness_on_a_device_is_the_cpus() -> None:
+    from fastsmart.reward.roughness_on_device import AT_ONCE, clip_roughness_on_device
+
+    rng = np.random.default_rng(0)
+    chords = [
+        tone(*dyad(ratio, base_hz), seconds=seconds) * 0.1 + 1e-4 * rng.standard_normal(round(seconds * RATE))
+        for ratio, base_hz, seconds in zip(
+            rng.uniform(1.0, 2.0, AT_ONCE), rng.uniform(80, 600, AT_ONCE), rng.uniform(0.3, 2.5, AT_ONCE), strict=True
+        )
+    ]
+    silence, short, edge = np.zeros(RATE), chords[0][:100], chords[1][: 4096 + 1]
+    half_silent = np.concatenate([np.zeros(2 * RATE), chords[2]])
+    audio = batch(*chords, silence, np.zeros(0), short, edge, half_silent)
+    audio.samples[0] = np.nan  # not rendered
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    there = DeviceAudio(torch.from_numpy(audio.samples).to(device), audio.lengths, RATE)
+    expected, found = clip_roughness(audio), clip_roughness_on_device(there)
+    np.testing.assert_array_equal(np.isnan(found), np.isnan(expected))
+    np.testing.assert_allclose(found, expected, rtol=2e-4, atol=2e-6)
+    assert len(clip_roughness_on_device(DeviceAudio(torch.zeros(0, RATE), np.zeros(0, np.int64), RATE))) == 0
