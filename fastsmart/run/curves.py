@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -73,7 +74,7 @@ def curves(lines: list[dict[str, Any]]) -> Figure | None:
     axes[3].set(title="KL to the base policy, nats per token", xlabel="step")
     axes[4].plot(x, [_number(line.get("entropy")) for line in steps])
     axes[4].set(title="entropy, nats per token", xlabel="step")
-    for i, name in enumerate(held_out[0]["eval"].get("diversity", ()) if held_out else ()):
+    for i, name in enumerate(_distances(held_out[0]["eval"].get("diversity", ())) if held_out else ()):
         measured = [_number(line["eval"].get("diversity", {}).get(name)) for line in held_out]
         axes[5].plot(x_held_out, measured, "o-", color=f"C{i}", label=name.replace("_", " "))
     axes[5].set(title="diversity, held-out", xlabel="step", ylim=(0, 1.05))
@@ -90,3 +91,12 @@ def curves(lines: list[dict[str, Any]]) -> Figure | None:
 
 def _number(value: float | None) -> float:
     return float("nan") if value is None else value
+
+
+def _distances(measured: Iterable[str]) -> list[str]:
+    """The metrics of diversity to draw: distances at equal size where a run has them, else those of whole clips."""
+    names = [name for name in measured if "_distance" in name]
+    for wanted in ("_distance_across", "_distance_within"):
+        if found := [name for name in names if name.startswith("rarefied_") and name.endswith(wanted)]:
+            return found
+    return names

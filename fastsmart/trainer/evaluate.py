@@ -13,16 +13,21 @@ import numpy as np
 
 from fastsmart.audio import FluidSynthRenderer, listening_seconds, listening_settings, render_file
 from fastsmart.errors import UserError
+from fastsmart.machine.distributed import Ranks
 from fastsmart.machine.files import make_folder, write_atomic
 from fastsmart.music.bootstrap import basis, effect_draws, resample_weights
 from fastsmart.music.diversity import prompt_numbers
 from fastsmart.music.features import features
 from fastsmart.music.histograms import histograms, spread
+from fastsmart.music.rarefied import NOTES, TOKENS, rarefied_diversity
 from fastsmart.notes import NoteBatch
 from fastsmart.run.folder import table_heading
-from fastsmart.sampling import RandomStream, SamplingSettings
+from fastsmart.sampling import RandomStream, Rollout, SamplingSettings
+from fastsmart.sampling.rollout import pad
 from fastsmart.tokens.decode import decode
 from fastsmart.tokens.prompts import make_prompts
+from fastsmart.tokens.token_batch import TokenBatch
+from fastsmart.tokens.vocabulary import Vocabulary
 from fastsmart.trainer.rollout_worker import RolloutWorker, ScoredRollout
 
 TABLE_FEATURES = (
@@ -95,12 +100,38 @@ def evaluate(
         scored_rollouts.append(worker.generate(prompts, settings, seed, progress, first))
     table = clip_table(scored_rollouts)
     rows = ranks.gather(np.stack(list(table.values()), axis=1), clips)
-    opening = prompt_numbers(make_prompts(config.prompts, worker.vocab, "selection", 0, clips))
+    prompts_of_all = make_prompts(config.prompts, worker.vocab, "selection", 0, clips)
+    opening = prompt_numbers(prompts_of_all)
     found = HeldOut(opening, dict(zip(table, rows.T, strict=True)))
     summary = summarise(found.table) | {"openings": int(opening.max()) + 1}
     played = histograms(NoteBatch.concat([p.notes for p in scored_rollouts]))
     together = {name: ranks.gather(rows, clips) for name, rows in played.items()}
-    return scored_rollouts, found, summary | {"diversity": spread(together)}
+    completions = gather_completions([p.rollout for p in scored_rollouts], ranks, clips)
+    equal_size = at_equal_size(prompts_of_all, completions, worker.vocab, config.audio.max_seconds)
+    return scored_rollouts, found, summary | {"diversity": spread(together) | equal_size}
+
+
+def gather_completions(rollouts: Sequence[Rollout], ranks: Ranks, total: int) -> TokenBatch:
+    """The completions of all ranks in order, `total` of them, from this rank's."""
+    own = [r.ids[i, :length] for r in rollouts for i, length in enumerate(r.lengths)]
+    table, lengths = pad(own, np.int32)
+    wide = np.zeros((len(own), ranks.max(table.shape[1])), np.int32)
+    wide[:, : table.shape[1]] = table
+    rows = ranks.gather(np.column_stack([lengths, wide]).astype(np.float64), total).astype(np.int32)
+    return TokenBatch.pack([row[1 : 1 + row[0]] for row in rows])
+
+
+def at_equal_size(
+    prompts: TokenBatch, completions: TokenBatch, vocab: Vocabulary, max_seconds: float
+) -> dict[str, float]:
+    """The metrics of `fastsmart.music.rarefied` that need no more than the N clips; those without an answer left out.
+
+    prompts, completions : of N clips, which are decoded up to `max_seconds`
+    """
+    whole = TokenBatch.pack([np.concatenate(pair) for pair in zip(prompts, completions, strict=True)])
+    opening, itself = prompt_numbers(prompts), np.ones((1, len(prompts)), np.float32)  # no resamples
+    found = rarefied_diversity(decode(whole, vocab, max_seconds), completions, opening, itself)
+    return {name: draws.value for name, draws in found.items() if np.isfinite(draws.value)}
 
 
 def clip_table(scored_rollouts: Sequence[ScoredRollout]) -> dict[str, np.ndarray]:
@@ -114,7 +145,11 @@ def clip_table(scored_rollouts: Sequence[ScoredRollout]) -> dict[str, np.ndarray
 
 
 def summarise(table: Mapping[str, np.ndarray]) -> dict[str, Any]:
-    """Mean and standard deviation over clips of the reward, each of its terms and each feature; NaN left out."""
+    """Mean and standard deviation over clips of the reward, each of its terms and each feature; NaN left out.
+
+    Then counts: all clips, those that could not be scored, those without a note, and those too short to be compared at
+    equal size.
+    """
     terms = {name.removeprefix("term "): values for name, values in table.items() if name.startswith("term ")}
     return {
         "reward": _moments(table["reward"]),
@@ -123,6 +158,7 @@ def summarise(table: Mapping[str, np.ndarray]) -> dict[str, Any]:
         "clips": len(table["reward"]),
         "unscored": int(np.isnan(table["reward"]).sum()),
         "empty": int((table["notes"] == 0).sum()),
+        "short": int((table["notes"] < NOTES).sum()),
     }
 
 
@@ -167,15 +203,23 @@ def before_after(before: dict, after: dict, steps: int, clips: tuple[HeldOut, He
             change += f" [{e.low:+.2f}, {e.high:+.2f}]" if np.isfinite(e.low) else ""
         lines.append(f"| {name} | {_cell(old)} | {_cell(new)} | {change} |")
     lines += [
-        f"| diversity: {name.replace('_', ' ')} | {value:.3f} | {after['diversity'][name]:.3f} | |"
+        f"| diversity: {name.replace('_', ' ')} | {_number(value)} | {_number(after['diversity'].get(name))} | |"
         for name, value in before.get("diversity", {}).items()
     ]
+    if "short" in before:
+        lines.append(f"| clips of fewer than {NOTES} notes | {before['short']} | {after['short']} | |")
     lines += [
         f"| empty clips | {before['empty']} | {after['empty']} | |",
         f"| clips that could not be scored | {before['unscored']} | {after['unscored']} | |",
     ]
     if clips and openings:
         lines += ["", f"Mean ± standard deviation over outputs. {basis(before['clips'], openings)}."]
+    if any(name.startswith("rarefied_") for name in before.get("diversity", {})):
+        lines += [
+            "",
+            f"Rarefied: of excerpts of {NOTES} notes ({TOKENS} tokens); other distances also depend on how many notes "
+            "clips have.",
+        ]
     return "\n".join(lines) + "\n"
 
 
@@ -189,3 +233,7 @@ def _moments(values: np.ndarray) -> dict[str, float]:
 
 def _cell(moments: dict[str, float]) -> str:
     return f"{moments['mean']:.3f} ± {moments['std']:.3f}" if moments["mean"] is not None else "–"
+
+
+def _number(value: float | None) -> str:
+    return "–" if value is None else f"{value:.3f}"
