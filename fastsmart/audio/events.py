@@ -98,19 +98,21 @@ def merge_events(
 
 
 def finish(clip: np.ndarray, score: int, settings: RenderSettings) -> int:
-    """Trim the silence after a release and bring a mixed clip [T] or [T, 2] to its level, in place; its new length."""
-    length = len(clip)
-    if settings.tail == "release":
-        tail = np.abs(clip[score:])
-        loud = np.flatnonzero((tail if tail.ndim == 1 else tail.max(axis=1)) > SILENCE)
-        length = score + (int(loud[-1]) + 1 if len(loud) else 0)
+    """Bring a mixed clip [T] or [T, 2] to its level and trim the silence after a release, in place; its new length.
+
+    What is silent is decided at the level of the clip, not of the synth: a quiet piece is made louder, with its tail.
+    """
     if settings.normalize == "peak":
         clip /= max(float(clip.max()), -float(clip.min())) + PEAK_FLOOR
     elif settings.normalize == "loudness":
         from fastsmart.audio.loudness import to_target  # not above: workers start faster without it
 
-        to_target(clip[:length], settings.sample_rate)
-    return length
+        to_target(clip, settings.sample_rate)
+    if settings.tail == "cut":
+        return len(clip)
+    tail = np.abs(clip[score:])
+    loud = np.flatnonzero((tail if tail.ndim == 1 else tail.max(axis=1)) > SILENCE)
+    return score + (int(loud[-1]) + 1 if len(loud) else 0)
 
 
 def empty_value(settings: RenderSettings) -> float:

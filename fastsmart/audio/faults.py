@@ -36,12 +36,12 @@ class Hearing:
     peak: tuple[float, float] | None = (0.999, 1.0)
     lufs: float | None = None
     tail: bool = True
-    quiet: float = 10 ** (-60 / 20)
+    quiet: float = 10 ** (-80 / 20)
 
 
 LOSSLESS = Hearing()
 # an encoder like MP3's spreads sound over a block of 1,152 samples, and its levels are near those asked for
-LOSSY = Hearing(lead_s=0.03, silence=10 ** (-60 / 20), peak=(0.9, 1.0))
+LOSSY = Hearing(lead_s=0.03, silence=10 ** (-60 / 20), peak=(0.9, 1.0), quiet=10 ** (-60 / 20))
 
 
 def audible_faults(

@@ -196,6 +196,19 @@ def test_the_release_tail_fades_and_is_trimmed(pieces_of: Pieces) -> None:
     assert np.abs(long[-160:]).max() < 1e-3
 
 
+@pytest.mark.parametrize("velocity", [8, 30, 127])
+def test_a_file_for_listening_ends_where_it_is_silent_however_softly_it_was_played(
+    velocity: int, pieces_of: Pieces
+) -> None:
+    """Its peak is 1 whatever the synth's level is, so what is trimmed has to be silent beside that."""
+    notes = pieces_of([(0.0, 0.5, 60, velocity)])
+    with FluidSynthRenderer(listening_settings(RenderSettings(), 1.0)) as renderer:
+        stereo = renderer.render_stereo(notes, 0)
+    assert np.abs(stereo).max() == pytest.approx(1.0, abs=1e-2)  # of the softest the normalisation's floor takes some
+    assert len(stereo) < 2.0 * SYNTH_HZ
+    assert 20 * np.log10(np.abs(stereo[-SYNTH_HZ // 100 :]).max()) < -85.0
+
+
 def test_peak_normalisation_is_the_papers(renderer: FluidSynthRenderer, random_pieces: Pieces) -> None:
     notes = random_pieces(1, seed=3)
     plain = renderer.render(notes, 0)

@@ -137,12 +137,13 @@ def test_sound_music_has_no_faults() -> None:
         (lambda x: 2 * x, r"clipped: its peak is 2\.0"),
         (lambda x: 0.5 * x, r"peak is 0\.5000, and 0\.999 to 1 was asked for"),
         (lambda x: x[:90000], r"lasts 1\.875 s, and its notes 2\.000 s and it breaks off at -1. dB"),
+        (lambda x: np.concatenate([x, np.full((4800, 2), 2e-4, np.float32)]), "breaks off at -74 dB"),
         (lambda x: np.concatenate([0 * x[:48000], x]), "loudest sample is at 2.* outside the music"),
         (lambda x: 0 * x, "all is silent, of 2 notes"),
         (lambda x: x * np.nan, "not finite"),
         (lambda x: x[:0], "no samples"),
     ],
-    ids=["burst", "clipped", "beyond full scale", "quiet", "cut", "late", "silent", "nan", "empty"],
+    ids=["burst", "clipped", "beyond full scale", "quiet", "cut", "trimmed", "late", "silent", "nan", "empty"],
 )
 def test_each_fault_is_found(spoil, words: str) -> None:
     assert re.search(words, heard(spoil(music())))
