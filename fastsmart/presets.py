@@ -57,7 +57,6 @@ def smart_paper() -> Config:
     * Clips come from the note bank as FluidSynth plays them, not from TinySoundFont (audio.backend = "tinysoundfont"),
       and are peak-normalised after the average to mono, not before.
     * One opening in eight is held out for evaluation and never trained on.
-    * The embedding row of PAD is trained like any other; transformers leaves it as it is.
     * Matrix products are in bfloat16 on CUDA, in float32 on a CPU.
     """
     return Config(

@@ -138,7 +138,10 @@ def to_hf_config(size: PolicySize, vocab: Vocabulary, dtype: torch.dtype) -> dic
 
 
 def from_hf_config(config: dict, name: str) -> PolicySize:
-    """The size of a Phi-3 checkpoint; raises UserError for what fastsmart's policy does not compute."""
+    """The size of a Phi-3 checkpoint; raises UserError for what fastsmart's policy does not compute.
+
+    Attention is over all positions before, so the longest sequence is no longer than a `sliding_window`.
+    """
     if not isinstance(config, dict):
         raise UserError(f"{name} is not a Phi-3 configuration: it is no JSON object; copy or save it again")
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
@@ -162,7 +165,7 @@ def from_hf_config(config: dict, name: str) -> PolicySize:
         num_layers=int(config["num_hidden_layers"]),
         num_heads=int(config["num_attention_heads"]),
         num_kv_heads=int(config.get("num_key_value_heads") or config["num_attention_heads"]),
-        max_positions=min(positions, int(window)) if window else positions,  # inside the window it never acts
+        max_positions=min(positions, int(window)) if window else positions,
         rope_theta=float(rope.get("rope_theta", config.get("rope_theta", 10000.0))),
         rms_norm_eps=float(config.get("rms_norm_eps", 1e-5)),
         tied_head=bool(config.get("tie_word_embeddings", False)),

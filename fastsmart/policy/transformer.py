@@ -34,7 +34,8 @@ class PolicySize:
     """The shape of a policy.
 
     vocab_size, hidden_size, intermediate_size, num_layers, num_heads, num_kv_heads : V, D, F, layers, H, K
-    max_positions : longest sequence the rotary tables are made for
+    max_positions : longest sequence, for which the rotary tables are made; that of a checkpoint with a sliding window
+                    is at most the window, inside which every position sees all before it
     rope_theta, rms_norm_eps : as in the checkpoint
     tied_head     : the output head is the embedding matrix
     """
@@ -125,9 +126,9 @@ class Backbone(nn.Module):
     cos: Tensor
     sin: Tensor
 
-    def __init__(self, size: PolicySize) -> None:
+    def __init__(self, size: PolicySize, pad_id: int) -> None:
         super().__init__()
-        self.embed_tokens = nn.Embedding(size.vocab_size, size.hidden_size)
+        self.embed_tokens = nn.Embedding(size.vocab_size, size.hidden_size, padding_idx=pad_id)
         self.layers = nn.ModuleList(Layer(size) for _ in range(size.num_layers))  # type: ignore[assignment]
         self.norm = nn.RMSNorm(size.hidden_size, eps=size.rms_norm_eps)
         self.size = size
@@ -149,6 +150,11 @@ class Policy(nn.Module):
     """A causal language model over the vocabulary.
 
     `hidden(ids)` gives final hidden states, to which a loss applies `lm_head.weight` itself; `forward(ids)` logits.
+    PAD's row of the embedding gets no gradient and stays as it is in the checkpoint, as in transformers. There it is
+    zero, and the first RMSNorm multiplies the gradient of a zero row by rms_norm_eps^-1/2: a few sampled PADs would let
+    gradient clipping shrink everything else. PAD's row of the output head learns like any other; with a tied head the
+    two are one row, which learns as the head's.
+
     Raises UserError when `vocab` has another number of tokens than `size`.
     """
 
@@ -158,7 +164,7 @@ class Policy(nn.Module):
             raise UserError(f"a policy of {size.vocab_size} tokens cannot use a vocabulary of {len(vocab)}")
         self.size = size
         self.vocab = vocab
-        self.model = Backbone(size)
+        self.model = Backbone(size, vocab.pad_id)
         self.lm_head = nn.Linear(size.hidden_size, size.vocab_size, bias=False)
         self.tie()
 

@@ -134,7 +134,8 @@ def check_prompts(prompts: TokenBatch, settings: SamplingSettings, max_positions
     longest = int(prompts.lengths.max(initial=0)) + settings.max_tokens
     if longest > max_positions:
         raise UserError(
-            f"prompt and completion make {longest} tokens, the policy holds {max_positions}; lower sampling.max_tokens"
+            f"prompt and completion make {longest} tokens, the policy holds {max_positions} (max_position_embeddings, "
+            "or sliding_window where that is less, in its config.json); lower sampling.max_tokens"
         )
     if len(prompts) and prompts.lengths.min() < 1:
         raise UserError("a prompt is empty; a policy needs at least one token, such as BOS, to start from")

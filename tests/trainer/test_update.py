@@ -116,6 +116,18 @@ def test_the_step_follows_the_gradient_of_the_loss_as_written_down(batch):
         torch.testing.assert_close(moments[f"{name}.exp_avg"], 0.1 * parameter.grad, rtol=1e-3, atol=1e-6)
 
 
+def test_a_step_leaves_the_embedding_of_pad_as_it_is(batch):
+    policy, rollout, advantage = batch
+    pad, ids = policy.vocab.pad_id, rollout.ids.copy()
+    ids[:, 5] = pad
+    after, _, change = step((policy, replace(rollout, ids=ids), advantage), LossSettings(), 100)
+    moved = (after.model.embed_tokens.weight != policy.model.embed_tokens.weight).any(dim=1)
+    assert change.grad_norm > 0
+    assert moved.any()
+    assert not moved[pad]
+    assert (after.lm_head.weight[pad] != policy.lm_head.weight[pad]).any()
+
+
 def naive_names(batch, optimizer):
     """A policy whose parameters are the optimizer's, to ask for its state by name."""
     policy = copy.deepcopy(batch[0])
