@@ -36,9 +36,13 @@ class LossSettings:
         cispo   : like bnpo, with the clipped ratio as a constant weight on log p, so that clipped tokens keep their
                   gradient (MiniMax-M1, arXiv 2506.13585, eq. 4-5); its paper has no lower bound: clip_low = 1
     clip_low, clip_high : the ratio is clipped to 1 − clip_low … 1 + clip_high
-    beta        : weight of the KL term, 0 = none
+    beta        : weight of the KL term, 0 = none. With k3 alone a weaker pull than the textbook's, whose optimum is
+                  reference × exp(reward / beta): on a token that the policy plays more often than the reference, k3
+                  pulls with at most beta, where KL(policy ‖ reference) would with beta × log(policy / reference); and
+                  per token no estimator sees what a token does to later ones (docs/over-optimisation.md)
     kl          : its estimator, see fastsmart.grpo.kl
-    kl_ratio    : multiply the KL by the importance ratio, which gives k1 and k3 the gradient of KL(policy ‖ reference)
+    kl_ratio    : multiply the KL by the importance ratio, which gives k1 and k3 the gradient of KL(policy ‖ reference),
+                  as k2 has it on-policy without
     kl_clamp    : log(reference / policy) is limited to ± this
     ratio       : "behaviour" = policy / the sampler's log-probs; "one" = policy / itself, value exactly 1, as in a
                   trainer that takes its samples for on-policy (TRL with num_iterations = 1). Masks and mismatch

@@ -92,3 +92,16 @@ def test_clamp_bounds_value_and_gradient(name):
     value.sum().backward()
     assert logprob.grad[0] != 0
     assert torch.equal(logprob.grad[1:], torch.zeros(3))
+
+
+@pytest.mark.parametrize("times", [2.0, 20.0, 2000.0])
+def test_k3_pulls_a_token_back_with_at_most_its_weight_and_k2_with_the_logarithm(times):
+    """On a token that the policy plays so many times as often as the reference."""
+    reference = torch.tensor(-8.0, dtype=torch.float64)
+    pulls = {}
+    for name in ("k2", "k3"):
+        log_p = (reference + torch.tensor(times, dtype=torch.float64).log()).requires_grad_()
+        kl_divergence(log_p, reference, name).backward()
+        pulls[name] = float(log_p.grad)
+    assert pulls["k3"] == pytest.approx(1 - 1 / times)
+    assert pulls["k2"] == pytest.approx(float(torch.tensor(times, dtype=torch.float64).log()))
