@@ -28,4 +28,6 @@ class Staccato:
 if __name__ == "__main__":
     terms = ["reward.terms={staccato=5, presence=3, variety=1}"]  # the others hold against the hack
     run = fs.train(with_overrides(fs.presets.demo(), terms + sys.argv[1:]), out="runs/staccato")
+    if run.exit_code:  # Ctrl-C or SIGTERM ended the training
+        sys.exit(run.exit_code)
     print(f"runs/staccato/before_after.md has every term before and after {run.step} steps")

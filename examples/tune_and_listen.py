@@ -14,6 +14,8 @@ OUT = "runs/tuned"
 if __name__ == "__main__":
     config = with_overrides(fs.presets.demo(), sys.argv[1:])
     run = fs.train(config, out=OUT)
+    if run.exit_code:  # Ctrl-C or SIGTERM ends the training; the rest of a script would go on
+        sys.exit(run.exit_code)
     if run.before and run.after:
         print(f"held-out reward {run.before['reward']['mean']:.2f} -> {run.after['reward']['mean']:.2f}")
 

@@ -1,4 +1,8 @@
-"""Leaving a long job politely: the first SIGINT or SIGTERM asks it to save and stop, a second one stops it at once."""
+"""Leaving a long job politely: the first SIGINT or SIGTERM asks it to save and stop, a second one stops it at once.
+
+The first signal ends the job, not the process: a script that calls `fastsmart.train` goes on behind that line, with the
+next run of a loop for example, unless it looks at `Run.exit_code`, which is then 128 + the signal's number.
+"""
 
 from __future__ import annotations
 

@@ -7,6 +7,7 @@ import os
 import re
 import signal
 import subprocess
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -140,6 +141,40 @@ def test_asked_to_stop_it_saves_and_leaves_and_goes_on(checkpoint, tmp_path, num
     step = int(saved[0].name.removeprefix("step-"))
     assert comparable(out)[-1]["step"] == step >= 3
     assert (out / "curves.png").exists()
+
+
+LOOP = """
+import sys
+import fastsmart as fs
+from fastsmart.config import read_config
+
+for name in ("first", "second"):
+    run = fs.train(read_config(sys.argv[1]), out=f"{sys.argv[2]}/{name}")
+    print(name, "ended with", run.exit_code, flush=True)
+    if run.exit_code:
+        sys.exit(run.exit_code)
+"""
+
+
+def test_sigterm_ends_the_training_of_a_script_and_the_script_where_it_looks(checkpoint, tmp_path):
+    changes = {"train": {"steps": 1000, "save_every": 0, "eval_every": 0, "listen": 0}}
+    settings = write_config(tmp_path, checkpoint, SYMBOLIC, changes)
+    script = [sys.executable, "-c", LOOP, str(settings), str(tmp_path)]
+    with started(script, stdout=subprocess.PIPE, text=True) as process:
+        wait_for(tmp_path / "first" / "metrics.jsonl")
+        os.kill(process.pid, signal.SIGTERM)
+        said, _ = process.communicate(timeout=120)
+    assert said == "first ended with 143\n"  # so the script went on after the signal, and left by itself
+    assert process.returncode == 143
+    assert not (tmp_path / "second").exists()
+
+
+def wait_for(path: Path) -> None:
+    """Until a file has its second line, that of the first step."""
+    begun = time.monotonic()
+    while not (path.is_file() and path.read_text().count("\n") >= 2):
+        assert time.monotonic() - begun < 240, f"nothing is in {path}"
+        time.sleep(0.05)
 
 
 def test_a_folder_that_holds_a_run_is_not_overwritten(checkpoint, tmp_path):
