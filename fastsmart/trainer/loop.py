@@ -71,9 +71,10 @@ def train(
     """Tune a policy as the config says, into the folder `out`; with `resume`, go on with the run that is there.
 
     Started by torchrun, every rank calls this with the same arguments (`ranks`: see `join_ranks`, which is the
-    default). SIGINT and SIGTERM let the step under way end, save a checkpoint and leave. A run killed at any moment and
-    resumed, on any number of ranks, writes the metrics of one never killed (on one rank of a CPU to the last digit),
-    apart from those under `time` and `health`. A finished run is only read.
+    default). SIGINT and SIGTERM let the step under way end, save a checkpoint and return from here; the process goes
+    on, and a script that is to leave too looks at `Run.exit_code`. A run killed at any moment and resumed, on any
+    number of ranks, writes the metrics of one never killed (on one rank of a CPU to the last digit), apart from those
+    under `time` and `health`. A finished run is only read.
 
     changes : new values of keys that a resumed run may change (see `resumed_config`), such as {"train.steps": 400},
               which makes a finished run longer
