@@ -46,6 +46,8 @@ CHECKS = {  # name -> module and function, what matters most first
     "objective": "gpu_first_kernels:objective",
     "convolution": "gpu_first_kernels:convolution",
     "moments": "gpu_first_kernels:moments",
+    "position": "gpu_first_encoder:position",
+    "norm": "gpu_first_encoder:norm",
     "decode_products": "gpu_first_kernels:decode_products",
 }
 BEGINS = "begins"  # the only key, beside the check, of the line that a worker begins a check with

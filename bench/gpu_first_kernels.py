@@ -118,15 +118,16 @@ def attention(look: Look) -> Iterator[Finding]:
     for batch in (2, 8, 64) if not look.quick else (1,):
         packed = look.normal(batch, frames, 3 * EAR_WIDTH + 2 * EARS + 8, dtype=dtype)
         q, k, v = packed[..., : 3 * EAR_WIDTH].view(batch, frames, 3, EARS, HEAD).permute(2, 0, 3, 1, 4)
-        gate = 2 * torch.rand(batch, EARS, frames, device=look.device)
+        raw, gate = packed[..., 3 * EAR_WIDTH : -8], 2 * torch.rand(EARS, device=look.device)
         bias = look.normal(EARS, frames, -(-frames // KEYS) * KEYS, dtype=dtype)
         lengths = torch.randint(1, frames + 1, (batch,), device=look.device, dtype=torch.int32)
         off = None
         if batch <= 2:
-            found = gated_attention(q, k, v, gate, bias, lengths, look.kernel)
-            off = apart(found, gated_attention(q.float(), k.float(), v.float(), gate, bias, lengths, "torch"))
+            found = gated_attention(q, k, v, raw, gate, bias, lengths, look.kernel)
+            exact = gated_attention(*(x.float() for x in (q, k, v, raw)), gate, bias, lengths, "torch")
+            off = apart(found, exact)
         lengths.fill_(frames)
-        us = look.replayed_us(lambda a=(q, k, v, gate, bias, lengths): gated_attention(*a, look.kernel), 10)
+        us = look.replayed_us(lambda a=(q, k, v, raw, gate, bias, lengths): gated_attention(*a, look.kernel), 10)
         products = 4e-9 * batch * EARS * frames**2 * HEAD
         work = [Work("products", products, 4e-9 * batch * frames * EAR_WIDTH * dtype.itemsize)]
         case = f"{batch} windows, rows of {packed.shape[-1]}"

@@ -69,7 +69,7 @@ def compiled(shipped: Any, architecture: str) -> Any:
     multiples = [name for name, kind in types.items() if kind[0] == "*" or name in shipped.aligned]
     aligned = {(names.index(name),): [["tt.divisibility", 16]] for name in multiples}
     source = ASTSource(shipped.kernel, types | dict.fromkeys(constants, "constexpr"), constants, aligned)
-    options = {"num_warps": shipped.num_warps, "enable_fp_fusion": True}
+    options = {"num_warps": shipped.num_warps, "num_stages": shipped.num_stages, "enable_fp_fusion": True}
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
 
 

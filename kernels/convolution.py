@@ -9,9 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastsmart.kernels.jit import Shipped, choose_kernel, jit, tl
+from fastsmart.kernels.gelu import gelu
+from fastsmart.kernels.jit import Shipped, choose_kernel, jit, next_power_of_2, tl
 
-BLOCK_T, BLOCK_C = 16, 128  # outputs and channels of a program
+BLOCK_T, BLOCK_C = 64, 128  # outputs of a program, and channels of a step of it
 NUM_WARPS = 4
 
 
@@ -20,8 +21,9 @@ def convolution_gelu(
 ) -> Tensor:
     """GELU(sum_k samples[b, stride t + k] weight[b, k, c] + bias[b, c]), [B, T, C] in `dtype`, computed in float32.
 
-    With one channel in, the arithmetic is nothing and the output is all: the kernel writes it once, in 16 bit, instead
-    of writing, reading and writing it again around a matrix product.
+    With one channel in, the arithmetic is little and the output is all: the kernel writes it once, in 16 bit, instead
+    of writing, reading and writing it again around a matrix product. Tensor cores multiply, each number as the sum of
+    two of float16, which is all but float32; where `dtype` is float32, numbers are multiplied as they are.
 
     samples : [B, S] float32; T = (S - K) // stride + 1
     weight  : [B, K, C] float32, bias : [B, C] float32, of each signal its own
@@ -35,9 +37,8 @@ def convolution_gelu(
     batch, taps, channels = weight.shape
     outputs = (samples.shape[1] - taps) // stride + 1
     out = torch.empty(batch, outputs, channels, dtype=dtype, device=samples.device)
-    grid = (-(-outputs // BLOCK_T), -(-channels // BLOCK_C), batch)
     samples, weight, bias = samples.contiguous(), weight.contiguous(), bias.contiguous()
-    _convolution_kernel[grid](
+    _convolution_kernel[(-(-outputs // BLOCK_T), batch)](
         samples,
         weight,
         bias,
@@ -47,6 +48,8 @@ def convolution_gelu(
         channels,
         stride,
         TAPS=taps,
+        PADDED=max(16, next_power_of_2(taps)),
+        SPLIT=dtype != torch.float32,
         BLOCK_T=BLOCK_T,
         BLOCK_C=BLOCK_C,
         num_warps=NUM_WARPS,
@@ -65,23 +68,38 @@ def _convolution_kernel(
     channels,
     stride,
     TAPS: tl.constexpr,
+    PADDED: tl.constexpr,
+    SPLIT: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    signal = tl.program_id(2)
+    """One program is some outputs of one signal, all channels of them, block by block."""
+    signal = tl.program_id(1)
     t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
-    c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    k = tl.arange(0, PADDED)
     samples_ptr += signal.to(tl.int64) * length
     weight_ptr += signal * TAPS * channels
-    bias = tl.load(bias_ptr + signal * channels + c, mask=c < channels, other=0.0)
-    y = tl.zeros([BLOCK_T, BLOCK_C], tl.float32) + bias[None, :]
-    for k in tl.static_range(TAPS):
-        x = tl.load(samples_ptr + t * stride + k, mask=t < outputs, other=0.0)
-        w = tl.load(weight_ptr + k * channels + c, mask=c < channels, other=0.0)
-        y += x[:, None] * w[None, :]
-    y = 0.5 * y * (1.0 + tl.erf(y * 0.7071067811865476))
-    at = (signal.to(tl.int64) * outputs + t[:, None]) * channels + c[None, :]
-    tl.store(out_ptr + at, y.to(out_ptr.dtype.element_ty), mask=(t < outputs)[:, None] & (c < channels)[None, :])
+    out_ptr += signal.to(tl.int64) * outputs * channels
+    known = (t < outputs)[:, None] & (k < TAPS)[None, :]
+    x = tl.load(samples_ptr + t[:, None] * stride + k[None, :], mask=known, other=0.0)
+    for first in range(0, channels, BLOCK_C):
+        c = first + tl.arange(0, BLOCK_C)
+        w = tl.load(
+            weight_ptr + k[:, None] * channels + c[None, :],
+            mask=(k < TAPS)[:, None] & (c < channels)[None, :],
+            other=0.0,
+        )
+        bias = tl.load(bias_ptr + signal * channels + c, mask=c < channels, other=0.0)
+        if SPLIT:
+            x_high, w_high = x.to(tl.float16), w.to(tl.float16)
+            x_low = (x - x_high.to(tl.float32)).to(tl.float16)
+            w_low = (w - w_high.to(tl.float32)).to(tl.float16)
+            y = tl.dot(x_high, w_high, tl.dot(x_high, w_low, tl.dot(x_low, w_high)))
+        else:
+            y = tl.dot(x, w, input_precision="ieee")
+        y = gelu(y + bias[None, :])
+        at = t[:, None] * channels + c[None, :]
+        tl.store(out_ptr + at, y.to(out_ptr.dtype.element_ty), mask=(t < outputs)[:, None] & (c < channels)[None, :])
 
 
 SHIPPED = [
@@ -91,7 +109,7 @@ SHIPPED = [
         dict.fromkeys(("samples_ptr", "weight_ptr", "bias_ptr"), "*fp32")
         | {"out_ptr": f"*{dtype}"}
         | dict.fromkeys(("length", "outputs", "channels", "stride"), "i32"),
-        {"TAPS": 10, "BLOCK_T": BLOCK_T, "BLOCK_C": BLOCK_C},
+        {"TAPS": 10, "PADDED": 16, "SPLIT": True, "BLOCK_T": BLOCK_T, "BLOCK_C": BLOCK_C},
         NUM_WARPS,
         aligned=("length", "channels"),  # 160,000 and 512
     )

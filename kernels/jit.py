@@ -39,6 +39,7 @@ class Shipped:
     constants : value of each tl.constexpr argument by name; names the kernel does not have are left out
     num_warps : as at the launch
     aligned   : integer arguments that are multiples of 16 at the launch, which Triton compiles for
+    num_stages: of the pipeline of a loop, as at the launch
     """
 
     name: str
@@ -47,6 +48,7 @@ class Shipped:
     constants: Mapping[str, Any] = field(default_factory=dict)
     num_warps: int = 4
     aligned: Sequence[str] = ()
+    num_stages: int = 3
 
 
 def jit(kernel: Callable[..., None] | None = None, *, varying: Sequence[str] = ()) -> Any:

@@ -24,16 +24,19 @@ def attention_case(frames: int, lengths: list[int], size: int, dtype: torch.dtyp
     batch, heads = len(lengths), 3
     packed = torch.randn(batch, frames, 3 * heads * size + 2 * heads, generator=generator).to(DEVICE, dtype)
     q, k, v = packed[..., : 3 * heads * size].view(batch, frames, 3, heads, size).permute(2, 0, 3, 1, 4)
-    gate = (2 * torch.rand(batch, heads, frames, generator=generator)).to(DEVICE)
+    gate = (2 * torch.rand(heads, generator=generator)).to(DEVICE)
     wide = frames + spare
     bias = torch.full((heads, frames, wide), 1e4)  # nothing beyond the frames is looked at
     bias[:, :, :frames] = torch.randn(heads, frames, frames, generator=generator)
-    return q, k, v, gate, bias.to(DEVICE, dtype), torch.tensor(lengths, dtype=torch.int32, device=DEVICE)
+    lengths = torch.tensor(lengths, dtype=torch.int32, device=DEVICE)
+    return q, k, v, packed[..., 3 * heads * size :], gate, bias.to(DEVICE, dtype), lengths
 
 
-def by_definition(q, k, v, gate, bias, lengths) -> np.ndarray:
-    q, k, v, gate, bias = (x.double().cpu().numpy() for x in (q, k, v, gate, bias))
+def by_definition(q, k, v, raw, gate, bias, lengths) -> np.ndarray:
+    q, k, v, raw, gate, bias = (x.double().cpu().numpy() for x in (q, k, v, raw, gate, bias))
     frames = q.shape[2]
+    a, b = (1 / (1 + np.exp(-raw[..., i::2])) for i in range(2))
+    gate = (a * (b * gate - 1) + 2).swapaxes(1, 2)  # WavLM's equations 4 to 6
     scores = q @ k.swapaxes(2, 3) / np.sqrt(q.shape[3]) + gate[..., None] * bias[:, :, :frames]
     scores = np.where(np.arange(frames) < lengths.cpu().numpy()[:, None, None, None], scores, -np.inf)
     weights = np.exp(scores - scores.max(-1, keepdims=True))

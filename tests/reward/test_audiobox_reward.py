@@ -79,18 +79,19 @@ def test_a_batch_takes_the_next_larger_graph_and_all_are_recorded_beforehand(che
     """With captured graphs whose replays do the job again, as a GPU's would, into the tensors of the first time."""
 
     class Replayed:
-        def __init__(self, job: Callable[[], torch.Tensor]) -> None:
-            self.job, self.result = job, job()
+        def __init__(self, job: Callable[[], tuple[torch.Tensor, torch.Tensor]]) -> None:
+            self.job, self.results = job, job()
 
         def replay(self) -> None:
-            self.result.copy_(self.job())
+            for result, again in zip(self.results, self.job(), strict=True):
+                result.copy_(again)
 
     recorded: list[int] = []
 
-    def capture(job: Callable[[], torch.Tensor]) -> tuple[Replayed, torch.Tensor]:
+    def capture(job: Callable[[], tuple[torch.Tensor, torch.Tensor]]) -> tuple[Replayed, tuple]:
         graph = Replayed(job)
-        recorded.append(len(graph.result))
-        return graph, graph.result
+        recorded.append(len(graph.results[0]))
+        return graph, graph.results
 
     encoder = load_reward("audiobox", checkpoint=checkpoint, dtype="float16", batch_size=6).encoder
     encoder.capture = capture
@@ -98,11 +99,14 @@ def test_a_batch_takes_the_next_larger_graph_and_all_are_recorded_beforehand(che
     windows = [rng.normal(size=rng.integers(2_000, 40_000)).astype(np.float32) for _ in range(6)]
     with torch.inference_mode():
         forward = {n: encoder(windows[:n]) for n in range(1, 7)}
+        ratings = encoder.rate(windows)
         encoder.replays = True
         encoder.prepare()
         assert recorded == [6, 4, 2, 1]
         for n, means in forward.items():  # rows beside a window may change its last bits
             torch.testing.assert_close(encoder(windows[:n]), means, atol=2e-3, rtol=2e-3)
+        torch.testing.assert_close(encoder.rate(windows), ratings, atol=2e-3, rtol=2e-3)
+        torch.testing.assert_close(encoder.heads(forward[6]), ratings)
     assert recorded == [6, 4, 2, 1]
 
 

@@ -20,10 +20,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastsmart.errors import UserError
+from fastsmart.kernels.attention import gates
 from fastsmart.machine.files import mkl_knows_processor
 from fastsmart.machine.hardware import onednn_may_use_vnni
 from fastsmart.reward.audiobox.architecture import FIELD, FRAMES, HOP, KERNELS, NORM_EPS, STRIDES, frames_of
-from fastsmart.reward.audiobox.encoder import EncoderWeights, Norm, gates, normalised_first
+from fastsmart.reward.audiobox.encoder import EncoderWeights, Norm, normalised_first
 
 Linear = Callable[[Tensor, int], Tensor]  # [R, in] and how many of the rows count -> [R, out]
 Convolution = Callable[[Tensor], Tensor]

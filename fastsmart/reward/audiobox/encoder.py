@@ -135,9 +135,3 @@ def normalised_first(samples: Tensor, first: Tensor, norm: Norm) -> tuple[Tensor
     scale = norm[0].double() * (variance + NORM_EPS).rsqrt()
     bias = norm[1].double() - (mean @ first) * scale
     return (first * scale[:, None]).float(), bias.float()
-
-
-def gates(x: Tensor, gate: Tensor) -> Tensor:
-    """How much of the relative bias a query takes (WavLM eq. 4-6): [..., H] from the two raw gates [..., 2 H]."""
-    a, b = x.unflatten(-1, (-1, 2)).sigmoid().unbind(-1)
-    return a * (b * gate - 1.0) + 2.0

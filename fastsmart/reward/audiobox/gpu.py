@@ -5,7 +5,7 @@ Shape letters: B windows, S samples, F frames, C channels, D width, H heads, E s
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -14,9 +14,11 @@ from torch import Tensor
 
 from fastsmart.kernels.attention import KEYS, gated_attention
 from fastsmart.kernels.convolution import convolution_gelu
+from fastsmart.kernels.norm import norm_of_sum
+from fastsmart.kernels.positional import PositionalConvolution
 from fastsmart.machine.cuda_graph import GraphCapture
 from fastsmart.reward.audiobox.architecture import FRAMES, NORM_EPS, STRIDES, WINDOW, frames_of
-from fastsmart.reward.audiobox.encoder import EncoderWeights, LayerWeights, Norm, gates, normalised_first
+from fastsmart.reward.audiobox.encoder import EncoderWeights, LayerWeights, Norm, normalised_first
 
 
 class BatchEncoder:
@@ -24,10 +26,18 @@ class BatchEncoder:
 
     dtype      : of the products
     batch_size : windows of one forward pass
+    heads      : what makes ratings of the means, recorded with them; None = only means are asked for
     """
 
-    def __init__(self, weights: EncoderWeights, device: torch.device, dtype: torch.dtype, batch_size: int) -> None:
-        self.device, self.dtype, self.batch_size = device, dtype, batch_size
+    def __init__(
+        self,
+        weights: EncoderWeights,
+        device: torch.device,
+        dtype: torch.dtype,
+        batch_size: int,
+        heads: Callable[[Tensor], Tensor] | None = None,
+    ) -> None:
+        self.device, self.dtype, self.batch_size, self.heads = device, dtype, batch_size, heads
         self.size = weights.size
 
         def here(pair: tuple[Tensor, Tensor], to: torch.dtype = dtype) -> tuple[Tensor, Tensor]:
@@ -40,7 +50,7 @@ class BatchEncoder:
             w.view(channels, 1, -1, channels).permute(0, 3, 1, 2).to(device, dtype) for w in weights.convolutions
         ]
         self.feature_norm, self.project = here(weights.feature_norm, single), here(weights.project)
-        self.pos, self.norm = here(weights.pos), here(weights.norm, single)
+        self.position, self.norm = PositionalConvolution(*here(weights.pos)), here(weights.norm, single)
         # a GPU reads a row of it as vectors; float16 also beside bfloat16 products, of which it holds more digits
         self.bias = key_blocks(weights.bias).to(device, single if dtype == single else torch.float16)
         self.layers = [
@@ -63,11 +73,16 @@ class BatchEncoder:
 
         windows : the real samples of each window, float32 [S], 0 < S <= 160,000, all arrays or all on this device
         """
-        means = []
-        for first in range(0, len(windows), self.batch_size):
-            batch = windows[first : first + self.batch_size]
-            means.append(self._recorded(batch) if self.replays else self.forward(*_padded(batch, 0)))
-        return torch.cat(means)
+        if self.replays:
+            return torch.cat([self._recorded(batch)[0] for batch in self._batches(windows)])
+        return torch.cat([self.forward(*_padded(batch, 0)) for batch in self._batches(windows)])
+
+    def rate(self, windows: Sequence[np.ndarray | Tensor]) -> Tensor:
+        """What the heads make of the means of the same windows."""
+        assert self.heads is not None
+        if self.replays:
+            return torch.cat([self._recorded(batch)[1] for batch in self._batches(windows)])
+        return self.heads(self(windows))
 
     @torch.inference_mode()
     def prepare(self) -> None:
@@ -80,11 +95,16 @@ class BatchEncoder:
             for rows in graph_sizes(self.batch_size):
                 self._graph(rows)
 
-    def _recorded(self, windows: Sequence[np.ndarray | Tensor]) -> Tensor:
+    def _batches(self, windows: Sequence[np.ndarray | Tensor]) -> Iterator[Sequence[np.ndarray | Tensor]]:
+        for first in range(0, len(windows), self.batch_size):
+            yield windows[first : first + self.batch_size]
+
+    def _recorded(self, windows: Sequence[np.ndarray | Tensor]) -> tuple[Tensor, Tensor]:
         """A batch through the graph of the next larger size; copies overlap what the GPU still computes."""
         rows = min(size for size in graph_sizes(self.batch_size) if size >= len(windows))
         samples, frames = (t.to(self.device, non_blocking=True) for t in _padded(windows, rows))
-        return self._graph(rows)(samples, frames)[: len(windows)]
+        means, rated = self._graph(rows)(samples, frames)
+        return means[: len(windows)], rated[: len(windows)]
 
     def _graph(self, rows: int) -> _Graph:
         if rows not in self.graphs:
@@ -94,23 +114,29 @@ class BatchEncoder:
     def forward(self, samples: Tensor, frames: Tensor) -> Tensor:
         """The same of samples [B, 160000] float32, zero after their real part, with `frames` [B] int32 that count."""
         batch, width, heads = len(samples), self.size.width, self.size.heads
-        real = torch.arange(FRAMES, device=samples.device) < frames[:, None]
-        real = real[:, :, None]  # [B, F, 1]
-        x = _normalised(self._features(samples).float(), self.feature_norm)
-        x = F.linear(x.to(self.dtype), *self.project).masked_fill(~real, 0.0)
-        x = _normalised(x.float() + self._position(x).float(), self.norm)
-        share = real / frames[:, None, None]
-        means = [(x * share).sum(1)]
+        features = norm_of_sum(self._features(samples), None, *self.feature_norm, NORM_EPS, frames, self.dtype)[1]
+        y = F.linear(features, *self.project)
+        x, rounded, mean = self._sum_normalised(y, self.position(y, frames), self.norm, frames)
+        means = [mean.sum(1)]
         for layer in self.layers:
-            qkvg = F.linear(x.to(self.dtype), *layer.qkvg)
+            qkvg = F.linear(rounded, *layer.qkvg)
             q, k, v = qkvg[..., : 3 * width].view(batch, FRAMES, 3, heads, -1).permute(2, 0, 3, 1, 4)
-            gate = gates(qkvg[..., 3 * width : 3 * width + 2 * heads].float(), layer.gate).transpose(1, 2)
-            y = gated_attention(q, k, v, gate, self.bias, frames).transpose(1, 2).reshape(batch, FRAMES, width)
-            x = _normalised(x + F.linear(y, *layer.out), layer.attention_norm)
-            y = F.linear(F.gelu(F.linear(x.to(self.dtype), *layer.fc1)), *layer.fc2)
-            x = _normalised(x + y, layer.final_norm)
-            means.append((x * share).sum(1))
+            raw = qkvg[..., 3 * width : 3 * width + 2 * heads]
+            y = gated_attention(q, k, v, raw, layer.gate, self.bias, frames).transpose(1, 2).flatten(2)
+            x, rounded, _ = self._sum_normalised(x, F.linear(y, *layer.out), layer.attention_norm, frames)
+            y = F.linear(self._linear_gelu(rounded, *layer.fc1), *layer.fc2)
+            x, rounded, mean = self._sum_normalised(x, y, layer.final_norm, frames)
+            means.append(mean.sum(1))
         return torch.stack(means, dim=1)
+
+    def _sum_normalised(self, x: Tensor, y: Tensor, norm: Norm, frames: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return norm_of_sum(x, y, *norm, NORM_EPS, frames, self.dtype)
+
+    def _linear_gelu(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        """GELU(x weight^T + bias); on a GPU in 16 bit as one product, GELU by its approximation with tanh."""
+        if x.device.type == "cuda" and x.dtype != torch.float32:
+            return torch._addmm_activation(bias, x.flatten(0, 1), weight.t(), use_gelu=True).view(*x.shape[:2], -1)
+        return F.gelu(F.linear(x, weight, bias))
 
     def _features(self, samples: Tensor) -> Tensor:
         """Output of the last convolution, [B, F, C]."""
@@ -121,13 +147,6 @@ class BatchEncoder:
             x = F.gelu(F.conv2d(x, kernel, stride=(1, 2)))
         return x[:, :, 0].transpose(1, 2)
 
-    def _position(self, x: Tensor) -> Tensor:
-        weight, bias = self.pos
-        if x.device.type == "cpu":  # oneDNN's grouped convolutions in bfloat16 are wrong on AMX for some group widths
-            x, weight, bias = x.float(), weight.float(), bias.float()
-        y = F.conv1d(x.transpose(1, 2), weight, bias, padding=weight.shape[2] // 2, groups=self.size.pos_groups)
-        return F.gelu(y[:, :, :FRAMES].transpose(1, 2))
-
 
 class _Graph:
     """One forward pass of a fixed batch size, recorded once and replayed."""
@@ -135,13 +154,20 @@ class _Graph:
     def __init__(self, encoder: BatchEncoder, rows: int) -> None:
         self.samples = torch.zeros(rows, WINDOW, device=encoder.device)
         self.frames = torch.ones(rows, dtype=torch.int32, device=encoder.device)
-        self.graph, self.means = encoder.capture(lambda: encoder.forward(self.samples, self.frames))
+        self.heads = encoder.heads or (lambda means: means)
 
-    def __call__(self, samples: Tensor, frames: Tensor) -> Tensor:
+        def job() -> tuple[Tensor, Tensor]:
+            means = encoder.forward(self.samples, self.frames)
+            return means, self.heads(means)
+
+        self.graph, self.results = encoder.capture(job)
+
+    def __call__(self, samples: Tensor, frames: Tensor) -> tuple[Tensor, Tensor]:
         self.samples.copy_(samples)
         self.frames.copy_(frames)
         self.graph.replay()
-        return self.means.clone()
+        means, rated = self.results
+        return means.clone(), rated.clone()
 
 
 def whole_blocks(linear: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
@@ -180,7 +206,3 @@ def _padded(windows: Sequence[np.ndarray | Tensor], rows: int) -> tuple[Tensor, 
 def key_blocks(bias: Tensor) -> Tensor:
     """The bias [H, F, F] with zeros after each row up to whole blocks of the attention kernel's keys, 512 for 499."""
     return F.pad(bias, (0, -bias.shape[2] % KEYS))
-
-
-def _normalised(x: Tensor, norm: Norm) -> Tensor:
-    return F.layer_norm(x, norm[0].shape, *norm, NORM_EPS)

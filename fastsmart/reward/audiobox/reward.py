@@ -83,7 +83,7 @@ class AudioboxReward:
             if self.device.type == "cpu" and dtype in ("float32", "int8"):
                 self.encoder = CpuEncoder(weights, int8=dtype == "int8")
             else:
-                self.encoder = BatchEncoder(weights, self.device, getattr(torch, dtype), batch_size)
+                self.encoder = BatchEncoder(weights, self.device, getattr(torch, dtype), batch_size, self.heads)
 
     def prepare(self) -> None:
         """Do beforehand what the first calls would have to, in the thread that will make them."""
@@ -118,7 +118,7 @@ class AudioboxReward:
         heard_samples: list[Any] = [samples[i, at : min(at + WINDOW, int(audio.lengths[i]))] for i, at in windows]
         rated = np.zeros((0, len(AUDIOBOX_AXES)))
         if windows:
-            rated = self.heads(self.encoder(heard_samples)).cpu().numpy().astype(np.float64)
+            rated = self._rate(heard_samples).cpu().numpy().astype(np.float64)
         clip = np.array([i for i, _ in windows], np.int64)
         length = np.array([len(samples) for samples in heard_samples], np.int64)
         total = np.bincount(clip, length, len(audio))
@@ -127,3 +127,9 @@ class AudioboxReward:
             mean = np.bincount(clip, length * values, len(audio)) / np.maximum(total, 1)
             ratings[axis] = np.select([lost, total > 0], [np.nan, mean], LOWEST).astype(np.float32)
         return ratings
+
+    def _rate(self, windows: list[Any]) -> torch.Tensor:
+        """All four axes of windows, float32 [W, 4]."""
+        if isinstance(self.encoder, BatchEncoder):
+            return self.encoder.rate(windows)
+        return self.heads(self.encoder(windows))
