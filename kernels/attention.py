@@ -73,12 +73,12 @@ def _step(state, q, gate, k_ptr, v_ptr, bias_ptr, key, length, stride_t, scale, 
     else:
         k = tl.load(k_ptr + at)
         v = tl.load(v_ptr + at)
-    score = tl.dot(q, tl.trans(k), input_precision="ieee") * scale + gate[:, None] * bias
+    score = tl.dot(q, tl.trans(k), input_precision="ieee") + gate[:, None] * bias
     if LAST:
         score = tl.where(heard[None, :], score, float("-inf"))
     new_highest = tl.maximum(highest, tl.max(score, 1))
-    shrink = tl.exp2(highest - new_highest)
-    p = tl.exp2(score - new_highest[:, None])
+    shrink = tl.exp2((highest - new_highest) * scale)
+    p = tl.exp2(score * scale - (new_highest * scale)[:, None])
     total = total * shrink + tl.sum(p, 1)
     y = tl.dot(p.to(v.dtype), v, y * shrink[:, None], input_precision="ieee")
     return new_highest, total, y
@@ -111,7 +111,10 @@ def _attention_kernel(
     QUERIES: tl.constexpr,
     KEYS: tl.constexpr,
 ):
-    """One program is one block of queries of one head of one window; scores are in units of log 2."""
+    """One program is one block of queries of one head of one window.
+
+    Scores are in units of q k^T; times `scale`, which holds log2 e since exp2 is the faster one, they are exponents.
+    """
     window, head = tl.program_id(1) // heads, tl.program_id(1) % heads
     query = tl.program_id(0) * QUERIES + tl.arange(0, QUERIES)
     inside = query < frames
@@ -121,8 +124,7 @@ def _attention_kernel(
     raw_ptr += window.to(tl.int64) * raw_stride_b + query * raw_stride_t + 2 * head
     a = tl.sigmoid(tl.load(raw_ptr, mask=inside, other=0.0).to(tl.float32))
     b = tl.sigmoid(tl.load(raw_ptr + 1, mask=inside, other=0.0).to(tl.float32))
-    # log2 e, as is in scale: exp2 is the faster one
-    gate = 1.4426950408889634 * (a * (b * tl.load(gate_ptr + head) - 1.0) + 2.0)
+    gate = (a * (b * tl.load(gate_ptr + head) - 1.0) + 2.0) * (1.4426950408889634 / scale)
     length = tl.load(lengths_ptr + window)
     bias_ptr += head * bias_stride_h + query[:, None] * bias_stride_t
     k_ptr += base
