@@ -15,6 +15,7 @@ from fastsmart.reward import Clips, RewardBlend, RewardSettings, load_reward
 from fastsmart.reward.audiobox import make_random_weights, read_weights
 from fastsmart.reward.audiobox.architecture import Size, encoder_shapes
 from fastsmart.reward.audiobox.cpu import int8_is_fast, quantised
+from fastsmart.reward.audiobox.heads import stacked
 
 RATE = 16_000
 AXES = ("CE", "CU", "PC", "PQ")
@@ -108,6 +109,19 @@ def test_a_batch_takes_the_next_larger_graph_and_all_are_recorded_beforehand(che
         torch.testing.assert_close(encoder.rate(windows), ratings, atol=2e-3, rtol=2e-3)
         torch.testing.assert_close(encoder.heads(forward[6]), ratings)
     assert recorded == [6, 4, 2, 1]
+
+
+@pytest.mark.parametrize("norms", [True, False])
+def test_heads_together_rate_as_each_does(checkpoint: Path, norms: bool) -> None:
+    """As on a GPU, with the norms of the published perceptrons and without."""
+    heads = load_reward("audiobox", checkpoint=checkpoint).heads
+    if not norms:
+        heads.perceptrons = [[pair for pair in modules if pair[0].dim() == 2] for modules in heads.perceptrons]
+    means = torch.randn(5, SMALL.layers + 1, SMALL.width, generator=torch.Generator().manual_seed(0))
+    each = heads(means)
+    heads.together = stacked(heads.perceptrons)
+    torch.testing.assert_close(heads(means), each)
+    assert (each.std(0) > 0).all()
 
 
 @pytest.mark.skipif(not int8_is_fast(), reason="no 8-bit products here")
