@@ -34,7 +34,7 @@ from fastsmart.trainer.update import MicroBatch, completion_logprobs
 FREE = {"empty", "empty_like", "empty_strided", "new_empty", "_unsafe_view", "lift_fresh", "device", "promote_types"}
 FREE |= {"_record_function_enter_new", "_record_function_exit"}  # marks for a profiler
 
-OURS = [(gpu, "gated_attention"), (gpu, "convolution_gelu"), (sampler, "sample_tokens")]
+OURS = [(gpu, "gated_attention"), (gpu, "convolution_gelu"), (gpu, "norm_of_sum"), (sampler, "sample_tokens")]
 OURS += [(cuda_graph_batch, name) for name in ("add_normalised", "attend_next", "gated", "sample_next")]
 
 

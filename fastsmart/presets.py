@@ -65,7 +65,7 @@ def smart_paper() -> Config:
         prompts=PromptSettings(source="procedural"),
         sampling=SamplingSettings(group=8, max_tokens=256, temperature=1.0),
         audio=RenderSettings(max_seconds=10.0, tail="cut", normalize="peak", empty="silence"),
-        reward=RewardSettings(terms={"audiobox": 1.0}, audiobox_axes={"CE": 1.0}),
+        reward=RewardSettings(terms={"audiobox": 1.0}, audiobox_axes={"CE": 1.0}, audiobox_batch=32),
         grpo=LossSettings(loss="bnpo", ratio="one", beta=0.04, kl="k3"),
         train=TrainSettings(
             steps=200,
