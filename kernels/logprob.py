@@ -155,6 +155,16 @@ def rows_backward(
 # ---------------------------------------------------------------------------------------------------- Triton kernels
 
 
+@jit
+def _tempered(x, TEMPERATURE: tl.constexpr):
+    """x / TEMPERATURE, rounded once: Triton's own division of float32 may be 2 ulp off, 1e-5 of a logit of 70."""
+    if TEMPERATURE == 1.0:
+        return x
+    if x.dtype == tl.float32:
+        return tl.div_rn(x, tl.full(x.shape, TEMPERATURE, x.dtype))
+    return x / TEMPERATURE
+
+
 @jit(varying=("rows",))
 def _forward_whole(
     logits,
@@ -174,7 +184,7 @@ def _forward_whole(
     column = tl.arange(0, BLOCK)
     live = row < rows
     inside = live[:, None] & (column < vocabulary)[None, :]
-    x = tl.load(logits + row[:, None] * vocabulary + column[None, :], mask=inside, other=0.0) / TEMPERATURE
+    x = _tempered(tl.load(logits + row[:, None] * vocabulary + column[None, :], mask=inside, other=0.0), TEMPERATURE)
     x = tl.where(inside, x, -float("inf"))
     top = tl.max(x, axis=1)
     d = x - top[:, None]
@@ -184,7 +194,7 @@ def _forward_whole(
     log_sum = tl.log(total)
     chosen = tl.load(ids + row, mask=live, other=-1)
     known = (chosen >= 0) & (chosen < vocabulary)
-    picked = tl.load(logits + row * vocabulary + chosen, mask=known, other=float("nan")) / TEMPERATURE
+    picked = _tempered(tl.load(logits + row * vocabulary + chosen, mask=known, other=float("nan")), TEMPERATURE)
     tl.store(logprob + row, picked - top - log_sum, mask=live)
     tl.store(entropy + row, log_sum - mean, mask=live)
     tl.store(peak + row, top, mask=live)
@@ -204,7 +214,7 @@ def _forward_looped(
     weighted = tl.full((), 0.0, logits.dtype.element_ty)  # sum of exp(x − top) (x − top)
     for start in range(0, vocabulary, BLOCK):
         inside = start + column < vocabulary
-        x = tl.load(start_of_row + start + column, mask=inside, other=0.0) / TEMPERATURE
+        x = _tempered(tl.load(start_of_row + start + column, mask=inside, other=0.0), TEMPERATURE)
         x = tl.where(inside, x, -float("inf"))
         new = tl.maximum(top, tl.max(x, axis=0))
         d = x - new
@@ -218,7 +228,7 @@ def _forward_looped(
     log_sum = tl.log(total)
     chosen = tl.load(ids + row)
     known = (chosen >= 0) & (chosen < vocabulary)
-    picked = tl.load(start_of_row + chosen, mask=known, other=float("nan")) / TEMPERATURE
+    picked = _tempered(tl.load(start_of_row + chosen, mask=known, other=float("nan")), TEMPERATURE)
     tl.store(logprob + row, picked - top - log_sum)
     tl.store(entropy + row, log_sum - weighted / total)
     tl.store(peak + row, top)
@@ -249,7 +259,7 @@ def _backward(
     live = row < rows
     place = row[:, None] * vocabulary + column[None, :]
     inside = live[:, None] & (column < vocabulary)[None, :]
-    x = tl.load(logits + place, mask=inside, other=0.0) / TEMPERATURE
+    x = _tempered(tl.load(logits + place, mask=inside, other=0.0), TEMPERATURE)
     top = tl.load(peak + row, mask=live, other=0.0)
     log_sum = tl.load(log_total + row, mask=live, other=0.0)
     # not x − logsumexp, see Rows
@@ -380,7 +390,9 @@ class _LogProb(torch.autograd.Function):
             if grad_weight is not None:
                 grad_weight.addmm_(grad_logits.t(), hidden[part].to(dtype))
         pairs = ((grad_hidden, hidden), (grad_weight, weight))
-        scaled = (None if g is None else g.div_(ctx.temperature).to(x.dtype) for g, x in pairs)
+        if ctx.temperature != 1.0:
+            _ = [g.div_(ctx.temperature) for g, _ in pairs if g is not None]
+        scaled = (None if g is None else g.to(x.dtype) for g, x in pairs)
         return *scaled, None, None, None, None
 
 
