@@ -67,13 +67,17 @@ def objective(
     entropy: Tensor | None,
     advantage: Tensor,
     offsets: Tensor,
-    denominator: float,
+    denominator: float | Tensor,
     constants: Objective,
+    ends: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Loss (a scalar), sums float64 [len(SUMS)] and peaks float64 [len(PEAKS)]; the loss is differentiable, once.
 
     logprob, sampler_logprobs, reference, entropy [M]: as for `policy_loss`, tokens of a completion side by side
     advantage [N], offsets int64 [N + 1]: completion n holds tokens offsets[n] … offsets[n + 1] − 1; N >= 1
+    denominator : of the loss; as a tensor, a scalar of float64 on the same device, it may change under a CUDA graph
+    ends int64 [N]: where completions do not follow upon one another: n holds offsets[n] … ends[n] − 1. What lies
+        between them counts for nothing and gets gradients of 0.
     """
     return _Objective.apply(
         logprob.contiguous(),
@@ -84,6 +88,7 @@ def objective(
         offsets,
         denominator,
         constants,
+        ends,
     )
 
 
@@ -166,6 +171,7 @@ def _objective(
     reference,
     advantage,
     offsets,
+    ends,
     grad_logprob,
     grad_entropy,
     sums,
@@ -193,7 +199,7 @@ def _objective(
     BLOCK: tl.constexpr,
 ):
     n = tl.program_id(0)
-    begin, end = tl.load(offsets + n), tl.load(offsets + n + 1)
+    begin, end = tl.load(offsets + n), tl.load(ends + n)
     adv = tl.load(advantage + n).to(tl.float64)
     step = tl.arange(0, BLOCK)
     zero = tl.full((), 0.0, tl.float64)
@@ -314,7 +320,7 @@ def _objective(
 def _shipped() -> list[Shipped]:
     """The default loss, and gspo with everything switched on that makes it walk twice."""
     tensors = ("logprob", "entropy", "sampler_logprobs", "reference", "advantage", "grad_logprob", "grad_entropy")
-    types = dict.fromkeys(tensors, "*fp32") | {"offsets": "*i64", "sums": "*fp64", "peaks": "*fp64"}
+    types = dict.fromkeys(tensors, "*fp32") | {"offsets": "*i64", "ends": "*i64", "sums": "*fp64", "peaks": "*fp64"}
     plain = Objective(False, False, False, False, 0.8, 1.2, 0.0, 0.04, "k3", False, 20.0, 0.0, 0.0, False, 0.0, 20.0)
     full = plain._replace(
         GSPO=True,
@@ -349,12 +355,14 @@ class _Objective(torch.autograd.Function):
         reference: Tensor | None,
         advantage: Tensor,
         offsets: Tensor,
-        denominator: float,
+        denominator: float | Tensor,
         constants: Objective,
+        ends: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         n = len(advantage)
-        grad_logprob = torch.empty_like(logprob)
-        grad_entropy = torch.empty_like(logprob) if entropy is not None and constants.BONUS else None
+        fresh = torch.empty_like if ends is None else torch.zeros_like
+        grad_logprob = fresh(logprob)
+        grad_entropy = fresh(logprob) if entropy is not None and constants.BONUS else None
         sums = logprob.new_empty(n, len(SUMS), dtype=torch.float64)
         peaks = logprob.new_empty(n, len(PEAKS), dtype=torch.float64)
         _objective[(n,)](
@@ -364,6 +372,7 @@ class _Objective(torch.autograd.Function):
             logprob if reference is None else reference,
             advantage,
             offsets,
+            offsets[1:] if ends is None else ends,
             grad_logprob,
             grad_logprob if grad_entropy is None else grad_entropy,
             sums,
@@ -389,5 +398,5 @@ class _Objective(torch.autograd.Function):
         return (
             grad_logprob * scale,
             None if grad_entropy is None else grad_entropy * scale,
-            *(None,) * 6,
+            *(None,) * 7,
         )

@@ -18,12 +18,15 @@ def fused_policy_loss(
     advantage: Tensor,
     offsets: Tensor,
     settings: LossSettings,
-    denominator: float,
+    denominator: float | Tensor,
     entropy: Tensor | None = None,
+    ends: Tensor | None = None,
 ) -> tuple[Tensor, LossStats]:
     """One micro-batch's share of the loss and its statistics, as `policy_loss` defines them.
 
-    offsets int64 [N + 1]: completion n holds tokens offsets[n] … offsets[n + 1] − 1. All else as for `policy_loss`.
+    offsets int64 [N + 1]: completion n holds tokens offsets[n] … offsets[n + 1] − 1, or, with `ends` int64 [N],
+    offsets[n] … ends[n] − 1 and what lies between counts for nothing. The denominator may be a float64 scalar on the
+    tensors' device. All else as for `policy_loss`.
 
     Raises ValueError when settings ask for a KL or entropy term and its input is None.
     """
@@ -32,7 +35,7 @@ def fused_policy_loss(
     if settings.entropy_bonus and entropy is None:
         raise ValueError("fused_policy_loss needs the entropy when entropy_bonus is above 0")
     loss, sums, peaks = objective(
-        logprob, sampler_logprobs, reference, entropy, advantage, offsets, denominator, _constants(settings)
+        logprob, sampler_logprobs, reference, entropy, advantage, offsets, denominator, _constants(settings), ends
     )
     return loss, LossStats(sums, peaks)
 
