@@ -29,7 +29,8 @@ from fastsmart.reward.audiobox.encoder import encoder_weights
 from fastsmart.sampling import SamplingSettings, cuda_graph_batch, decoder_weights, native, sampler
 from fastsmart.tokens.prompts import procedural
 from fastsmart.tokens.vocabulary import load_vocabulary
-from fastsmart.trainer.update import MicroBatch, completion_logprobs
+from fastsmart.trainer.micro_batch import MicroBatch
+from fastsmart.trainer.update import completion_logprobs
 
 FREE = {"empty", "empty_like", "empty_strided", "new_empty", "_unsafe_view", "lift_fresh", "device", "promote_types"}
 FREE |= {"_record_function_enter_new", "_record_function_exit"}  # marks for a profiler

@@ -33,8 +33,9 @@ from fastsmart.reward.audiobox.gpu import BatchEncoder
 from fastsmart.sampling import Rollout, SamplingSettings
 from fastsmart.sampling.native import NativeEngine
 from fastsmart.tokens.prompts import procedural
+from fastsmart.trainer.micro_batch import micro_batches
 from fastsmart.trainer.parity import LIMITS
-from fastsmart.trainer.update import completion_logprobs, micro_batches
+from fastsmart.trainer.update import completion_logprobs
 
 GROUP, PROMPT = 8, 4
 SMALL = Size(channels=16, width=32, ffn=64, heads=4, layers=2, pos_taps=16, pos_groups=4, head_layers=3)

@@ -34,7 +34,8 @@ from fastsmart.sampling.native import NativeEngine
 from fastsmart.tokens.decode import decode
 from fastsmart.tokens.prompts import procedural
 from fastsmart.tokens.vocabulary import load_vocabulary
-from fastsmart.trainer.update import micro_batches, reference_logprobs, update
+from fastsmart.trainer.micro_batch import micro_batches
+from fastsmart.trainer.update import reference_logprobs, update
 
 PROMPT, VOCABULARY, GROUP = 4, 413, 8
 

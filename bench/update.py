@@ -34,6 +34,7 @@ from fastsmart.policy.hf_format import save_policy
 from fastsmart.policy.optimizer import make_optimizer
 from fastsmart.policy.transformer import Policy
 from fastsmart.sampling.rollout import Rollout
+from fastsmart.trainer.micro_batch import micro_batches
 
 PEERS = ("transformers", "trl", "whole-logits")
 GROUP, PROMPT, MICRO_BATCH = 8, 4, 16
@@ -79,7 +80,7 @@ def ours(policy: Policy, rollout: Rollout, advantage: Tensor, dtype: torch.dtype
     optimizer = make_optimizer(policy, LEARNING_RATE, (0.9, 0.999), 0.0)
 
     def job() -> training.Update:
-        batches = list(training.micro_batches(rollout, MICRO_BATCH, policy.device))
+        batches = list(micro_batches(rollout, MICRO_BATCH, policy.device))
         ref_logprobs = training.reference_logprobs(reference, batches, 1.0, dtype)
         return training.update(
             policy, optimizer, batches, ref_logprobs, advantage, SETTINGS,

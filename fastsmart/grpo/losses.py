@@ -96,7 +96,7 @@ def loss_denominator(lengths: Tensor, settings: LossSettings) -> float:
         return max(1.0, float(len(lengths)))
     if settings.loss == "dr_grpo":
         return max(1.0, float(len(lengths)) * settings.max_tokens)
-    return max(1.0, float(lengths.sum()))
+    return max(1.0, float(sum(lengths.tolist())))  # a sum of PyTorch would be waited for
 
 
 def clipped_surrogate(ratio: Tensor, advantage: Tensor, settings: LossSettings) -> Tensor:

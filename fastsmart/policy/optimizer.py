@@ -15,16 +15,37 @@ _MOMENTS = ("exp_avg", "exp_avg_sq")
 def make_optimizer(
     policy: Policy, learning_rate: float, betas: tuple[float, float], weight_decay: float
 ) -> torch.optim.AdamW:
-    """AdamW (Loshchilov & Hutter 2019), fused; matrices decay, norms and embeddings do not."""
+    """AdamW (Loshchilov & Hutter 2019), fused; matrices decay, norms and embeddings do not.
+
+    On a GPU its learning rate is a tensor there, so that a step can be part of a CUDA graph.
+    """
     decayed = [p for n, p in policy.named_parameters() if p.dim() == 2 and "proj" in n]
     plain = [p for n, p in policy.named_parameters() if not (p.dim() == 2 and "proj" in n)]
     groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=True)
+    if policy.device.type != "cuda":
+        return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=True)
+    rate = torch.tensor(learning_rate, dtype=torch.float32, device=policy.device)
+    return torch.optim.AdamW(groups, lr=rate, betas=betas, fused=True, capturable=True)
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:
     for group in optimizer.param_groups:
-        group["lr"] = learning_rate
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(learning_rate)
+        else:
+            group["lr"] = learning_rate
+
+
+def step_if_finite(optimizer: torch.optim.Optimizer, grad_norm: Tensor) -> None:
+    """One step of a fused optimizer, which leaves weights and state as they are where the norm is not finite.
+
+    The device decides: nobody waits for it, as with torch.amp.GradScaler, whose way of saying so this is.
+    """
+    optimizer.found_inf = (~grad_norm.isfinite()).to(torch.float32)  # type: ignore[attr-defined]
+    try:
+        optimizer.step()
+    finally:
+        del optimizer.found_inf  # type: ignore[attr-defined]
 
 
 def scheduled_rate(step: int, steps: int, peak: float, schedule: str, warmup: int = 0, floor: float = 0.0) -> float:

@@ -12,7 +12,8 @@ from collections.abc import Sequence
 import torch
 
 from fastsmart.policy.transformer import Policy
-from fastsmart.trainer.update import MicroBatch, completion_logprobs
+from fastsmart.trainer.micro_batch import MicroBatch
+from fastsmart.trainer.update import completion_logprobs
 
 
 def rehearse(

@@ -19,9 +19,10 @@ from fastsmart.policy.transformer import Policy
 from fastsmart.run.trace import Trace
 from fastsmart.trainer.batch import Batch
 from fastsmart.trainer.diversity_control import DiversityControl
+from fastsmart.trainer.micro_batch import micro_batches
 from fastsmart.trainer.rehearsal import rehearse
 from fastsmart.trainer.rollout_worker import ScoredRollout
-from fastsmart.trainer.update import Update, micro_batches, reference_logprobs, update
+from fastsmart.trainer.update import Update, reference_logprobs, update
 
 _SKIPPED_KEY = "skipped_in_a_row"
 _CONTROL_KEY = "diversity_control"

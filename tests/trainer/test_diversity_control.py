@@ -17,8 +17,9 @@ from fastsmart.reward import Scores
 from fastsmart.trainer import diversity_control
 from fastsmart.trainer.batch import Batch
 from fastsmart.trainer.diversity_control import DIATONIC, DiversityControl, split_rows
+from fastsmart.trainer.micro_batch import micro_batches
 from fastsmart.trainer.rehearsal import rehearse
-from fastsmart.trainer.update import completion_logprobs, micro_batches
+from fastsmart.trainer.update import completion_logprobs
 
 EVERYTHING = {"stratify": 0.25, "weight": 0.5, "floor": 0.9, "clips": 64, "gate": 0.1, "rehearse": 3}
 PLAIN = {"reward": {"normalize": "none"}}

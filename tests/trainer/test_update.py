@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from tiny_policy import make_policy
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastsmart.grpo.settings import LossSettings
 from fastsmart.policy.optimizer import (
@@ -14,10 +15,12 @@ from fastsmart.policy.optimizer import (
     make_optimizer,
     optimizer_tensors,
     scheduled_rate,
+    step_if_finite,
 )
 from fastsmart.sampling import sample
 from fastsmart.tokens.token_batch import TokenBatch
-from fastsmart.trainer.update import micro_batches, reference_logprobs, update
+from fastsmart.trainer.micro_batch import micro_batches
+from fastsmart.trainer.update import reference_logprobs, update
 
 PROMPTS = TokenBatch.pack([[21, 400, 180, 330], [1], [21, 401]])
 
@@ -95,6 +98,63 @@ def test_kernels_do_not_change_the_step(batch, loss):
     a, b = optimizer_tensors(whole_optimizer, whole), optimizer_tensors(fused_optimizer, fused)
     for name in a:
         torch.testing.assert_close(a[name], b[name].cpu(), rtol=1e-3, atol=1e-6)
+
+
+class Waiting(TorchDispatchMode):
+    """Counts the operators for which a program waits until the device has got there: they give it a number, or a shape
+    that depends on numbers."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        name = operator.overloadpacket.__name__
+        indices = args[1] if name in {"index", "index_put", "index_put_"} else []
+        masks = [i for i in indices if i is not None and i.dtype == torch.bool]
+        if masks or name in {
+            "_local_scalar_dense",
+            "item",
+            "is_nonzero",
+            "nonzero",
+            "masked_select",
+            "equal",
+            "unique",
+        }:
+            self.seen.append(name)
+        return operator(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("kernel", ["torch", "triton"])
+@pytest.mark.parametrize("advantage", [1.0, float("nan")], ids=["a step", "a skipped step"])
+def test_a_step_waits_for_nothing_before_its_end(batch, kernel, advantage):
+    if kernel == "triton":
+        pytest.importorskip("triton")
+    policy, rollout, _ = batch
+    settings = LossSettings(kernel=kernel, entropy_bonus=0.01, mask_high=2.0)
+    device = torch.device("cuda" if kernel == "triton" and torch.cuda.is_available() else "cpu")
+    given = copy.deepcopy(policy).to(device), rollout.select(range(3)), torch.full((3,), advantage)
+    with Waiting() as waiting:
+        _, _, change = step(given, settings, 2)
+    assert change.skipped == (advantage != advantage)
+    assert waiting.seen == []
+
+
+def test_a_step_that_is_skipped_changes_nothing(batch):
+    _, optimizer, _ = step(batch, LossSettings(beta=0.0), 100)
+    policy = naive_names(batch, optimizer)
+    weights = [p.detach().clone() for p in policy.parameters()]
+    state = {name: tensor.clone() for name, tensor in optimizer_tensors(optimizer, policy).items()}
+    for p in policy.parameters():
+        p.grad = torch.full_like(p, float("inf"))
+    step_if_finite(optimizer, torch.tensor(float("inf")))
+    assert all(torch.equal(p, w) for p, w in zip(policy.parameters(), weights, strict=True))
+    now = optimizer_tensors(optimizer, policy)
+    assert all(torch.equal(now[name], tensor) for name, tensor in state.items())
+    for p in policy.parameters():
+        p.grad = torch.ones_like(p)
+    step_if_finite(optimizer, torch.tensor(1.0))
+    assert not any(torch.equal(p, w) for p, w in zip(policy.parameters(), weights, strict=True))
 
 
 def test_the_step_follows_the_gradient_of_the_loss_as_written_down(batch):
