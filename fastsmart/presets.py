@@ -70,6 +70,7 @@ def smart_paper() -> Config:
         train=TrainSettings(
             steps=200,
             prompts=4,
+            micro_batch=64,
             learning_rate=1e-4,
             schedule="linear",
             advantage_scale="group",
@@ -98,7 +99,15 @@ def smart_released() -> Config:
         reward=paper.reward,
         grpo=paper.grpo,
         train=TrainSettings(
-            steps=200, prompts=8, learning_rate=1e-4, seed=1, eval_every=0, eval_prompts=64, save_every=20, keep=10
+            steps=200,
+            prompts=8,
+            micro_batch=64,
+            learning_rate=1e-4,
+            seed=1,
+            eval_every=0,
+            eval_prompts=64,
+            save_every=20,
+            keep=10,
         ),
     )
 
@@ -115,7 +124,7 @@ def h200() -> Config:
         released,
         reward=replace(released.reward, audiobox_dtype="float16", audiobox_batch=32),
         grpo=replace(released.grpo, ratio="behaviour"),
-        train=replace(released.train, pipeline="one-step-off", micro_batch=64, score_batch=32),
+        train=replace(released.train, pipeline="one-step-off", score_batch=32),
     )
 
 
