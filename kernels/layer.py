@@ -307,7 +307,7 @@ def _shipped(kind: str) -> list[Shipped]:
     ]
 
 
-SHIPPED = [*_shipped("bf16"), *_shipped("fp32")]
+SHIPPED = _shipped("bf16")
 
 
 # ------------------------------------------------------------------------------------------------ autograd wrappers
