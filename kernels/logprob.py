@@ -3,7 +3,7 @@
 This is the boundary between kernels and readable code: everything above it (ratio, clipping, KL, loss) works on
 [M] vectors. Shape letters: M packed tokens, R tokens of a chunk, D hidden width, V vocabulary.
 
-A chunk of logits is made in fp32, by the BLAS or on a GPU by kernels/single.py, reduced to four numbers a row, and
+A chunk of logits is made in fp32 by the BLAS, reduced to four numbers a row, and
 forgotten; for the backward pass it is kept (M·V small) or made again. What that costs at least, on paper, on a GPU with
 fp32 products at 50 TFLOP/s and 3.3 TB/s, for M = 8,192 and D = 512. V = 413: three products of 3.5 GFLOP, 208 µs, and
 13.5 MB of logits, written once and read by each row kernel, and their gradient, written once and read by two products:
@@ -23,7 +23,6 @@ from torch.autograd.function import once_differentiable
 
 from fastsmart.kernels.jit import choose_kernel
 from fastsmart.kernels.logprob_rows import Rows, Slopes, rows_backward, rows_forward, triton_backward, triton_forward
-from fastsmart.kernels.single import single_product
 
 # CPU: a chunk of logits should stay in a core's L2 cache between the passes over it: 2**18 fp32 are 1 MiB, 634 rows at
 # V = 413. Wide vocabularies get at least MIN_ROWS rows, or the matrix product would only re-read the weight.
@@ -77,7 +76,7 @@ def logprob(hidden: Tensor, weight: Tensor, ids: Tensor, temperature: float = 1.
 
 
 class _Passes(NamedTuple):
-    """The two passes over a chunk, and the products between them.
+    """The two passes over a chunk.
 
     in_place : what they keep for the backward pass is the logits themselves
     multiple : rows of logits are padded with zeros to a multiple of it, for products that load 16 bytes at a time
@@ -85,35 +84,13 @@ class _Passes(NamedTuple):
 
     forward: Callable[[Tensor, Tensor, Tensor, float, Rows, bool], None]
     backward: Callable[[Tensor, Tensor, Tensor, float, Rows, Slopes, bool], None]
-    product: Callable[[Tensor, Tensor, Tensor], object]
-    add_product: Callable[[Tensor, Tensor, Tensor], object]
     in_place: bool
     multiple: int
 
 
-def _library_product(a: Tensor, b: Tensor, out: Tensor) -> None:
-    torch.mm(a, b, out=out)  # autocast leaves operations with `out` alone
-
-
-def _library_add(a: Tensor, b: Tensor, out: Tensor) -> None:
-    out.addmm_(a, b)
-
-
-def _add_product(a: Tensor, b: Tensor, out: Tensor) -> None:
-    if a.dtype == torch.float32:
-        out.add_(single_product(a, b, torch.empty_like(out)))
-    else:
-        out.addmm_(a, b)
-
-
-def _product(a: Tensor, b: Tensor, out: Tensor) -> None:
-    """By tensor cores where they are as exact."""
-    (single_product if a.dtype == torch.float32 else _library_product)(a, b, out)
-
-
 _PASSES = {
-    "torch": _Passes(rows_forward, rows_backward, _library_product, _library_add, in_place=False, multiple=1),
-    "triton": _Passes(triton_forward, triton_backward, _product, _add_product, in_place=True, multiple=16),
+    "torch": _Passes(rows_forward, rows_backward, in_place=False, multiple=1),
+    "triton": _Passes(triton_forward, triton_backward, in_place=True, multiple=16),
 }
 
 
@@ -134,7 +111,7 @@ class _LogProb(torch.autograd.Function):
             n = part.stop - start
             work = kept[part] if keep else scratch[-1, :n]
             logits = work if passes.in_place else scratch[0, :n]
-            passes.product(hidden[part].to(dtype), wide.t(), logits)
+            torch.mm(hidden[part].to(dtype), wide.t(), out=logits)  # autocast leaves operations with `out` alone
             passes.forward(logits[:, :v], work[:, :v], ids[part], temperature, rows.part(part), keep)
         ctx.temperature, ctx.keep, ctx.passes = temperature, keep, passes
         ctx.save_for_backward(hidden, weight, ids, kept, *rows)
@@ -161,13 +138,13 @@ class _LogProb(torch.autograd.Function):
             grad_logits = scratch[0, :n]
             work = kept[part] if ctx.keep else scratch[-1, :n]
             if not ctx.keep:
-                passes.product(hidden[part].to(dtype), wide.t(), work)
+                torch.mm(hidden[part].to(dtype), wide.t(), out=work)
             given = (ids[part], ctx.temperature, rows.part(part), slopes.part(part), ctx.keep)
             passes.backward(work[:, :v], grad_logits[:, :v], *given)
             if grad_hidden is not None:
-                passes.product(grad_logits, wide, grad_hidden[part])
+                torch.mm(grad_logits, wide, out=grad_hidden[part])
             if grad_weight is not None:
-                passes.add_product(grad_logits.t(), hidden[part].to(dtype), grad_weight)
+                grad_weight.addmm_(grad_logits.t(), hidden[part].to(dtype))
         pairs = ((grad_hidden, hidden), (None if grad_weight is None else grad_weight[:v], weight))
         if ctx.temperature != 1.0:
             _ = [g.div_(ctx.temperature) for g, _ in pairs if g is not None]

@@ -46,6 +46,8 @@ def step_if_finite(optimizer: torch.optim.Optimizer, grad_norm: Tensor) -> None:
         optimizer.step()
     finally:
         del optimizer.found_inf  # type: ignore[attr-defined]
+    # the fused step leaves versions as they were, by which copies of the weights are known to be old
+    torch.autograd.graph.increment_version([p for group in optimizer.param_groups for p in group["params"]])
 
 
 def scheduled_rate(step: int, steps: int, peak: float, schedule: str, warmup: int = 0, floor: float = 0.0) -> float:

@@ -106,6 +106,7 @@ def test_new_weights_are_seen(policy, passes, rollout):
     changed = passes.logprobs(batch)
     assert not torch.equal(before, changed)
     policy.adopt({name: 2 * tensor for name, tensor in policy.state_dict().items()})
+    policy.to(DEVICE)  # the tables of angles, which are made anew
     assert not torch.equal(changed, passes.logprobs(batch))
     exact = completion_logprobs(policy, batch, 0.9, torch.float32, "torch").logprob
     torch.testing.assert_close(passes.logprobs(batch), exact.detach(), rtol=1e-5, atol=1e-5)

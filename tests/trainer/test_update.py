@@ -153,7 +153,9 @@ def test_a_step_that_is_skipped_changes_nothing(batch):
     assert all(torch.equal(now[name], tensor) for name, tensor in state.items())
     for p in policy.parameters():
         p.grad = torch.ones_like(p)
+    versions = [p._version for p in policy.parameters()]
     step_if_finite(optimizer, torch.tensor(1.0))
+    assert all(p._version > v for p, v in zip(policy.parameters(), versions, strict=True))  # copies are now old
     assert not any(torch.equal(p, w) for p, w in zip(policy.parameters(), weights, strict=True))
 
 
