@@ -1,7 +1,7 @@
 """Passes of a policy over micro-batches on a GPU: 16-bit products, and recorded as CUDA graphs where shapes repeat.
 
-A step of the paper's policy launches 900 kernels a micro-batch, 25 µs of a processor each, which a GPU works off in a
-third of the time; replayed they follow one another in 1.2 µs.
+A step of the paper's policy in four micro-batches launches 1,808 kernels, which takes a processor 68 ms and an H100 a
+quarter of that to work off; replayed they follow one another in 1.2 µs.
 
 Shape letters: N completions and T tokens of a shape, B <= N completions of a micro-batch, M completion tokens of it.
 """
