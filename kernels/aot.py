@@ -40,6 +40,8 @@ def main(arguments: Sequence[str]) -> int:
     print(f"{'kernel':36} {'target':7} {'registers':>9} {'spills, B':>9} {'shared, B':>9}")
     for shipped in shipped_kernels():
         for architecture in arguments or ARCHITECTURES:
+            if int(architecture.removeprefix("sm_")) < shipped.since:
+                continue
             found = footprint(shipped, architecture)
             spilled |= found.spills > 0
             print(
@@ -64,6 +66,8 @@ def compiled(shipped: Any, architecture: str) -> Any:
     capability = int(architecture.removeprefix("sm_"))
     names = shipped.kernel.arg_names
     constants = {name: value for name, value in shipped.constants.items() if name in names}
+    if "PDL" in names:  # as `fastsmart.kernels.jit.overlapped` says
+        constants["PDL"] = capability >= 90
     types = {name: kind for name, kind in shipped.types.items() if name in names}
     # as at a launch: torch's memory is aligned, and so is what `Shipped.aligned` names
     multiples = [name for name, kind in types.items() if kind[0] == "*" or name in shipped.aligned]

@@ -11,10 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastsmart.kernels.jit import Shipped, choose_kernel, jit, next_power_of_2, tl
+from fastsmart.kernels.jit import Shipped, choose_kernel, jit, next_power_of_2, overlapped, tl
 
-# Slots whose keys one pass of the loop reads: 64 x 64 numbers are 32 a lane of 4 warps
-SLOTS = 64
+# Slots whose keys and values one pass of the loop reads: 32 x 64 numbers of each, 32 a lane of 2 warps
+SLOTS = 32
 FEATURES = 1024  # of the feed-forward that a program computes: 8 a lane
 
 
@@ -55,9 +55,15 @@ def attend_next(
     out = torch.empty(rows, heads * size, dtype=qkv.dtype, device=qkv.device)
     if rows:
         _attend_next[(rows, heads)](
-            qkv, kv[0], kv[1], rope, slot, left, out, heads, kv_heads, slots, size, E=next_power_of_2(size), SLOTS=SLOTS
-        )
+            qkv, kv[0], kv[1], rope, slot, left, out, heads, kv_heads, slots, size, E=next_power_of_2(size),
+            SLOTS=SLOTS, num_warps=_attention_warps(qkv.dtype.itemsize), **overlapped(qkv.device),
+        )  # fmt: skip
     return out
+
+
+def _attention_warps(itemsize: int) -> int:
+    """Of a program: few, which leave room for the next kernel while this one ends; 1 to 8 were tried on an H100."""
+    return 2 if itemsize == 2 else 4
 
 
 def gated(gate_up: Tensor, kernel: str = "auto") -> Tensor:
@@ -144,44 +150,67 @@ def _attend_next(
     size,
     E: tl.constexpr,
     SLOTS: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """One query head of a row. The token's own key and value come from registers: the first of the heads that share
-    them writes them to the cache, when the others may have read it already."""
+    them writes them to the cache, when the others may have read it already.
+
+    Each of SLOTS lanes has a softmax of its own, of every SLOTS-th slot, so that no lane waits for another in the loop;
+    they become one at the end. Keys and values are loaded a block ahead.
+    """
     row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     kind = qkv.dtype.element_ty
     kv_head = head * kv_heads // heads
+    # older than the kernel before, as are all keys and values but the token's
     here, first = tl.load(slot).to(tl.int32), tl.load(left + row).to(tl.int32)
     feature = tl.arange(0, E)
     inside = feature < size
+    keys += (row * kv_heads + kv_head) * slots * size
+    values += (row * kv_heads + kv_head) * slots * size
+    begin = first // SLOTS * SLOTS
+    lane = begin + tl.arange(0, SLOTS)
+    at = lane[:, None] * size + feature[None, :]
+    mask = ((lane < here) & (lane >= first))[:, None] & inside[None, :]
+    # read once a step, and weights again and again: those should stay in the cache of the GPU
+    next_key = tl.load(keys + at, mask=mask, other=0.0, eviction_policy="evict_first")
+    next_value = tl.load(values + at, mask=mask, other=0.0, eviction_policy="evict_first")
     angle = rope + (here - first) * size + feature // 2 * 2
     cos, sin = tl.load(angle, mask=inside, other=0.0), tl.load(angle + 1, mask=inside, other=0.0)
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
     token = qkv + row * (heads + 2 * kv_heads) * size
     # rounded as in the cache, so that what is seen does not depend on where it comes from
     q = _rotated(token + head * size, feature, inside, cos, sin).to(kind).to(tl.float32)
     key = _rotated(token + (heads + kv_head) * size, feature, inside, cos, sin).to(kind)
     value = tl.load(token + (heads + kv_heads + kv_head) * size + feature, mask=inside, other=0.0)
-    keys += (row * kv_heads + kv_head) * slots * size
-    values += (row * kv_heads + kv_head) * slots * size
     if head % (heads // kv_heads) == 0:
         tl.store(keys + here * size + feature, key, mask=inside)
         tl.store(values + here * size + feature, value, mask=inside)
-    top = tl.sum(q * key.to(tl.float32), axis=0)  # running maximum of the scores, their sum, and the mix so far
-    total = 1.0
-    mixed = value.to(tl.float32)
-    for start in range(0, here, SLOTS):
+    own = tl.sum(q * key.to(tl.float32), axis=0)
+    top = tl.zeros([SLOTS], tl.float32) + own  # running maximum of a lane's scores, their sum, and the mix so far
+    total = tl.zeros([SLOTS], tl.float32)
+    mixed = tl.zeros([SLOTS, E], tl.float32)
+    for start in range(begin, here, SLOTS):
         place = start + tl.arange(0, SLOTS)
         seen = (place < here) & (place >= first)
-        at = place[:, None] * size + feature[None, :]
-        mask = seen[:, None] & inside[None, :]
-        scores = tl.sum(tl.load(keys + at, mask=mask, other=0.0).to(tl.float32) * q[None, :], axis=1)
+        some_keys, some_values = next_key, next_value
+        at += SLOTS * size
+        mask = (place + SLOTS < here)[:, None] & inside[None, :]
+        next_key = tl.load(keys + at, mask=mask, other=0.0, eviction_policy="evict_first")
+        next_value = tl.load(values + at, mask=mask, other=0.0, eviction_policy="evict_first")
+        scores = tl.sum(some_keys.to(tl.float32) * q[None, :], axis=1)
         scores = tl.where(seen, scores, -float("inf"))
-        higher = tl.maximum(top, tl.max(scores, axis=0))
+        higher = tl.maximum(top, scores)
         shrink, weight = tl.exp(top - higher), tl.exp(scores - higher)
-        total = total * shrink + tl.sum(weight, axis=0)
-        part = tl.load(values + at, mask=mask, other=0.0).to(tl.float32)
-        mixed = mixed * shrink + tl.sum(part * weight[:, None], axis=0)
+        total = total * shrink + weight
+        mixed = mixed * shrink[:, None] + some_values.to(tl.float32) * weight[:, None]
         top = higher
-    tl.store(out + (row * heads + head) * size + feature, (mixed / total).to(kind), mask=inside)
+    highest = tl.max(top, axis=0)
+    shrink, weight = tl.exp(top - highest), tl.exp(own - highest)
+    whole = tl.sum(total * shrink, axis=0) + weight
+    result = tl.sum(mixed * shrink[:, None], axis=0) + value.to(tl.float32) * weight
+    tl.store(out + (row * heads + head) * size + feature, (result / whole).to(kind), mask=inside)
 
 
 @jit
@@ -204,7 +233,14 @@ def _shipped(kind: str) -> list[Shipped]:
         Shipped(
             f"add_normalised, D 2048, {kind}", _add_normalised, types, {"ADD": True, "BLOCK": 2048}, aligned=aligned
         ),
-        Shipped(f"attend_next, {kind}", _attend_next, types, {"E": 64, "SLOTS": SLOTS}, aligned=aligned),
+        Shipped(
+            f"attend_next, {kind}",
+            _attend_next,
+            types,
+            {"E": 64, "SLOTS": SLOTS},
+            num_warps=_attention_warps(4 if kind == "fp32" else 2),
+            aligned=aligned,
+        ),
         Shipped(f"gated, {kind}", _gated, types, {"BLOCK": FEATURES}, aligned=aligned),
     ]
 

@@ -40,6 +40,7 @@ class Shipped:
     num_warps : as at the launch
     aligned   : integer arguments that are multiples of 16 at the launch, which Triton compiles for
     num_stages: of the pipeline of a loop, as at the launch
+    since     : compute capability below which it is not launched so: 90 = Hopper
     """
 
     name: str
@@ -49,6 +50,7 @@ class Shipped:
     num_warps: int = 4
     aligned: Sequence[str] = ()
     num_stages: int = 3
+    since: int = 0
 
 
 def jit(kernel: Callable[..., None] | None = None, *, varying: Sequence[str] = ()) -> Any:
@@ -82,3 +84,13 @@ def choose_kernel(kernel: str, device: torch.device) -> str:
 def next_power_of_2(n: int) -> int:
     """The smallest power of two that is at least n: what a block must be to hold n numbers."""
     return 1 << (n - 1).bit_length()
+
+
+def overlapped(device: torch.device) -> dict[str, bool]:
+    """Launch arguments of a kernel that may start while the one before it ends, and waits for that by itself.
+
+    That is programmatic dependent launch, of compute capability 9 and above; such a kernel has a constant `PDL`, and
+    `tl.extra.cuda.gdc_wait()` before it reads what others write.
+    """
+    able = device.type == "cuda" and not INTERPRETED and torch.cuda.get_device_capability(device) >= (9, 0)
+    return {"PDL": True, "launch_pdl": True} if able else {"PDL": False}

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastsmart.kernels.jit import Shipped, choose_kernel, jit, next_power_of_2, tl
+from fastsmart.kernels.jit import Shipped, choose_kernel, jit, next_power_of_2, overlapped, tl
 
 WIDEST = 4096  # logits a Triton program holds; wider vocabularies take the twin
 UNDEFINED = -1
@@ -61,6 +61,7 @@ def sample_next(
             TEMPERATURE=temperature,
             UNDEFINED=UNDEFINED,
             BLOCK=next_power_of_2(vocabulary),
+            **overlapped(logits.device),
         )
 
 
@@ -138,7 +139,11 @@ def _sample_next(
     TEMPERATURE: tl.constexpr,
     UNDEFINED: tl.constexpr,
     BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
     row = tl.program_id(0)
     at = row * columns + tl.load(column)
     number = tl.load(uniform + at)

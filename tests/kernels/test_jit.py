@@ -73,8 +73,8 @@ def test_every_kernel_compiles_without_spills(tmp_path):
     for name, _, registers, spills, _ in rows:
         assert 0 < int(registers) <= 255
         assert spills == "0"
-        # as launched, with sizes that are multiples of 16; without that knowledge it takes 250
-        assert not name.startswith("attend_next") or int(registers) < 128
+        # as launched, with sizes that are multiples of 16; without that knowledge it takes all 255
+        assert not name.startswith("attend_next") or int(registers) < 192
 
 
 def test_what_is_said_of_a_kernels_integers_is_true_of_its_launches(tmp_path):
