@@ -36,7 +36,10 @@ FREE = {"empty", "empty_like", "empty_strided", "new_empty", "_unsafe_view", "li
 FREE |= {"_record_function_enter_new", "_record_function_exit"}  # marks for a profiler
 
 OURS = [(gpu, "gated_attention"), (gpu, "convolution_gelu"), (gpu, "norm_of_sum"), (sampler, "sample_tokens")]
-OURS += [(cuda_graph_batch, name) for name in ("add_normalised", "attend_next", "gated", "sample_next")]
+OURS += [
+    (cuda_graph_batch, name)
+    for name in ("normalised_product", "attend_next", "added_product", "gated_product", "sample_next")
+]
 
 
 class Operators(TorchDispatchMode):
@@ -139,13 +142,16 @@ def sampling_work(job: Job, dtype: torch.dtype = torch.bfloat16, static_cache: b
     """The native sampler, really run, so for small jobs only; `static_cache` as where a step is recorded and
     replayed."""
     vocab = load_vocabulary("smart")
-    with patch.object(decoder_weights, "_packing_library", lambda weight: ""):  # as on a GPU
-        engine = native.NativeEngine(Policy(make_size(job), vocab), dtype=dtype, static_cache=static_cache)
     prompts, settings = (
         procedural(vocab, job.clips // GROUP, seed=0).tokens,
         SamplingSettings(max_tokens=job.tokens, ignore_eos=True),
     )
-    list(engine.stream(prompts, settings, (0,)))  # makes the cache
+    with (  # as on a GPU
+        patch.object(decoder_weights, "_packing_library", lambda weight: ""),
+        patch.object(cuda_graph_batch, "serves", lambda rows, dtype, device: dtype.itemsize == 2),
+    ):
+        engine = native.NativeEngine(Policy(make_size(job), vocab), dtype=dtype, static_cache=static_cache)
+        list(engine.stream(prompts, settings, (0,)))  # makes the cache
     with counting() as work:
         list(engine.stream(prompts, settings, (0,)))
     return work

@@ -6,8 +6,9 @@ Twins compute in float32 from the same numbers, so "apart" is what 16 bit and an
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from typing import Any
 
 import torch
 from gpu_look import Finding, Look, apart
@@ -18,6 +19,7 @@ from fastsmart.grpo.losses import loss_denominator, policy_loss
 from fastsmart.grpo.settings import LossSettings
 from fastsmart.kernels.attention import KEYS, gated_attention
 from fastsmart.kernels.convolution import convolution_gelu
+from fastsmart.kernels.decode_product import added_product, gated_product, normalised_product
 from fastsmart.kernels.decode_step import add_normalised, attend_next, gated
 from fastsmart.kernels.jit import INTERPRETED, triton
 from fastsmart.kernels.logprob import logprob
@@ -96,20 +98,33 @@ def decode(look: Look) -> Iterator[Finding]:
 
 
 def decode_products(look: Look) -> Iterator[Finding]:
-    """The matrix products of a decode step; the library's, so only their time is asked."""
-    rows = look.size(ROWS, 4)
-    shapes = {
-        "qkv": (WIDTH, 3 * WIDTH),
-        "out": (WIDTH, WIDTH),
-        "gate and up": (WIDTH, 2 * UNITS),
-        "down": (UNITS, WIDTH),
+    """The products of a decode step, with the norm before or the sum after them, and the library's without."""
+    rows, epsilon, dtype = look.size(ROWS, 4), 1e-5, look.dtype(torch.bfloat16)
+    x, y, units = (3 * look.normal(rows, k, dtype=dtype) for k in (WIDTH, WIDTH, UNITS))
+
+    def weight(n: int, k: int, dtype: torch.dtype = dtype) -> torch.Tensor:
+        return (look.normal(n, k) / k**0.5).to(dtype)
+
+    products: dict[str, tuple[Callable[..., torch.Tensor], tuple[Any, ...]]] = {
+        "qkv": (normalised_product, (x, weight(3 * WIDTH, WIDTH), epsilon, None, None)),
+        "out": (added_product, (x.clone(), y, weight(WIDTH, WIDTH), None)),
+        "gate and up": (gated_product, (x, weight(2 * UNITS, WIDTH), epsilon)),
+        "down": (added_product, (x.clone(), units, weight(WIDTH, UNITS), None)),
+        "head": (normalised_product, (x, weight(VOCABULARY, WIDTH, torch.float32), epsilon, None, None)),
     }
-    dtypes = dict.fromkeys(shapes, look.dtype(torch.bfloat16)) | {"head": torch.float32}
-    for name, (k, n) in {**shapes, "head": (WIDTH, VOCABULARY)}.items():
-        dtype = dtypes[name]
-        x, w = look.normal(rows, k, dtype=dtype), look.normal(k, n, dtype=dtype)
-        work = [Work(name, 2e-9 * rows * k * n, 1e-9 * dtype.itemsize * (k * n + rows * (k + n)))]
-        yield look.finding(name, us=look.replayed_us(lambda x=x, w=w: x @ w), work=work, dtype=dtype)
+    for name, (product, given) in products.items():
+        left, right = given[:2] if product is not added_product else given[1:3]
+        copies = [(g.clone(), g.float().clone()) if isinstance(g, torch.Tensor) else (g, g) for g in given]
+        mine, wide = zip(*copies, strict=True)  # a sum is made in place
+        off = apart(product(*mine, look.kernel), product(*wide, "torch"))
+        (n, k), item = right.shape, right.dtype.itemsize
+        work = [Work(name, 2e-9 * rows * k * n, 1e-9 * item * (k * n + rows * (k + n)))]
+        limit = 2e-2 if item == 2 else 2e-6
+        us = look.replayed_us(lambda p=product, g=given: p(*g, look.kernel))
+        yield look.finding(name, us=us, work=work, dtype=right.dtype, apart=off, limit=limit)
+        turned, left = right.t(), left.to(right.dtype)
+        us = look.replayed_us(lambda x=left, w=turned: x @ w)
+        yield look.finding(f"{name}, library", us=us, work=work, dtype=right.dtype)
 
 
 def attention(look: Look) -> Iterator[Finding]:

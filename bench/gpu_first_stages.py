@@ -6,7 +6,7 @@ import os
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -31,6 +31,7 @@ from fastsmart.reward.audiobox import AudioboxReward, make_random_weights
 from fastsmart.reward.audiobox.architecture import Size
 from fastsmart.reward.audiobox.gpu import BatchEncoder
 from fastsmart.sampling import Rollout, SamplingSettings
+from fastsmart.sampling.cuda_graph_batch import GraphBatch
 from fastsmart.sampling.native import NativeEngine
 from fastsmart.tokens.prompts import procedural
 from fastsmart.trainer.micro_batch import micro_batches
@@ -95,20 +96,22 @@ def sampler(look: Look) -> Iterator[Finding]:
 
 
 @torch.inference_mode()
-def _decode_steps(look: Look, batch: object, dtype: torch.dtype, steps: int) -> Iterator[Finding]:
+def _decode_steps(look: Look, batch: GraphBatch, dtype: torch.dtype, steps: int) -> Iterator[Finding]:
     """Microseconds of a decode step at slots of a rollout, replayed, and launched by Python."""
 
-    def some(step: object, at: int) -> None:
-        batch.place[0], batch.place[1] = at, 1  # type: ignore[attr-defined]
-        for _ in range(steps):
-            step()  # type: ignore[operator]
+    def some(draw: Callable[[int], None], at: int) -> None:
+        batch.place[0], batch.place[1] = at, 1
+        draw(steps)
+
+    def launched(count: int) -> None:
+        for _ in range(count):
+            batch.step()
 
     for at in (5, 130, 240) if not look.quick else (5,):
-        us = look.launched_us(partial(some, batch.step, at), 5) / steps  # type: ignore[attr-defined]
+        us = look.launched_us(partial(some, batch.draw, at), 5) / steps
         yield look.finding(f"step at slot {at}, {dtype}", us=us)
-    launched = partial(some, batch._step, 5)  # type: ignore[attr-defined]
-    yield look.finding(f"step launched, {dtype}", us=look.launched_us(launched, 3) / steps)
-    look.kernel_table(partial(some, batch.step, 130), f"{steps} decode steps, {dtype}")  # type: ignore[attr-defined]
+    yield look.finding(f"step launched, {dtype}", us=look.launched_us(partial(some, launched, 5), 3) / steps)
+    look.kernel_table(partial(some, batch.draw, 130), f"{steps} decode steps, {dtype}")
 
 
 def encoder(look: Look) -> Iterator[Finding]:

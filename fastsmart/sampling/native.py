@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Generator, Iterator
 from contextlib import closing
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -144,7 +145,7 @@ class NativeEngine:
         batch = self.graph_batches.pop(key, None)
         if batch is None:
             batch = GraphBatch(self.weights, self.capture, len(prompts), slots, settings)
-        batch.begin(ids, left, _uniform(seed, index, settings.max_tokens))
+        batch.begin(ids, left, partial(_uniform, seed, index, settings.max_tokens))
         running, eos = np.ones(len(prompts), bool), self._end_of_piece(settings)
         while running.any():
             before, sampled, logprobs = batch.advance()

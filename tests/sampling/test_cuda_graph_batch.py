@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from watched_stream import WatchedStream
 
 from fastsmart.errors import UserError
-from fastsmart.kernels import decode_step
+from fastsmart.kernels import decode_product, decode_step
 from fastsmart.sampling import SamplingSettings, cuda_graph_batch
 from fastsmart.sampling.native import _STATIC_KEPT, NativeEngine
 from fastsmart.tokens.token_batch import TokenBatch
@@ -202,6 +202,30 @@ def test_with_tritons_kernels(vocab, monkeypatch):
     assert set(asked) == {"auto"}
 
 
+@pytest.mark.parametrize("kernel", ["torch", "triton"])
+@pytest.mark.parametrize("shape", [{"num_kv_heads": 2}, {"tied_head": True}], ids=["gqa", "tied"])
+def test_with_fused_products(vocab, monkeypatch, kernel, shape):
+    """Those of few rows in 16 bit, here in float32, so that the same must be drawn: by the twins, and by Triton's
+    kernels (on a GPU, or in the interpreter). The operators of a step wait for nothing."""
+    if kernel == "triton":
+        pytest.importorskip("triton")
+    device = "cuda" if kernel == "triton" and torch.cuda.is_available() else "cpu"
+    policy, settings = make_policy(vocab, num_layers=2, **shape).to(device), SamplingSettings(group=1, max_tokens=3)
+    plain = sampled(NativeEngine(policy), settings)
+    asked = []
+    for module in (decode_product, decode_step):
+        monkeypatch.setattr(module, "choose_kernel", lambda *given: asked.append(given) or kernel)
+    monkeypatch.setattr(cuda_graph_batch, "serves", lambda rows, dtype, device: True)
+    engine = NativeEngine(policy, static_cache=True)
+    assert_same(sampled(engine, settings), plain)
+    assert len(asked) >= 2 * (2 * 5 + 1)  # five kernels a layer and the head, two steps
+    (batch,) = engine.graph_batches.values()
+    with torch.inference_mode(), Operators() as step:
+        batch.column.zero_()
+        batch.step()
+    assert not step.names & WAITS
+
+
 @pytest.mark.gpu
 def test_on_a_gpu_the_sampler_does_not_wait_for_the_trainer(vocab):
     """What the default stream has still to do changes nothing that is drawn, and new weights are those it has made."""
@@ -235,7 +259,7 @@ def test_on_a_gpu_replays_draw_what_launches_draw(vocab, dtype):
     if dtype == torch.float32:
         assert_same_until_a_border(replayed_other, sampled(engine, replace(settings, cuda_graph=False)))
     (batch,) = engine.graph_batches.values()
-    batch.step = batch._step
+    batch.graphs.clear()
     assert_same(replayed_other, sampled(engine, settings))
     engine.load(policy, 0)
     assert_same(replayed, sampled(engine, settings))
