@@ -36,9 +36,10 @@ from fastsmart.reward import Clips, Scores
 from fastsmart.run.folder import RunFolder
 from fastsmart.run.trace import Trace
 from fastsmart.sampling import Completion
-from fastsmart.trainer.loop import open_run, run_step
-from fastsmart.trainer.rollout_pipeline import Progress, RolloutPipeline, started_thread
-from fastsmart.trainer.rollout_worker import RolloutScheduler, ScoredRollout
+from fastsmart.tokens.token_batch import TokenBatch
+from fastsmart.trainer.loop import open_run
+from fastsmart.trainer.rollout_pipeline import Progress, RolloutPipeline, ScoredRollout, started_thread
+from fastsmart.trainer.rollout_worker import RolloutScheduler
 
 MODES = ("off", "overlap", "one-step-off")
 CLIPS, CHUNK = 64, 8
@@ -102,21 +103,21 @@ def slept_steps(mode: str, steps: int) -> list[float]:
 
 
 class SleptWorker:
-    """The stations of `fastsmart.trainer.rollout_worker` with an engine, a renderer and a reward that sleep."""
+    """A rollout worker whose engine, renderer and reward sleep."""
 
     def __init__(self, mode: str, steps: int) -> None:
         settings = replace(demo().train, pipeline=mode, steps=steps)  # type: ignore[arg-type]
         self.config, self.trace, self.engine = SimpleNamespace(train=settings), Trace(), SleptEngine()
         self.sampling_thread = started_thread("rollout")
-        self.pipeline = RolloutPipeline(SleptRenderer(), self.score, mode != "off", self.trace)
+        self.pipeline = RolloutPipeline(self.decode, SleptRenderer(), self.score, mode != "off", self.trace)
+        self.prompts = TokenBatch.pack([[0]] * CLIPS)
 
     def generate_step(self, step: int, progress: Progress | None = None) -> ScoredRollout:
-        def decode(i: int, completion: Completion) -> NoteBatch:
-            return NoteBatch.empty(1)
+        return self.pipeline.run(self.engine.stream(), self.prompts, 1, CHUNK)
 
-        made = self.pipeline.run(self.engine.stream(), decode, CLIPS, CHUNK)
-        rollout = SimpleNamespace(version=made.completions[0].version)
-        return ScoredRollout(rollout, made.notes, made.scores, made.sample_s)  # type: ignore[arg-type]
+    @staticmethod
+    def decode(ids: np.ndarray) -> NoteBatch:
+        return NoteBatch.empty(1)
 
     @staticmethod
     def score(clips: Clips) -> Scores:
@@ -175,17 +176,17 @@ def alternating(pairs: int) -> dict[str, Any]:
     each: list[dict[bool, float]] = []
     with (
         tempfile.TemporaryDirectory() as folder,
-        open_run(RunFolder.create(Path(folder) / "run", demo_in("overlap")), Ranks()) as (trainer, worker, _),
+        open_run(RunFolder.create(Path(folder) / "run", demo_in("overlap")), Ranks()) as (trainer, _),
         gc_at_steps() as collect,
     ):
-        scheduler = RolloutScheduler(worker)
+        pipeline = trainer.worker.pipeline
         for step in range(2 * pairs + 2):
-            worker.pipeline.overlap = step % 4 in (1, 2)
-            seconds = run_step(trainer, worker, scheduler).line["time"]["step"]
+            pipeline.overlap = step % 4 in (1, 2)
+            seconds = trainer.step()[1]["time"]["step"]
             if step % 2 == 0:
                 each.append({})
-            each[-1][worker.pipeline.overlap] = seconds
-            collect(trainer.step)
+            each[-1][pipeline.overlap] = seconds
+            collect(trainer.steps_done)
     counted = each[1:]
     ratios = [pair[False] / pair[True] for pair in counted]
     return {

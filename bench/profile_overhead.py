@@ -2,7 +2,7 @@
 
     python bench/profile_overhead.py --out bench/results/profile-overhead.json
 
-Steps with the marks and steps with nothing in their place take turns, on the same batch. Their difference is far below
+Steps with the marks and steps with nothing in their place take turns. Their difference is far below
 what steps vary by, so each mark is timed in a loop of its own too, and multiplied by how often a step comes upon it.
 """
 
@@ -30,8 +30,7 @@ from fastsmart.run import trace
 from fastsmart.run.folder import RunFolder
 from fastsmart.trainer import trainer as trainer_module
 from fastsmart.trainer import update
-from fastsmart.trainer.batch import Batch
-from fastsmart.trainer.loop import advantages, open_run
+from fastsmart.trainer.loop import open_run
 
 WITH, WITHOUT = "with the marks", "without"
 CALLS = 100_000
@@ -45,26 +44,16 @@ def main() -> None:
     config = replace(config, train=settings, policy=replace(config.policy, device=options.device))
     with (
         tempfile.TemporaryDirectory() as folder,
-        open_run(RunFolder.create(Path(folder) / "run", config), Ranks()) as (
-            trainer,
-            worker,
-            _,
-        ),
+        open_run(RunFolder.create(Path(folder) / "run", config), Ranks()) as (trainer, _),
     ):
-
-        def step() -> None:
-            scored = worker.generate_step(0)
-            batch = Batch.gather(scored, settings.prompts, trainer.ranks)
-            with worker.trace("update"):
-                trainer.train_step(scored, batch, advantages(batch, config), worker.trace)
 
         def bare() -> None:
             with unmarked():
-                step()
+                trainer.step()
 
-        seconds = interleaved({WITH: step, WITHOUT: bare}, options.runs, options.device)
+        seconds = interleaved({WITH: trainer.step, WITHOUT: bare}, options.runs, options.device)
         with mock.patch.object(trace.threading, "get_native_id", wraps=threading.get_native_id) as asked:
-            step()
+            trainer.step()
         micro_batches = -(-settings.prompts * config.sampling.group // settings.micro_batch)
     marks = {
         "record_function": (annotate, 1 + micro_batches * (1 + settings.iterations)),  # the reference, and each forward

@@ -5,7 +5,7 @@
 
 A step of the paper: 32 completions of 256 tokens (4 prompts x 8) by a 17.2 M policy that plays real music, cut at 10 s,
 one soundfont, Audiobox of the published size with random weights, one optimizer step; float32, all threads to whoever
-has the turn. Ours runs through the stations of a real training run, with float32 and with int8 scoring, one stage after
+has the turn. Ours is the step of a real training run, with float32 and with int8 scoring, one stage after
 the other, so that each has its time, and as it comes ("overlapped"). The public pipeline is in bench/peers/public.py;
 its second form leaves gradient checkpointing off, which TRL has on.
 
@@ -46,12 +46,8 @@ from fastsmart.policy.settings import PolicySettings
 from fastsmart.policy.transformer import Policy
 from fastsmart.presets import smart_paper
 from fastsmart.reward.audiobox import make_random_weights
-from fastsmart.run.provenance import statistics_path
 from fastsmart.tokens.prompts import PromptSettings, make_prompts
 from fastsmart.tokens.vocabulary import load_vocabulary
-from fastsmart.trainer.batch import Batch
-from fastsmart.trainer.loop import advantages
-from fastsmart.trainer.rollout_worker import RolloutScheduler, RolloutWorker
 from fastsmart.trainer.trainer import Trainer
 
 PEERS = ("public", "public-without-checkpointing")
@@ -165,38 +161,28 @@ def noted(step: Callable[[], Times], taken: list[Times]) -> Callable[[], None]:
 
 
 class OwnStep:
-    """A training run's stations, of which `step` takes a step as `fastsmart.trainer.loop` does.
+    """A training run's `Trainer.step`, on the cores that a run has.
 
     notes : of the last step's completions
     """
 
     def __init__(self, config: Config, folder: Path) -> None:
-        self.config, self.ranks = config, Ranks()
-        self.trainer = Trainer(config, Checkpoints(folder), self.ranks)
-        sampler, version = self.trainer.sampler_weights()
-        self.worker = RolloutWorker(config, sampler, statistics_path(config), self.trainer.dtype, version)
+        self.trainer = Trainer(config, Checkpoints(folder), Ranks())
         self.cores = affinity()  # of this thread while it trains: on a GPU one core, which the next contender takes too
-        self.worker.rejoin_cores()
-        self.scheduler = RolloutScheduler(self.worker)
-        self.notes = NoteBatch.empty(0)
+        self.trainer.worker.rejoin_cores()
 
     def step(self) -> Times:
-        """One step on the cores that a run has; seconds of each stage."""
+        """Take one step; gives the seconds of each stage."""
         with on_cores(self.cores):
-            return self._step()
+            self.trainer.worker.trace.pop_times()  # what the other contenders' turns took
+            return self.trainer.step()[1]["time"]
 
-    def _step(self) -> Times:
-        trace, trainer = self.worker.trace, self.trainer
-        trace.pop_times()
-        scored = self.scheduler.next(trainer.step, trainer.policy)
-        batch = Batch.gather(scored, self.config.train.prompts, self.ranks)
-        with trace("update"):
-            trainer.train_step(scored, batch, advantages(batch, self.config), trace)
-        self.notes = scored.notes
-        return trace.pop_times()[0]
+    @property
+    def notes(self) -> NoteBatch:
+        return self.trainer.scored.notes
 
     def close(self) -> None:
-        self.worker.close()
+        self.trainer.worker.close()
 
 
 def public_step(config: Config, peer: str, steps: int, audiobox: Path) -> Any:

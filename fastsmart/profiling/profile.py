@@ -26,8 +26,7 @@ from fastsmart.profiling.analysis import Interval, Memory, Operator, ProfiledSte
 from fastsmart.run.folder import CONFIG_FILE, PROFILE_FILE, PROVENANCE_FILE, TRACE_FILE, RunFolder
 from fastsmart.run.recorder import memory_mb
 from fastsmart.run.trace import LANES, Trace
-from fastsmart.trainer.loop import open_run, run_step
-from fastsmart.trainer.rollout_worker import RolloutScheduler
+from fastsmart.trainer.loop import open_run
 
 MEMORY_EVERY_S = 0.05
 # what torch tells of an operator beside its name and time, and a page or Perfetto has no use for
@@ -61,17 +60,17 @@ def profile(
     if ranks.world > 1:
         raise UserError("a profile is of one process; start it without torchrun")
     folder = RunFolder.for_profile(out, config)
-    with open_run(folder, ranks) as (trainer, worker, recorder), gc_at_steps() as collect:
-        scheduler = RolloutScheduler(worker, recorder.stage)
+    with open_run(folder, ranks) as (trainer, recorder), gc_at_steps() as collect:
+        trace = trainer.worker.trace
         taken: list[Interval] = []
 
         def take(count: int) -> None:
             for _ in range(count):
                 start_s = time.perf_counter()
-                recorder.line(run_step(trainer, worker, scheduler).line, scheduler.pop_dropped())
-                collect(trainer.step)
-                taken.append(Interval(f"step {trainer.step}", start_s, time.perf_counter()))
-                progress(trainer.step, warmup + steps)
+                recorder.line(trainer.step(recorder.stage)[1], trainer.scheduler.dropped)
+                collect(trainer.steps_done)
+                taken.append(Interval(f"step {trainer.steps_done}", start_s, time.perf_counter()))
+                progress(trainer.steps_done, warmup + steps)
 
         take(warmup)
         profiler = torch.profiler.profile(
@@ -81,7 +80,7 @@ def profile(
         )
         with profiler, MemoryWatch() as memory:
             take(steps)
-            scheduler.sync_weights(trainer.policy, trainer.step)  # nobody computes any more when the profiler stops
+            trainer.sync_weights()  # nobody computes any more when the profiler stops
         since_s = taken[warmup].start_s
         events = torch_events(profiler, since_s)
         profiled = ProfiledSteps(
@@ -89,13 +88,13 @@ def profile(
             unprofiled_s=taken[warmup - 1].seconds if warmup > 1 else None,  # the first fills caches
             spans=[
                 (Interval(s.stage, s.start_s - since_s, s.end_s - since_s), s.lane, s.thread)
-                for s in worker.trace.spans
+                for s in trace.spans
                 if s.end_s > since_s
             ],
             operators=operators(events),
             memory=memory.samples(since_s),
         )
-        write_trace(folder.path / TRACE_FILE, worker.trace, events, profiled, since_s)
+        write_trace(folder.path / TRACE_FILE, trace, events, profiled, since_s)
     found = summary(profiled) | {
         "config": (folder.path / CONFIG_FILE).read_text(encoding="utf-8"),
         "provenance": json.loads((folder.path / PROVENANCE_FILE).read_text(encoding="utf-8")),

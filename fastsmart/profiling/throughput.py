@@ -24,8 +24,7 @@ from fastsmart.machine.distributed import Ranks, join_ranks
 from fastsmart.machine.files import make_folder, write_atomic
 from fastsmart.machine.gc_control import gc_at_steps
 from fastsmart.run.folder import PROVENANCE_FILE, RunFolder
-from fastsmart.trainer.loop import open_run, run_step
-from fastsmart.trainer.rollout_worker import RolloutScheduler
+from fastsmart.trainer.loop import open_run
 
 RESULT_FILE = "bench.json"
 STAGES = ("sample", "render", "score", "update")
@@ -95,14 +94,13 @@ def run_turn(config: Config, path: Path, steps: int, ranks: Ranks) -> list[dict[
         torch.cuda.reset_peak_memory_stats()
     with (
         RunFolder.open(path, config, False, ranks) as folder,
-        open_run(folder, ranks) as (trainer, worker, recorder),
+        open_run(folder, ranks) as (trainer, recorder),
         gc_at_steps() as collect,
     ):
-        scheduler = RolloutScheduler(worker)
         for _ in range(steps):
-            lines.append(run_step(trainer, worker, scheduler).line)
-            recorder.line(lines[-1], scheduler.pop_dropped())
-            collect(trainer.step)
+            lines.append(trainer.step()[1])
+            recorder.line(lines[-1], trainer.scheduler.dropped)
+            collect(trainer.steps_done)
     if torch.cuda.is_available():
         lines[-1]["cuda_mb"] = torch.cuda.max_memory_allocated() / 2**20
     return lines

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
@@ -65,6 +66,12 @@ class Scores:
 
     def __len__(self) -> int:
         return len(self.total)
+
+    @staticmethod
+    def concat(parts: Sequence[Scores]) -> Scores:
+        """The scores of all parts, one after the other; at least one part."""
+        terms = {name: np.concatenate([part.terms[name] for part in parts]) for name in parts[0].terms}
+        return Scores(terms, np.concatenate([part.total for part in parts]))
 
 
 def heard(clips: Clips, reward: str) -> AudioBatch:

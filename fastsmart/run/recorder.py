@@ -119,7 +119,7 @@ class Recorder:
         if not self.ranks.leader:
             print(f"rank {self.ranks.rank}: {text}", file=sys.stderr, flush=True)
 
-    def line(self, line: dict[str, Any], stale_dropped: int) -> None:
+    def line(self, line: dict[str, Any], stale_dropped: int = 0) -> None:
         """Finish a step's line with its `health`, and put it wherever it belongs."""
         line["health"] = self.health(stale_dropped)
         if not self.ranks.leader:

@@ -34,7 +34,7 @@ from fastsmart.study.evaluation import (
     without_nan,
 )
 from fastsmart.study.measures import Ruler, against, best_of_point, measure
-from fastsmart.study.outputs import Outputs, Performer, Progress, best_of_counts, named_soundfonts
+from fastsmart.study.outputs import Outputs, Player, Progress, best_of_counts, named_soundfonts
 from fastsmart.tokens.dataset import TokenDataset, encode_folder
 from fastsmart.tokens.vocabulary import Vocabulary
 
@@ -88,7 +88,7 @@ def evaluate(
     if best:
         played[best_of_label(best_of)] = best[best_of]
     metrics = measure(played, vocab, config, ruler, progress)
-    heard = stage.performer.soundfonts.items() if stage.performer.mix.needs_audio else ()
+    heard = stage.player.soundfonts.items() if stage.player.needs_audio else ()
     tree = {
         "prompts": prompts,
         "distinct_prompts": int(prompt_numbers(played[pairs[0][0]].prompts).max()) + 1,
@@ -126,7 +126,7 @@ class Stage:
         make_folder(self.out / OUTPUTS_FOLDER)
         self.config, self.prompts = config, prompts
         self.device = str(resolved_device(config.policy))
-        self.performer = Performer(config, named_soundfonts([config.audio.soundfont, *soundfonts]), self.device)
+        self.player = Player(config, named_soundfonts([config.audio.soundfont, *soundfonts]), self.device)
 
     def play(self, label: str, source: str, progress: Progress) -> tuple[PolicyRecord, Policy, Outputs]:
         """What a policy plays on the held-out prompts; raises UserError when it cannot be loaded."""
@@ -135,7 +135,7 @@ class Stage:
         path, mark = outputs_path(self.out, label), self._mark(record)
         outputs = Outputs.load(path, mark)
         if outputs is None:
-            outputs = self.performer.play(policy, self.prompts, _under(label, progress))
+            outputs = self.player.play(policy, self.prompts, _under(label, progress))
             outputs.save(path, mark)
         return record, policy, outputs
 
@@ -146,14 +146,14 @@ class Stage:
         kept = {k: Outputs.load(path, mark) for k, path in paths.items()}
         found = {k: outputs for k, outputs in kept.items() if outputs is not None}
         if len(found) < len(paths):
-            found = self.performer.best_of(policy, self.prompts, n, _under(best_of_label(n), progress))
+            found = self.player.best_of(policy, self.prompts, n, _under(best_of_label(n), progress))
             for k, outputs in found.items():
                 outputs.save(paths[k], mark)
         return found
 
     def _mark(self, record: PolicyRecord) -> str:
         """What the outputs of a policy and their scores depend on, as one hash."""
-        audio, fonts = replace(self.config.audio, soundfont="", workers=0), self.performer.soundfonts
+        audio, fonts = replace(self.config.audio, soundfont="", workers=0), self.player.soundfonts
         sections = (self.config.prompts, self.config.sampling, audio, self.config.reward)
         tree = [
             [asdict(section) for section in sections],

@@ -2,29 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
-from fastsmart.audio import find_soundfont, render
+from fastsmart.audio import find_soundfont
 from fastsmart.config import Config
 from fastsmart.errors import UserError
 from fastsmart.machine.files import os_errors_as_user_errors
 from fastsmart.notes import NoteBatch
 from fastsmart.policy.device import resolved_dtype
 from fastsmart.policy.transformer import Policy
-from fastsmart.reward import Clips, RewardBlend, Scores
+from fastsmart.reward import RewardBlend, Scores
 from fastsmart.run.provenance import statistics_path
-from fastsmart.sampling import RandomStream, SamplingSettings, make_engine
+from fastsmart.sampling import Completion, Engine, RandomStream, SamplingSettings
 from fastsmart.tokens.decode import decode
-from fastsmart.tokens.prompts import make_prompts
 from fastsmart.tokens.token_batch import TokenBatch
 from fastsmart.tokens.vocabulary import Vocabulary
+from fastsmart.trainer.rollout_pipeline import Progress
+from fastsmart.trainer.rollout_worker import RolloutWorker
 
-CLIPS_AT_ONCE = 256  # rendered and scored together: memory for their audio
-Progress = Callable[[str, int, int], None]
+CLIPS_AT_ONCE = 256  # played together: memory for their audio
 
 
 @dataclass(frozen=True)
@@ -91,80 +91,104 @@ class Outputs:
         return Outputs(prompts, completions, scores)
 
 
-class Performer:
-    """Has policies play held-out prompts and scores what they play; the rewards are loaded once.
+class Player:
+    """Has policies play held-out prompts and scores what they play, by the rollout worker of a training run.
 
     config     : prompts, sampling, audio and rewards, as of a training run
     soundfonts : names and paths to score on; the first is the one rewards are trained on
+
+    needs_audio : whether any reward listens; if not there is one column of scores, "notes"
+
+    Raises UserError where a reward cannot be used.
     """
 
     def __init__(self, config: Config, soundfonts: dict[str, Path], device: str = "cpu") -> None:
-        self.config, self.soundfonts = config, soundfonts
-        self.mix = RewardBlend(config.reward, statistics_path(config), device)
-        if not self.mix.needs_audio:  # one column: nothing is heard
-            self.soundfonts = {"notes": Path()}
+        self.config, self.statistics = config, statistics_path(config)
+        reward = RewardBlend(config.reward, self.statistics, device)
+        self.needs_audio = reward.needs_audio
+        self.reward = reward if device == "cpu" else None  # on a GPU each worker records graphs of its own
+        self.soundfonts = soundfonts if self.needs_audio else {"notes": Path()}
 
     def play(self, policy: Policy, count: int, progress: Progress) -> Outputs:
         """One output for each of the first `count` prompts of the split "test", which no run has seen."""
-        prompts, completions = self._draw(policy, count, 1, RandomStream.EVALUATE, progress)
-        return Outputs(prompts, completions, self._scores(policy, prompts, completions, progress))
+        return self._on_others(policy, self._play(policy, count, 1, RandomStream.EVALUATE, progress), progress)
 
     def best_of(self, policy: Policy, count: int, n: int, progress: Progress) -> dict[int, Outputs]:
         """For k = 2, 4 ... up to n: the best by the reward of the first k of n further outputs for each prompt."""
-        prompts, completions = self._draw(policy, count, n, RandomStream.BEST_OF, progress)
+        everything = self._play(policy, count, n, RandomStream.BEST_OF, progress)
         first = next(iter(self.soundfonts))
-        repeated = _picked(prompts, np.repeat(np.arange(count), n))
-        scores = {first: self._score(policy, repeated, completions, first, progress)}
-        everything = Outputs(repeated, completions, scores)
-        total = np.nan_to_num(scores[first].total.reshape(count, n), nan=-np.inf)
-        found = {}
-        for k in best_of_counts(n):
-            best = everything.select(np.arange(count) * n + total[:, :k].argmax(axis=1))
-            if k == n:
-                others = {
-                    font: self._score(policy, best.prompts, best.completions, font, progress)
-                    for font in self.soundfonts
-                    if font != first
-                }
-                best = replace(best, scores=best.scores | others)
-            found[k] = best
-        return found
+        total = np.nan_to_num(everything.scores[first].total.reshape(count, n), nan=-np.inf)
+        found = {k: everything.select(np.arange(count) * n + total[:, :k].argmax(axis=1)) for k in best_of_counts(n)}
+        return found | {n: self._on_others(policy, found[n], progress)}
 
-    def _draw(
-        self, policy: Policy, count: int, group: int, stream: int, progress: Progress
-    ) -> tuple[TokenBatch, TokenBatch]:
-        """Prompts [count] and completions [count x group]."""
-        config = self.config
-        prompts = make_prompts(config.prompts, policy.vocab, "test", 0, count)
-        settings: SamplingSettings = replace(config.sampling, group=group)
-        engine = make_engine(settings, policy, dtype=resolved_dtype(config.policy), completions=count * group)
-        completions: dict[int, np.ndarray] = {}
-        try:
-            for completion in engine.stream(prompts, settings, (config.train.seed, stream)):
-                completions[completion.index] = completion.ids
-                progress("sampling", len(completions), count * group)
-        finally:
-            engine.close()
-        return prompts, TokenBatch.pack([completions[i] for i in range(count * group)])
+    def _play(self, policy: Policy, count: int, group: int, stream: RandomStream, progress: Progress) -> Outputs:
+        """`group` outputs for each prompt, with scores on the first soundfont."""
+        font = next(iter(self.soundfonts))
+        prompts: list[np.ndarray] = []
+        completions: list[np.ndarray] = []
+        scores: list[Scores] = []
 
-    def _scores(
-        self, policy: Policy, prompts: TokenBatch, completions: TokenBatch, progress: Progress
-    ) -> dict[str, Scores]:
-        return {font: self._score(policy, prompts, completions, font, progress) for font in self.soundfonts}
+        def told(stage: str, done: int, _: int) -> None:
+            if stage == "sample":
+                progress("sampling", len(completions) + done, count * group)
 
-    def _score(
-        self, policy: Policy, prompts: TokenBatch, completions: TokenBatch, font: str, progress: Progress
-    ) -> Scores:
-        settings = replace(self.config.audio, soundfont=str(self.soundfonts[font]))
-        notes = _decoded(prompts, completions, policy.vocab, settings.max_seconds)
-        parts = []
-        for start in range(0, len(notes), CLIPS_AT_ONCE):
-            part = notes.select(range(start, min(start + CLIPS_AT_ONCE, len(notes))))
-            audio = render(part, **asdict(settings)) if self.mix.needs_audio else None
-            parts.append(self.mix(Clips(part, audio)))
-            progress(f"scoring on {font}", start + len(part), len(notes))
-        terms = {name: np.concatenate([p.terms[name] for p in parts]) for name in parts[0].terms}
-        return Scores(terms, np.concatenate([p.total for p in parts]))
+        with self._worker(policy, font, count, group) as worker:
+            for scored in worker.generate_split("test", count, group, stream, told):
+                rollout = scored.rollout
+                for i in range(len(rollout)):
+                    prompts.append(rollout.prompt_ids[i, : rollout.prompt_lengths[i]])
+                    completions.append(rollout.ids[i, : rollout.lengths[i]])
+                scores.append(scored.scores)
+                progress(f"scoring on {font}", len(completions), count * group)
+        return Outputs(TokenBatch.pack(prompts), TokenBatch.pack(completions), {font: Scores.concat(scores)})
+
+    def _on_others(self, policy: Policy, outputs: Outputs, progress: Progress) -> Outputs:
+        """The same outputs, one for each prompt, with scores on the other soundfonts too."""
+        found = dict(outputs.scores)
+        for font in [name for name in self.soundfonts if name not in found]:
+            scores: list[Scores] = []
+            with self._worker(policy, font, len(outputs), 1, Replay(outputs.completions)) as worker:
+                for scored in worker.generate_split("test", len(outputs), 1, RandomStream.EVALUATE):
+                    scores.append(scored.scores)
+                    progress(f"scoring on {font}", sum(map(len, scores)), len(outputs))
+            found[font] = Scores.concat(scores)
+        return replace(outputs, scores=found)
+
+    def _worker(self, policy: Policy, font: str, count: int, group: int, engine: Engine | None = None) -> RolloutWorker:
+        """A rollout worker that renders on this soundfont and holds some `CLIPS_AT_ONCE` clips, or one group."""
+        config, audio = self.config, self.config.audio
+        clips = max(group, min(count * group, CLIPS_AT_ONCE))
+        config = replace(
+            config,
+            audio=replace(audio, soundfont=str(self.soundfonts[font])) if self.needs_audio else audio,
+            train=replace(config.train, prompts=-(-clips // config.sampling.group)),
+        )
+        dtype = resolved_dtype(config.policy)
+        return RolloutWorker(config, policy, self.statistics, dtype, reward=self.reward, engine=engine)
+
+
+class Replay:
+    """An engine that yields completions drawn before, so that they are scored again: with another soundfont."""
+
+    version = 0
+
+    def __init__(self, completions: TokenBatch) -> None:
+        self.completions = completions
+
+    def stream(
+        self, prompts: TokenBatch, settings: SamplingSettings, seed: tuple[int, ...], first: int = 0
+    ) -> Iterator[Completion]:
+        for i in range(first, first + len(prompts) * settings.group):
+            ids = self.completions.row(i)
+            yield Completion(i, ids, np.zeros(len(ids), np.float32), self.version)
+
+    def load(self, policy: Policy, version: int) -> None:
+        self.version = version
+
+    def first_difference(self, policy: Policy) -> str | None:
+        return None
+
+    def close(self) -> None: ...
 
 
 def best_of_counts(n: int) -> list[int]:

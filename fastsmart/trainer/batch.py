@@ -12,7 +12,7 @@ from fastsmart.machine.distributed import Ranks
 from fastsmart.music.histograms import histograms
 from fastsmart.notes import NoteBatch
 from fastsmart.reward import Scores
-from fastsmart.trainer.rollout_worker import ScoredRollout
+from fastsmart.trainer.rollout_pipeline import ScoredRollout
 from fastsmart.trainer.update import Update
 
 

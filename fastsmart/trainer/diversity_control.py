@@ -8,7 +8,7 @@ strata, witness, target, control. Shape letters: N clips of a step, J clips of t
 from __future__ import annotations
 
 import io
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -63,14 +63,10 @@ def calibrate(config: Config, worker: RolloutWorker, folder: Path, step: int) ->
             raise UserError(f"{path} is damaged ({error}); copy it back, or start the run again") from error
     if step:
         raise UserError(f"{path} is missing, and only an untrained policy can make it; copy it back, or start again")
-    settings, count = replace(config.sampling, group=1), config.diversity.clips
-    longest = make_prompts(config.prompts, worker.vocab, "train", 0, count).lengths.max() + settings.max_tokens
-    share, parts = ranks.share(count), []
-    for first in range(share.start, share.stop, worker.batch):
-        size = min(worker.batch, share.stop - first)
-        prompts = make_prompts(config.prompts, worker.vocab, "train", first, size)
-        scored = worker.generate(prompts, settings, (config.train.seed, RandomStream.CALIBRATE), first=first)
-        rollout, ids = scored.rollout, np.zeros((size, longest))
+    count, parts = config.diversity.clips, []
+    longest = make_prompts(config.prompts, worker.vocab, "train", 0, count).lengths.max() + config.sampling.max_tokens
+    for scored in worker.generate_split("train", count, 1, RandomStream.CALIBRATE):
+        rollout, ids = scored.rollout, np.zeros((len(scored.rollout), longest))
         for i, whole in enumerate(rollout.sequences()):
             ids[i, : len(whole)] = whole
         columns = [scored.scores.total, scored.notes.counts, rollout.prompt_lengths, rollout.lengths]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +22,15 @@ from fastsmart.music.histograms import histograms, spread
 from fastsmart.music.rarefied import NOTES, TOKENS, rarefied_diversity
 from fastsmart.notes import NoteBatch
 from fastsmart.run.folder import table_heading
-from fastsmart.sampling import RandomStream, Rollout, SamplingSettings
+from fastsmart.run.recorder import Recorder
+from fastsmart.sampling import RandomStream, Rollout
 from fastsmart.sampling.rollout import pad
 from fastsmart.tokens.decode import decode
 from fastsmart.tokens.prompts import make_prompts
 from fastsmart.tokens.token_batch import TokenBatch
 from fastsmart.tokens.vocabulary import Vocabulary
-from fastsmart.trainer.rollout_worker import RolloutWorker, ScoredRollout
+from fastsmart.trainer.rollout_pipeline import ScoredRollout
+from fastsmart.trainer.rollout_worker import RolloutWorker
 
 TABLE_FEATURES = (
     "notes",
@@ -85,19 +87,12 @@ class HeldOut:
 def evaluate(
     worker: RolloutWorker, progress: Callable[[str, int, int], None] | None = None
 ) -> tuple[list[ScoredRollout], HeldOut, dict[str, Any]]:
-    """Perform the held-out prompts, one completion each, as many at a time as a step has.
+    """Play the held-out prompts, one completion each.
 
-    Every rank performs its share; the performances are this rank's, the clips and the summary those of all.
+    Every rank plays its share; the rollouts are this rank's, the clips and the summary those of all.
     """
-    config, ranks = worker.config, worker.ranks
-    settings: SamplingSettings = replace(config.sampling, group=1)
-    seed = (config.train.seed, RandomStream.EVALUATE)
-    clips, share = config.train.eval_prompts, ranks.share(config.train.eval_prompts)
-    scored_rollouts = []
-    for first in range(share.start, share.stop, worker.batch):
-        count = min(worker.batch, share.stop - first)
-        prompts = make_prompts(config.prompts, worker.vocab, "selection", first, count)
-        scored_rollouts.append(worker.generate(prompts, settings, seed, progress, first))
+    config, ranks, clips = worker.config, worker.ranks, worker.config.train.eval_prompts
+    scored_rollouts = list(worker.generate_split("selection", clips, 1, RandomStream.EVALUATE, progress))
     table = clip_table(scored_rollouts)
     rows = ranks.gather(np.stack(list(table.values()), axis=1), clips)
     prompts_of_all = make_prompts(config.prompts, worker.vocab, "selection", 0, clips)
@@ -132,6 +127,22 @@ def at_equal_size(
     opening, itself = prompt_numbers(prompts), np.ones((1, len(prompts)), np.float32)  # no resamples
     found = rarefied_diversity(decode(whole, vocab, max_seconds), completions, opening, itself)
     return {name: draws.value for name, draws in found.items() if np.isfinite(draws.value)}
+
+
+def evaluate_held_out(worker: RolloutWorker, recorder: Recorder, label: str) -> dict[str, Any]:
+    """Evaluate the engine's weights; gives `eval` and `time` for a line of metrics.
+
+    With a label, the numbers of all clips are kept under it, and this rank's clips to listen to.
+    """
+    with worker.trace.excluding("evaluate"):
+        scored_rollouts, clips, summary = evaluate(worker, recorder.stage)
+        if label and worker.ranks.leader:
+            try:
+                clips.save(recorder.folder.held_out(label))
+            except UserError as error:  # a full disk ends no run
+                recorder.note(f"before_after.md will be without intervals: {error}")
+            write_listening(worker, scored_rollouts, recorder.folder.listen, label)
+    return {"eval": summary, "time": {"evaluate": worker.trace.pop_excluded_s()}}
 
 
 def clip_table(scored_rollouts: Sequence[ScoredRollout]) -> dict[str, np.ndarray]:

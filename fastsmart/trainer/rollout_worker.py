@@ -1,9 +1,10 @@
-"""From prompts to scores: the stations a completion passes before it becomes an advantage."""
+"""From prompts to scores: what a completion passes before it becomes an advantage."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from concurrent.futures import Future, wait
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,38 +19,28 @@ from fastsmart.machine.cuda_graph import OwnStream
 from fastsmart.machine.distributed import Ranks
 from fastsmart.notes import NoteBatch
 from fastsmart.policy.transformer import Policy
-from fastsmart.reward import RewardBlend, Scores
+from fastsmart.reward import RewardBlend
 from fastsmart.run.trace import Trace
-from fastsmart.sampling import Completion, RandomStream, Rollout, SamplingSettings, make_engine
+from fastsmart.sampling import Engine, RandomStream, SamplingSettings, make_engine
 from fastsmart.tokens.decode import decode
 from fastsmart.tokens.prompts import make_prompts
 from fastsmart.tokens.token_batch import TokenBatch
 from fastsmart.tokens.vocabulary import Vocabulary
-from fastsmart.trainer.rollout_pipeline import Progress, RolloutPipeline, started_thread
-
-
-@dataclass(frozen=True)
-class ScoredRollout:
-    """What came of a batch of prompts: N completions, their notes, what they were worth.
-
-    sample_s  : how long sampling took, seconds
-    gpu_mixed : clips that were mixed on the GPU
-    """
-
-    rollout: Rollout
-    notes: NoteBatch
-    scores: Scores
-    sample_s: float
-    gpu_mixed: int = 0
+from fastsmart.trainer.rollout_pipeline import Progress, RolloutPipeline, ScoredRollout, started_thread
 
 
 class RolloutWorker:
     """The sampling engine, the renderer pool and the rewards of a run, started once and closed together.
 
+    reward : None = those of the config, with the `statistics`; one that is passed in is computed on a CPU
+    engine : None = the one of config.sampling
+
+    batch   : completions of a step on this rank, the most that one call may hold
     writing : a thread for what may take its time, on the cores of the helpers
 
     With train.pipeline "overlap" a clip is rendered the moment its completion ends, and scored with its chunk, while
-    others are still being sampled.
+    others are still being sampled. Raises UserError where a rank would be without a prompt, and whatever engine, pool
+    and rewards raise.
     """
 
     def __init__(
@@ -61,6 +52,8 @@ class RolloutWorker:
         version: int = 0,
         quarantine: Path | None = None,
         ranks: Ranks | None = None,
+        reward: RewardBlend | None = None,
+        engine: Engine | None = None,
     ) -> None:
         self.config, self.ranks = config, ranks or Ranks()
         for key in ("prompts", "eval_prompts"):
@@ -69,9 +62,9 @@ class RolloutWorker:
         self.vocab: Vocabulary = policy.vocab
         self.trace = Trace(self.ranks.rank)
         most_prompts = -(-config.train.prompts // self.ranks.world)
-        self.batch = most_prompts * config.sampling.group  # completions of a step: what one call may hold
-        self.reward = RewardBlend(config.reward, statistics, str(policy.device))
-        self.engine = make_engine(config.sampling, policy, version, dtype, self.batch)
+        self.batch = most_prompts * config.sampling.group
+        self.reward = reward or RewardBlend(config.reward, statistics, str(policy.device))
+        self.engine = engine or make_engine(config.sampling, policy, version, dtype, self.batch)
         self.pool: RenderPool | None = None
         self.mixer: DeviceRenderer | None = None
         with separate_helpers(policy.device) as self.rejoin_cores:
@@ -83,8 +76,12 @@ class RolloutWorker:
             if policy.device.type == "cuda":
                 scorer = started_thread("score")
                 scorer.submit(self._prepare_rewards, own).result()
-            self.pipeline = RolloutPipeline(self.mixer or self.pool, self.reward, overlap, self.trace, scorer, own)
+            renderer = self.mixer or self.pool
+            self.pipeline = RolloutPipeline(self._decoded, renderer, self.reward, overlap, self.trace, scorer, own)
             self.sampling_thread, self.writing = started_thread("rollout"), started_thread("write")
+
+    def _decoded(self, ids: np.ndarray) -> NoteBatch:
+        return decode(TokenBatch.pack([ids]), self.vocab, self.config.audio.max_seconds)
 
     def _prepare_rewards(self, own: OwnStream) -> None:
         with own.in_turn():  # after their weights have been copied to the GPU
@@ -103,31 +100,35 @@ class RolloutWorker:
         seed, first : completion i of this call draws from the random stream (seed, first + i)
         progress    : `progress(stage, done, total)` is called along the way, from any thread
         """
-        group = settings.group
-        chunk = max(1, self.config.train.score_batch // group) * group  # whole groups
-
-        def decoded(i: int, completion: Completion) -> NoteBatch:
-            whole = np.concatenate([prompts.row(i // group), completion.ids])
-            return decode(TokenBatch.pack([whole]), self.vocab, self.config.audio.max_seconds)
-
+        chunk = max(1, self.config.train.score_batch // settings.group) * settings.group  # whole groups
         mixed = self.mixer.mixed if self.mixer else 0
         stream = self.engine.stream(prompts, settings, seed, first)
-        made = self.pipeline.run(stream, decoded, len(prompts) * group, chunk, first, progress)
+        scored = self.pipeline.run(stream, prompts, settings.group, chunk, first, progress)
         for pid, start_s, end_s in self.pool.pop_work() if self.pool else []:
             self.trace.add("clip", start_s, end_s, lane=f"render worker {pid}")
-        rollout = Rollout.gather(made.completions, prompts, group, first)
-        mixed = self.mixer.mixed - mixed if self.mixer else 0
-        return ScoredRollout(rollout, made.notes, made.scores, made.sample_s, mixed)
+        return replace(scored, gpu_mixed=self.mixer.mixed - mixed) if self.mixer else scored
 
     def generate_step(self, step: int, progress: Progress | None = None) -> ScoredRollout:
         """This rank's share of a step's batch: prompts and random numbers are those of the step, whoever draws them."""
-        config = self.config
-        share = self.ranks.share(config.train.prompts)
-        prompts = make_prompts(
-            config.prompts, self.vocab, "train", step * config.train.prompts + share.start, len(share)
-        )
-        seed = (config.train.seed, RandomStream.TRAIN, step)
-        return self.generate(prompts, config.sampling, seed, progress, share.start * config.sampling.group)
+        config, group = self.config, self.config.sampling.group
+        share, seed = self.ranks.share(config.train.prompts), (config.train.seed, RandomStream.TRAIN, step)
+        start = step * config.train.prompts + share.start
+        prompts = make_prompts(config.prompts, self.vocab, "train", start, len(share))
+        return self.generate(prompts, config.sampling, seed, progress, share.start * group)
+
+    def generate_split(
+        self, split: str, count: int, group: int, stream: RandomStream, progress: Progress | None = None
+    ) -> Iterator[ScoredRollout]:
+        """`group` completions of each of the first `count` prompts of a split, this rank's share of them in order.
+
+        As many at a time as a step has; `progress` is told of each such batch anew.
+        """
+        config, share = self.config, self.ranks.share(count)
+        settings = replace(config.sampling, group=group)
+        at_once = max(1, self.batch // group)
+        for start in range(share.start, share.stop, at_once):
+            prompts = make_prompts(config.prompts, self.vocab, split, start, min(at_once, share.stop - start))
+            yield self.generate(prompts, settings, (config.train.seed, stream), progress, start * group)
 
     @property
     def renders_with(self) -> str:
@@ -162,52 +163,44 @@ def mixes_on_gpu(config: Config, device: torch.device) -> bool:
 
 
 class RolloutScheduler:
-    """The batch of each step, drawn when it is asked for; one step off, drawn while the step before was learnt from.
+    """Gives each step its batch: sampled when it is asked for or, one step off, while the policy learnt from the last.
 
-    Then the batch of step k has been drawn by the policy that step k - 1 began with: its version is k - 1, its
-    staleness 1. A batch staler than `train.max_staleness` is dropped, counted in `pop_dropped`, and drawn again.
+    One step off, the batch of step k has been sampled by the policy that step k - 1 began with: its version is k - 1,
+    its staleness 1. A batch staler than `train.max_staleness` is sampled again; `dropped` are its completions.
     """
 
-    def __init__(self, worker: RolloutWorker, progress: Progress | None = None) -> None:
-        self.worker, self.progress = worker, progress
+    def __init__(self, worker: RolloutWorker) -> None:
+        self.worker = worker
         settings = worker.config.train
         self.ahead = settings.pipeline == "one-step-off"
         self.max_staleness = settings.max_staleness if self.ahead else 0
         self.steps = settings.steps
-        self._dropped = 0
+        self.dropped = 0  # of the last batch
         self._next: Future[ScoredRollout] | None = None
 
-    def next(self, step: int, policy: Policy) -> ScoredRollout:
+    def next(self, step: int, policy: Policy, progress: Progress | None = None) -> ScoredRollout:
         """The batch of a step (counted from 0), whose policy this is; the engine holds its weights afterwards.
 
-        Without a batch under way it is drawn now: by this policy or, one step off, by the engine's weights as they are.
+        Without a batch under way it is sampled now: by this policy or, one step off, by the engine's weights as they
+        are.
         """
-        drawn = self._sample_batch(step) if self.ahead and not self._next else None
+        sample = self.worker.generate_step
+        sampled = sample(step, progress) if self.ahead and not self._next else None
         self.sync_weights(policy, step)
-        scored = drawn or (self._next.result() if self._next else self._sample_batch(step))
-        if step - scored.rollout.version > self.max_staleness:
-            self._dropped += len(scored.rollout)
-            scored = self._sample_batch(step)
-        self._next = (
-            self.worker.sampling_thread.submit(self._sample_batch, step + 1)
-            if self.ahead and step + 1 < self.steps
-            else None
-        )
+        scored = sampled or (self._next.result() if self._next else sample(step, progress))
+        stale = step - scored.rollout.version > self.max_staleness
+        self.dropped = len(scored.rollout) if stale else 0
+        if stale:
+            scored = sample(step, progress)
+        more = self.ahead and step + 1 < self.steps
+        self._next = self.worker.sampling_thread.submit(sample, step + 1, progress) if more else None
         return scored
 
-    def pop_dropped(self) -> int:
-        """Completions that were too stale, since the last call."""
-        count, self._dropped = self._dropped, 0
-        return count
-
     def sync_weights(self, policy: Policy, version: int) -> None:
-        """Give the engine these weights, when it has finished what it is drawing, unless it has them."""
+        """Give the engine these weights once it has sampled the batch under way, unless it has them."""
         if self._next:
             with self.worker.trace("wait"):
                 wait([self._next])
         if self.worker.engine.version != version:
             with self.worker.trace("sync"):
                 self.worker.engine.load(policy, version)
-
-    def _sample_batch(self, step: int) -> ScoredRollout:
-        return self.worker.generate_step(step, self.progress)

@@ -14,10 +14,10 @@ from fastsmart.cli import main
 from fastsmart.config import merged, to_toml
 from fastsmart.music.diversity import DIVERSITY
 from fastsmart.music.rarefied import RAREFIED
-from fastsmart.policy.hf_format import save_policy
+from fastsmart.policy.hf_format import load_policy, save_policy
 from fastsmart.study.evaluate import Stage, evaluate, labelled
 from fastsmart.study.evaluation import Evaluation
-from fastsmart.study.outputs import best_of_counts
+from fastsmart.study.outputs import Player, best_of_counts
 from fastsmart.study.report import write_report
 from fastsmart.trainer.evaluate import TABLE_FEATURES
 
@@ -75,6 +75,19 @@ def test_the_same_policy_twice_differs_in_nothing(two):
     for metric in found.metrics:
         change = metric.changes["b"]
         assert np.isnan(change.value) or change.value == change.low == change.high == 0, metric.name
+
+
+def test_outputs_and_scores_do_not_depend_on_how_many_are_played_at_once(two, monkeypatch):
+    sources, config, _ = two
+    policy, found = load_policy(sources[0]), []
+    for at_once in (256, 8, 4):
+        monkeypatch.setattr("fastsmart.study.outputs.CLIPS_AT_ONCE", at_once)
+        player = Player(config, {}, "cpu")
+        found += [player.play(policy, N, lambda *_: None), player.best_of(policy, N, 3, lambda *_: None)[3]]
+    for first, other in zip(found[:2] * 2, found[2:], strict=True):
+        np.testing.assert_array_equal(first.prompts.ids, other.prompts.ids)
+        np.testing.assert_array_equal(first.completions.ids, other.completions.ids)
+        np.testing.assert_array_equal(first.scores["notes"].total, other.scores["notes"].total)
 
 
 def test_best_of_n_is_the_best_of_n(two):

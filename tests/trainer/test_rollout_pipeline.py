@@ -16,9 +16,11 @@ from fastsmart.notes import NoteBatch
 from fastsmart.reward import Clips, Scores
 from fastsmart.run.trace import Trace
 from fastsmart.sampling import Completion
+from fastsmart.tokens.token_batch import TokenBatch
 from fastsmart.trainer.rollout_pipeline import DEPTH, RolloutPipeline, started_thread
 
 TOTAL, CHUNK, FIRST = 24, 4, 100
+PROMPTS = TokenBatch.pack([[-i] for i in range(TOTAL)])
 
 
 class SlowRenderer:
@@ -57,8 +59,9 @@ def completions(seed: int) -> Iterator[Completion]:
         yield Completion(FIRST + int(i), np.full(3, i, np.int32), np.zeros(3, np.float32), 0)
 
 
-def decode(i: int, completion: Completion) -> NoteBatch:
-    assert completion.ids[0] == i
+def decode(ids: np.ndarray) -> NoteBatch:
+    """Gives no notes; checks that a completion, three times its number, stands behind its own prompt, -number."""
+    assert (ids[1:] == -ids[0]).all()
     return NoteBatch.empty(1)
 
 
@@ -75,10 +78,10 @@ def test_order_and_mode_change_no_bit(seed: int) -> None:
     results = []
     for overlap in (False, True):
         renderer = SlowRenderer(seed)
-        pipeline = RolloutPipeline(renderer, score, overlap, Trace())
+        pipeline = RolloutPipeline(decode, renderer, score, overlap, Trace())
         for _ in range(2):  # and the stages can be used again
-            made = pipeline.run(completions(seed), decode, TOTAL, CHUNK, FIRST)
-            assert [c.index for c in made.completions] == list(range(FIRST, FIRST + TOTAL))
+            made = pipeline.run(completions(seed), PROMPTS, 1, CHUNK, FIRST)
+            assert made.rollout.ids[:, 0].tolist() == list(range(TOTAL))
             assert made.scores.terms["value"].tolist() == list(range(TOTAL))
             results.append(made.scores.total)
         assert renderer.gathered == 2 * [list(range(at, at + CHUNK)) for at in range(0, TOTAL, CHUNK)]
@@ -107,8 +110,8 @@ def test_clips_are_mixed_and_scored_on_the_stages_own_stream(overlap: bool) -> N
             yield completion
 
     for scorer in (None, started_thread("score")):
-        pipeline = RolloutPipeline(Renderer(0), watched, overlap, Trace(), scorer, own)
-        pipeline.run(sampled(), decode, TOTAL, CHUNK, FIRST)
+        pipeline = RolloutPipeline(decode, Renderer(0), watched, overlap, Trace(), scorer, own)
+        pipeline.run(sampled(), PROMPTS, 1, CHUNK, FIRST)
         pipeline.close()
         assert not own.entered
     assert seen == [True] * (2 * 2 * TOTAL // CHUNK)
@@ -125,13 +128,13 @@ def test_one_thread_scores_for_the_whole_run(overlap: bool) -> None:
 
     scorer = started_thread("score")
     prepared_in = scorer.submit(threading.get_ident).result()
-    pipeline = RolloutPipeline(SlowRenderer(0), telling, overlap, Trace(), scorer)
-    kept = [pipeline.run(completions(seed), decode, TOTAL, CHUNK, FIRST).scores.total for seed in range(2)]
+    pipeline = RolloutPipeline(decode, SlowRenderer(0), telling, overlap, Trace(), scorer)
+    kept = [pipeline.run(completions(seed), PROMPTS, 1, CHUNK, FIRST).scores.total for seed in range(2)]
     pipeline.close()
     assert threads == {prepared_in}
     assert scorer._shutdown
-    plain = RolloutPipeline(SlowRenderer(0), score, False, Trace())
-    assert np.array_equal(kept, [plain.run(completions(0), decode, TOTAL, CHUNK, FIRST).scores.total] * 2)
+    plain = RolloutPipeline(decode, SlowRenderer(0), score, False, Trace())
+    assert np.array_equal(kept, [plain.run(completions(0), PROMPTS, 1, CHUNK, FIRST).scores.total] * 2)
     plain.close()
 
 
@@ -148,8 +151,8 @@ def test_scoring_begins_before_sampling_has_ended() -> None:
         scored.set()
         return score(clips)
 
-    pipeline = RolloutPipeline(SlowRenderer(0), telling, True, Trace())
-    pipeline.run(patient(), decode, TOTAL, CHUNK, FIRST)
+    pipeline = RolloutPipeline(decode, SlowRenderer(0), telling, True, Trace())
+    pipeline.run(patient(), PROMPTS, 1, CHUNK, FIRST)
     pipeline.close()
 
 
@@ -173,8 +176,8 @@ def test_who_has_sampled_scores_the_rest_and_never_two_at_once(scored_while_samp
         at_work.release()
         return score(clips)
 
-    pipeline = RolloutPipeline(SlowRenderer(0), scored, True, Trace())
-    made = pipeline.run(sampled(), decode, TOTAL, CHUNK, FIRST)
+    pipeline = RolloutPipeline(decode, SlowRenderer(0), scored, True, Trace())
+    made = pipeline.run(sampled(), PROMPTS, 1, CHUNK, FIRST)
     pipeline.close()
     assert made.scores.terms["value"].tolist() == list(range(TOTAL))
     mine = [thread == threading.get_ident() for thread in threads]
@@ -188,14 +191,16 @@ def test_an_interrupt_while_scoring_ends_the_batch() -> None:
     def interrupted(clips: Clips) -> Scores:
         raise KeyboardInterrupt
 
-    pipeline = RolloutPipeline(SlowRenderer(0), interrupted, True, Trace())
+    pipeline = RolloutPipeline(decode, SlowRenderer(0), interrupted, True, Trace())
     with pytest.raises(KeyboardInterrupt):
-        pipeline.run(iter(list(completions(0))), decode, TOTAL, TOTAL, FIRST)
+        pipeline.run(iter(list(completions(0))), PROMPTS, 1, TOTAL, FIRST)
     pipeline.close()  # nobody waits for what will not come
 
 
-def test_audio_that_waits_for_the_scorer_is_bounded() -> None:
+@pytest.mark.parametrize("own_scorer", [False, True])
+def test_audio_that_waits_for_the_scorer_is_bounded(own_scorer: bool) -> None:
     renderer, finished, most = SlowRenderer(0), 0, 0
+    scorer = started_thread("score") if own_scorer else None
 
     def slow(clips: Clips) -> Scores:
         nonlocal finished, most
@@ -204,10 +209,10 @@ def test_audio_that_waits_for_the_scorer_is_bounded() -> None:
         finished += 1
         return score(clips)
 
-    pipeline = RolloutPipeline(renderer, slow, True, Trace())
-    pipeline.run(completions(0), decode, TOTAL, CHUNK, FIRST)
+    pipeline = RolloutPipeline(decode, renderer, slow, True, Trace(), scorer)
+    pipeline.run(completions(0), PROMPTS, 1, CHUNK, FIRST)
     pipeline.close()
-    assert 1 < most <= DEPTH + 1  # the future is done a moment after the scorer has counted
+    assert own_scorer < most <= DEPTH + 1  # the future is done a moment after the scorer has counted
 
 
 @pytest.mark.parametrize("overlap", [False, True])
@@ -222,9 +227,10 @@ def test_a_stage_that_fails_ends_the_batch_with_its_own_error(where: str, overla
             failing()
 
     source = sampled() if where in ("sampling", "too few") else completions(0)
-    pipeline = RolloutPipeline(SlowRenderer(0), failing if where == "scoring" else score, overlap, Trace())  # type: ignore[arg-type]
+    decoding, scoring = failing if where == "decoding" else decode, failing if where == "scoring" else score
+    pipeline = RolloutPipeline(decoding, SlowRenderer(0), scoring, overlap, Trace())  # type: ignore[arg-type]
     with pytest.raises((RuntimeError, ValueError), match="7 completions of 24" if where == "too few" else where):
-        pipeline.run(source, failing if where == "decoding" else decode, TOTAL, CHUNK, FIRST)  # type: ignore[arg-type]
+        pipeline.run(source, PROMPTS, 1, CHUNK, FIRST)
     pipeline.close()
 
 
@@ -235,16 +241,16 @@ def test_without_audio_nothing_is_rendered() -> None:
 
     for overlap in (False, True):
         trace = Trace()
-        pipeline = RolloutPipeline(None, symbolic, overlap, trace)
-        assert len(pipeline.run(completions(1), decode, TOTAL, 7, FIRST).scores) == TOTAL
+        pipeline = RolloutPipeline(decode, None, symbolic, overlap, trace)
+        assert len(pipeline.run(completions(1), PROMPTS, 1, 7, FIRST).scores) == TOTAL
         pipeline.close()
         assert "render" not in trace.pop_times()[0]
 
 
 def test_the_trace_is_one_that_chrome_reads(tmp_path) -> None:
     trace = Trace(rank=3)
-    pipeline = RolloutPipeline(SlowRenderer(0), score, True, trace)
-    pipeline.run(completions(0), decode, TOTAL, CHUNK, FIRST)
+    pipeline = RolloutPipeline(decode, SlowRenderer(0), score, True, trace)
+    pipeline.run(completions(0), PROMPTS, 1, CHUNK, FIRST)
     pipeline.close()
     trace.write(tmp_path / "trace.json")
     events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
