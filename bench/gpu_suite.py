@@ -33,6 +33,8 @@ from typing import Any
 
 import torch
 
+from fastsmart.machine.text_table import text_table
+
 BENCH = Path(__file__).resolve().parent
 ROOT = BENCH.parent
 NAME = "gpu_suite"
@@ -270,9 +272,7 @@ def table(outcomes: Sequence[Outcome]) -> str:
     """A line a part."""
     rows = [("part", "", "s", "of floor", "")]
     rows += [(o.name, o.status, f"{o.seconds:.0f}", o.floor, o.figure) for o in outcomes]
-    widths = [max(len(row[i]) for row in rows) for i in range(4)]
-    lines = ([cell.ljust(width) for cell, width in zip(row, widths, strict=False)] + [row[4]] for row in rows)
-    return "\n".join("  ".join(line).rstrip()[:160] for line in lines)
+    return "\n".join(line[:160].rstrip() for line in text_table(rows).splitlines())
 
 
 if __name__ == "__main__":

@@ -14,8 +14,15 @@ from typing import Any
 import torch
 
 from fastsmart.machine.files import cpu_cores, processor
-from fastsmart.machine.hardware import cpu_family, instruction_sets, library_limits, load_average, waiting
-from fastsmart.run.provenance import PACKAGES, installed_version
+from fastsmart.machine.hardware import (
+    cpu_family,
+    installed_version,
+    instruction_sets,
+    library_limits,
+    load_average,
+    waiting,
+)
+from fastsmart.run.provenance import PACKAGES
 
 PEERS = ("transformers", "trl", "triton", "tinysoundfont", "liger_kernel")  # beside what fastsmart itself is built on
 

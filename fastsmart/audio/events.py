@@ -65,17 +65,29 @@ def timing(piece: Piece, settings: RenderSettings) -> Timing:
     rate = settings.synth_rate
     window_s = min(piece.end_s, settings.max_seconds)
     score, last = round(window_s * settings.sample_rate), round(window_s * rate)
-    start = np.maximum(np.rint(piece.onset_s * rate).astype(np.int64), 0)
-    stop = np.rint((piece.onset_s + piece.duration_s) * rate).astype(np.int64)
-    # a note is on for one sample at least: an end at its own start would come before it and be lost
-    stop = np.maximum(np.minimum(stop, last), start + 1)
-    heard = (start < last) & (piece.pitch < 128) & (piece.velocity > 0) & (piece.velocity < 128)
+    start, stop = note_samples(piece.onset_s, piece.duration_s, rate, last)
+    heard = (start < last) & playable(piece.pitch, piece.velocity)
     if not heard.any():
         score = 0
     length = score
     if score and settings.tail == "release":
         length = min(score + round(settings.release_s * settings.sample_rate), settings.max_samples)
     return Timing(score, length, heard, start[heard], stop[heard])
+
+
+def note_samples(
+    onset_s: np.ndarray, duration_s: np.ndarray, rate: int, last: int | np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Samples at which notes start and stop, int64 [M]; none stops after `last`, an int or int64 [M]."""
+    start = np.maximum(np.rint(onset_s * rate).astype(np.int64), 0)
+    stop = np.rint((onset_s + duration_s) * rate).astype(np.int64)
+    # a note is on for one sample at least: an end at its own start would come before it and be lost
+    return start, np.maximum(np.minimum(stop, last), start + 1)
+
+
+def playable(pitch: np.ndarray, velocity: np.ndarray) -> np.ndarray:
+    """Which notes a synth can play, bool [M]: those with a key and a velocity that MIDI has."""
+    return (pitch < 128) & (velocity > 0) & (velocity < 128)
 
 
 def merge_events(

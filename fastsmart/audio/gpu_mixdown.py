@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fastsmart.audio.bank import NoteBank
 from fastsmart.audio.batch import DeviceAudio
+from fastsmart.audio.events import note_samples, playable
 from fastsmart.audio.mixdown import slice_clips
 from fastsmart.audio.pool import RenderPool
 from fastsmart.audio.settings import RenderSettings
@@ -95,7 +96,7 @@ class DeviceRenderer:
 
 def _audible(notes: NoteBatch) -> tuple[np.ndarray, np.ndarray]:
     """Keys and velocities of the notes that a synth can play."""
-    audible = (notes.pitch < 128) & (notes.velocity > 0) & (notes.velocity < 128)
+    audible = playable(notes.pitch, notes.velocity)
     return notes.pitch[audible], notes.velocity[audible]
 
 
@@ -142,10 +143,8 @@ class DeviceMixer:
         # as `events.timing`, for all pieces at once
         window_s = np.minimum(notes.end_s, settings.max_seconds)
         last = np.repeat(np.rint(window_s * rate).astype(np.int64), notes.counts)
-        start = np.maximum(np.rint(notes.onset_s * rate).astype(np.int64), 0)
-        stop = np.rint((notes.onset_s + notes.duration_s) * rate).astype(np.int64)
-        stop = np.maximum(np.minimum(stop, last), start + 1)
-        heard = (start < last) & (notes.pitch < 128) & (notes.velocity > 0) & (notes.velocity < 128)
+        start, stop = note_samples(notes.onset_s, notes.duration_s, rate, last)
+        heard = (start < last) & playable(notes.pitch, notes.velocity)
         offsets = np.concatenate([[0], np.cumsum(heard)])[notes.offsets]
         pitch, velocity = notes.pitch[heard], notes.velocity[heard]
         if self.bank.ensure(pitch, velocity).any():

@@ -18,7 +18,7 @@ def loudness_lufs(samples: np.ndarray, rate_hz: int) -> float:
     A clip shorter than a block of 0.4 s is one block.
     """
     weighted = samples.astype(np.float64).reshape(len(samples), -1)
-    for b, a in _k_weighting(rate_hz):
+    for b, a in k_weighting(rate_hz):
         weighted = lfilter(b, a, weighted, axis=0)
     total = np.concatenate([[0.0], np.cumsum((weighted**2).sum(axis=1))])
     size = min(round(BLOCK_S * rate_hz), len(samples))
@@ -42,8 +42,12 @@ def _lufs(mean_square: np.ndarray) -> np.ndarray:
     return -0.691 + 10 * np.log10(np.maximum(mean_square, 1e-30))
 
 
-def _k_weighting(rate_hz: int) -> list[tuple[list[float], list[float]]]:
-    """The two filters for any rate: at 48 kHz they are the standard's own (its tables 1 and 2) to its last digit."""
+def k_weighting(rate_hz: int) -> list[tuple[list[float], list[float]]]:
+    """The two filters of ITU-R BS.1770-5, Annex 1, for any rate: numerator and denominator of each.
+
+    The standard prints coefficients for 48 kHz only. These are the bilinear transforms of the analogue filters those
+    are the transforms of: a shelf of +4 dB above 1,682 Hz and a high-pass at 38 Hz.
+    """
     gain_db, q, hz = 3.999843853973347, 0.7071752369554196, 1681.974450955533
     k, top = tan(pi * hz / rate_hz), 10 ** (gain_db / 20)
     middle = top**0.4996667741545416

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from math import gcd
 
 from fastsmart.errors import UserError
+from fastsmart.machine.files import cpu_cores
 
 SYNTH_HZ = 48000
 MOST_PHASES = 5
@@ -121,7 +121,7 @@ class RenderSettings:
         """Processes of the pool: `workers`, or the cores this process may run on."""
         if self.workers:
             return self.workers
-        return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        return cpu_cores()
 
 
 _CHOICES = {

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from fnmatch import fnmatch
 from pathlib import Path
@@ -86,12 +85,6 @@ def check_soundfont(path: Path) -> Path:
     if size + 1 < declared or len(head) < 12:  # + 1: some writers count a padding byte that they leave out
         raise UserError(f"the soundfont {path} is cut short ({size} of {declared} bytes): download or install it again")
     return path
-
-
-def soundfont_hash(path: str | Path) -> str:
-    """SHA-256 of the file, 64 hex digits: the name under which a run records what it was rendered with."""
-    with Path(path).open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _rank(path: Path) -> tuple[int, str, str]:

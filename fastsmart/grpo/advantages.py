@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -9,6 +10,8 @@ import torch
 from torch import Tensor
 
 from fastsmart.errors import UserError
+
+STD_FLOOR = 1e-4  # added to a standard deviation before it divides
 
 
 @dataclass(frozen=True)
@@ -44,7 +47,7 @@ def group_moments(reward: Tensor, group: Tensor) -> GroupMoments:
 
 
 def group_advantages(
-    reward: Tensor, group: Tensor, scale: Literal["none", "group", "batch"] = "group", eps: float = 1e-4
+    reward: Tensor, group: Tensor, scale: Literal["none", "group", "batch"] = "group", eps: float = STD_FLOOR
 ) -> Tensor:
     """How much better each completion is than the others of its group: (reward − group mean) / (std + eps).
 
@@ -72,6 +75,25 @@ def group_advantages(
         # the whole batch is one group
         advantage = advantage / (group_moments(reward, torch.zeros_like(group)).std + eps)
     return torch.where(reward.isfinite(), advantage, 0.0).float()
+
+
+def normalised_sum(terms: Mapping[str, Tensor], weights: Mapping[str, float], group: Tensor) -> Tensor:
+    """Weighted sum of reward terms, each brought to one scale within its group; float32 [N], NaN where one is NaN.
+
+    Every term is centred and divided by its standard deviation plus `STD_FLOOR` among the completions of its group
+    that could be scored, so that a weight means the same for a term of any scale (the decoupled normalisation of GDPO,
+    arXiv 2601.05242). A completion that is the only one scored in its group gets 0.
+
+    terms   : float [N] by name; NaN = could not be scored
+    weights : by name; terms of weight 0 are left out
+    group   : int [N], equal for the completions of one group
+    """
+    total = torch.zeros(len(group), dtype=torch.float64)
+    for name in [name for name in terms if weights[name]]:
+        moments = group_moments(terms[name], group)
+        centred = terms[name].double() - moments.mean[moments.index]
+        total += weights[name] * (centred / (moments.std[moments.index] + STD_FLOOR))
+    return total.float()
 
 
 def _scatter_sum(values: Tensor, index: Tensor, groups: int) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import math
 import os
@@ -10,7 +11,7 @@ import platform
 import shutil
 import tempfile
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
@@ -136,7 +137,7 @@ class JsonLines:
 
         Raises UserError when the disk is full; the line is kept, and written with the next one.
         """
-        self._late.append(json.dumps(_finite(line)) + "\n")
+        self._late.append(json.dumps(without_nan(line)) + "\n")
         self.flush()
 
     def flush(self) -> None:
@@ -195,10 +196,19 @@ class JsonLines:
             raise UserError(f"cannot read {self.path}: {error.strerror}; put back the file that was there") from error
 
 
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {k: _finite(v) for k, v in value.items()}
+def without_nan(value: Any) -> Any:
+    """The tree with null where a number is not finite, as JSON wants it."""
+    if isinstance(value, Mapping):
+        return {key: without_nan(v) for key, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [without_nan(v) for v in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def file_hash(path: str | Path) -> str:
+    """SHA-256 of a file, 64 hex digits."""
+    with open(path, "rb") as content:
+        return hashlib.file_digest(content, "sha256").hexdigest()
 
 
 def sync(path: Path) -> None:

@@ -6,6 +6,7 @@ import os
 import platform
 import sys
 from functools import cache
+from importlib import metadata
 from pathlib import Path
 
 CPUINFO = Path("/proc/cpuinfo")
@@ -97,3 +98,13 @@ def load_average() -> list[float] | None:
         return [round(value, 2) for value in os.getloadavg()]
     except (OSError, AttributeError):
         return None
+
+
+def installed_version(*packages: str) -> str | None:
+    """Version of the first of these packages that is installed; None where none is."""
+    for package in packages:
+        try:
+            return metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return None

@@ -9,8 +9,8 @@ from textwrap import shorten
 from typing import TYPE_CHECKING, Any
 
 from fastsmart.machine.files import write_atomic
+from fastsmart.machine.hardware import installed_version
 from fastsmart.profiling.analysis import GPU
-from fastsmart.run.provenance import installed_version
 from fastsmart.run.trace import RESOURCES
 from fastsmart.study.figures import RULE, SERIES, SOFT
 from fastsmart.study.report import draw, render_page

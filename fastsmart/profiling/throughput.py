@@ -23,6 +23,7 @@ from fastsmart.errors import UserError
 from fastsmart.machine.distributed import Ranks, join_ranks
 from fastsmart.machine.files import make_folder, write_atomic
 from fastsmart.machine.gc_control import gc_at_steps
+from fastsmart.machine.text_table import text_table
 from fastsmart.run.folder import PROVENANCE_FILE, RunFolder
 from fastsmart.trainer.loop import open_run
 
@@ -139,8 +140,4 @@ def as_text(found: Mapping[str, Any]) -> str:
             f"{each['tokens_per_s']:.0f}", *(f"{each['stage_s'][stage]:.3f}" for stage in STAGES),
             f"{each['cuda_mb'] or each['rss_mb']:.0f}",
         ])  # fmt: skip
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join(
-        "  ".join([row[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True))])
-        for row in rows
-    )
+    return text_table(rows, numbers=True)

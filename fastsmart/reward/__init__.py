@@ -1,7 +1,7 @@
 """Rewards: clips in, one number per clip out."""
 
 from fastsmart.reward.base import Clips, Reward, Scores
-from fastsmart.reward.blend import RewardBlend, combine
+from fastsmart.reward.blend import RewardBlend
 from fastsmart.reward.registry import REWARDS, load_reward, register
 from fastsmart.reward.settings import RewardSettings
 
@@ -12,7 +12,6 @@ __all__ = [
     "RewardBlend",
     "RewardSettings",
     "Scores",
-    "combine",
     "load_reward",
     "register",
 ]

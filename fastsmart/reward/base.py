@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
@@ -44,13 +45,26 @@ class Reward(Protocol):
     name        : the key it is logged and weighted under
     needs_audio : whether `Clips.audio` is read; a run in which no reward reads it renders nothing
 
-    One whose first call has to do what later ones have not, may have a method `prepare` that does it.
+    One whose first call has to do what later ones have not, may have a method `prepare` that does it. One with options
+    has a classmethod `from_settings(settings, surroundings)`, which makes it from a run's `RewardSettings`.
     """
 
     name: str
     needs_audio: bool
 
     def __call__(self, clips: Clips) -> np.ndarray: ...
+
+
+@dataclass(frozen=True)
+class Surroundings:
+    """What a run gives its rewards beside their settings.
+
+    statistics : path of the statistics of real pieces beside the base model; "" = there are none
+    device     : where a reward that is a network runs: "cpu", "cuda", "cuda:1" ...
+    """
+
+    statistics: str | Path = ""
+    device: str = "cpu"
 
 
 @dataclass(frozen=True)

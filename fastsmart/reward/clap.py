@@ -19,7 +19,8 @@ from torch import Tensor
 
 from fastsmart.audio.resample import resample
 from fastsmart.errors import UserError
-from fastsmart.reward.base import Clips, heard
+from fastsmart.reward.base import Clips, Surroundings, heard
+from fastsmart.reward.settings import RewardSettings
 
 # Deshmukh et al. 2024 (arXiv 2402.00282), which found that an opposing pair is steadier than one prompt
 PAM_PAIRS = (("the sound is clear and clean", "the sound is noisy and with artifacts"),)
@@ -47,6 +48,10 @@ class ClapSimilarity:
         self.clap = Clap(model, device)
         self.text = self.clap.text([prompt])
 
+    @classmethod
+    def from_settings(cls, settings: RewardSettings, surroundings: Surroundings) -> ClapSimilarity:
+        return cls(settings.clap_model, settings.clap_prompt, surroundings.device)
+
     def __call__(self, clips: Clips) -> np.ndarray:
         return self.clap.score(clips, self.name, lambda audio: (audio @ self.text.T)[:, 0], lowest=-1.0)
 
@@ -70,6 +75,10 @@ class ClapClass:
             raise UserError(f"reward.clap_class is {wanted!r}; it must be one of at least two reward.clap_classes")
         self.clap, self.wanted = Clap(model, device), list(classes).index(wanted)
         self.text = self.clap.text(classes)
+
+    @classmethod
+    def from_settings(cls, settings: RewardSettings, surroundings: Surroundings) -> ClapClass:
+        return cls(settings.clap_model, settings.clap_classes, settings.clap_class, surroundings.device)
 
     def __call__(self, clips: Clips) -> np.ndarray:
         def probability(audio: Tensor) -> Tensor:
@@ -99,6 +108,10 @@ class Pam:
         _require_texts(texts, "reward.pam_pairs")
         self.clap = Clap(model, device)
         self.text = self.clap.text(texts)
+
+    @classmethod
+    def from_settings(cls, settings: RewardSettings, surroundings: Surroundings) -> Pam:
+        return cls(settings.clap_model, settings.pam_pairs or PAM_PAIRS, surroundings.device)
 
     def __call__(self, clips: Clips) -> np.ndarray:
         def probability(audio: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ import numpy as np
 from scipy import signal
 
 from fastsmart.audio.batch import AudioBatch, DeviceAudio
+from fastsmart.audio.loudness import k_weighting
 from fastsmart.reward.base import Clips, heard, unrendered
 from fastsmart.reward.spectra import CURVE_MAX, PEAK_FLOOR_DB, PEAKS, spectra
 
@@ -158,28 +159,12 @@ def short_term_loudness(samples: np.ndarray, sample_rate: int) -> np.ndarray:
     window, hop = 3 * sample_rate, round(0.1 * sample_rate)
     if len(samples) < window:
         return np.empty(0)
-    weighted = signal.sosfilt(k_weighting(sample_rate), samples.astype(np.float64))
+    sections = np.array([np.divide([*b, *a], a[0]) for b, a in k_weighting(sample_rate)])
+    weighted = signal.sosfilt(sections, samples.astype(np.float64))
     energy = np.concatenate([[0.0], np.cumsum(weighted**2)])
     power = (energy[window:] - energy[:-window])[::hop] / window
     with np.errstate(divide="ignore"):
         return -0.691 + 10 * np.log10(np.maximum(power, 0.0))
-
-
-def k_weighting(sample_rate: int) -> np.ndarray:
-    """The two filters of ITU-R BS.1770-5, Annex 1, as second-order sections for `scipy.signal`, float64 [2, 6].
-
-    The standard prints coefficients for 48 kHz only. These are the bilinear transforms of the analogue filters those
-    are the transforms of: a shelf of +4 dB above 1,682 Hz and a high-pass at 38 Hz.
-    """
-    k = np.tan(np.pi * 1681.974450955533 / sample_rate)
-    gain, q = 10 ** (3.999843853973347 / 20), 0.7071752369554196
-    band = gain**0.4996667741545416
-    shelf_b = [gain + band * k / q + k * k, 2 * (k * k - gain), gain - band * k / q + k * k]
-    shelf = [*shelf_b, 1 + k / q + k * k, 2 * (k * k - 1), 1 - k / q + k * k]
-    k, q = np.tan(np.pi * 38.13547087602444 / sample_rate), 0.5003270373238773
-    high_a = np.array([1 + k / q + k * k, 2 * (k * k - 1), 1 - k / q + k * k])
-    high = [1.0, -2.0, 1.0, *(high_a / high_a[0])]  # the standard leaves the numerator of this one unscaled
-    return np.array([np.array(shelf) / shelf[3], high])
 
 
 def _brightness(clips: Clips, name: str) -> np.ndarray:

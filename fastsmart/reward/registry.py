@@ -41,18 +41,23 @@ def load_reward(name: str, **settings: Any) -> Reward:
 
     Raises UserError for an unknown name, and for a checkpoint or statistics file that cannot be read.
     """
+    return reward_class(name)(**settings)
+
+
+def reward_class(name: str) -> Callable[..., Reward]:
+    """The class of that name, or what else was registered; raises UserError for an unknown name."""
     require_known(name, "")
     if name in _REGISTERED:
-        return _REGISTERED[name](**settings)
+        return _REGISTERED[name]
     module, attribute = REWARDS[name]
-    return getattr(import_module(f"fastsmart.reward.{module}"), attribute)(**settings)
+    return getattr(import_module(f"fastsmart.reward.{module}"), attribute)
 
 
 def register(reward: type[Reward]) -> type[Reward]:
     """Make a class known by its `name` in this process, to `load_reward` and to `reward.terms` of a config.
 
-    Use it as a decorator. The class is made without arguments; one of the same name registered before is replaced. A
-    run with such a reward is resumed by a program that registers it, too.
+    Use it as a decorator. A run makes the class by its `from_settings` where it has one, else without arguments. One of
+    the same name registered before is replaced. A run with such a reward is resumed by a program that registers it too.
 
     Raises UserError for a name that a reward of fastsmart has.
     """

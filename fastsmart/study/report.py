@@ -15,12 +15,12 @@ import numpy as np
 
 from fastsmart.errors import UserError
 from fastsmart.machine.files import JsonLines, write_atomic
+from fastsmart.machine.hardware import installed_version
 from fastsmart.music import diversity
 from fastsmart.music.bootstrap import LEVEL, Estimate
 from fastsmart.run.curves import curves
 from fastsmart.run.folder import CONFIG_FILE, METRICS_FILE, PROVENANCE_FILE
 from fastsmart.run.line_check import whole_metrics
-from fastsmart.run.provenance import installed_version
 from fastsmart.study import figures
 from fastsmart.study.evaluation import Evaluation, Metric
 from fastsmart.study.findings import findings

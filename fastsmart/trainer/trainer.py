@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from fastsmart.config import Config
-from fastsmart.grpo.advantages import group_advantages
+from fastsmart.grpo.advantages import group_advantages, normalised_sum
 from fastsmart.kernels.jit import choose_kernel
 from fastsmart.machine.distributed import Ranks
 from fastsmart.policy.checkpoints import BEST_KEY, Checkpoints, Snapshot
@@ -19,7 +19,6 @@ from fastsmart.policy.device import resolved_device, resolved_dtype
 from fastsmart.policy.hf_format import load_policy
 from fastsmart.policy.optimizer import make_optimizer, scheduled_rate
 from fastsmart.policy.transformer import Policy
-from fastsmart.reward import combine
 from fastsmart.run.provenance import statistics_path
 from fastsmart.trainer.batch import Batch, metrics, timing
 from fastsmart.trainer.diversity_control import DiversityControl
@@ -180,6 +179,9 @@ class Trainer:
 
 
 def advantages(batch: Batch, config: Config) -> torch.Tensor:
-    """Advantage of each completion of all ranks, float32 [N], from the training signal its scores combine to."""
-    signal = combine(batch.scores.terms, config.reward.terms, batch.group, config.reward.normalize)
-    return group_advantages(torch.from_numpy(signal), torch.from_numpy(batch.group), config.train.advantage_scale)
+    """Advantage of each completion of all ranks, float32 [N], from the sum of its scores as reward.normalize has it."""
+    signal, group = torch.from_numpy(batch.scores.total), torch.from_numpy(batch.group)
+    if config.reward.normalize == "group":
+        terms = {name: torch.from_numpy(values) for name, values in batch.scores.terms.items()}
+        signal = normalised_sum(terms, config.reward.terms, group)
+    return group_advantages(signal, group, config.train.advantage_scale)

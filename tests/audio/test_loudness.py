@@ -3,12 +3,13 @@
 import numpy as np
 import pyloudnorm
 import pytest
+from scipy import signal
 
-from fastsmart.audio.loudness import _k_weighting, loudness_lufs, to_target
+from fastsmart.audio.loudness import k_weighting, loudness_lufs, to_target
 
 
 def test_the_filters_are_the_standards_at_48_khz() -> None:
-    (shelf, shelf_pole), (_, pass_pole) = _k_weighting(48000)
+    (shelf, shelf_pole), (_, pass_pole) = k_weighting(48000)
     np.testing.assert_allclose(
         np.array(shelf) / shelf_pole[0], [1.53512485958697, -2.69169618940638, 1.19839281085285], atol=1e-12
     )
@@ -16,6 +17,15 @@ def test_the_filters_are_the_standards_at_48_khz() -> None:
         np.array(shelf_pole) / shelf_pole[0], [1, -1.69065929318241, 0.73248077421585], atol=1e-12
     )
     np.testing.assert_allclose(np.array(pass_pole) / pass_pole[0], [1, -1.99004745483398, 0.99007225036621], atol=1e-12)
+
+
+def test_the_filters_at_16_khz_hear_as_those_at_48_khz() -> None:
+    at_hz = np.array([50, 100, 300, 997, 2000, 4000])
+    low, high = (
+        np.prod([np.abs(signal.freqz(b, a, at_hz, fs=rate)[1]) for b, a in k_weighting(rate)], axis=0)
+        for rate in (16_000, 48_000)
+    )
+    np.testing.assert_allclose(20 * np.log10(low), 20 * np.log10(high), atol=0.15)
 
 
 @pytest.mark.parametrize("rate_hz", [16000, 48000])

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from fastsmart.audio import FluidSynthRenderer, RenderSettings, find_soundfont, list_soundfonts, soundfont_hash
+from fastsmart.audio import FluidSynthRenderer, RenderSettings, find_soundfont, list_soundfonts
 from fastsmart.audio import soundfont as soundfont_module
 from fastsmart.errors import UserError
+from fastsmart.machine.files import file_hash
 
 
 @pytest.fixture
@@ -93,7 +94,7 @@ def test_without_any_the_command_that_installs_one_is_given(tmp_path: Path, monk
 
 def test_the_hash_is_sha256(tmp_path: Path) -> None:
     (tmp_path / "x.sf2").write_bytes(b"abc" * 100_000)
-    assert soundfont_hash(tmp_path / "x.sf2") == hashlib.sha256(b"abc" * 100_000).hexdigest()
+    assert file_hash(tmp_path / "x.sf2") == hashlib.sha256(b"abc" * 100_000).hexdigest()
 
 
 def test_a_program_the_font_lacks_is_named(font: Path, tmp_path: Path) -> None:

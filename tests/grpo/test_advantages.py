@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastsmart.errors import UserError
-from fastsmart.grpo.advantages import group_advantages, group_moments
+from fastsmart.grpo.advantages import group_advantages, group_moments, normalised_sum
 
 
 def by_hand(reward, group, scale, eps=1e-4):
@@ -94,3 +94,31 @@ def test_refuses_an_unknown_scale_and_shapes_that_differ():
         group_advantages(torch.zeros(2), torch.zeros(2, dtype=torch.int64), "std")
     with pytest.raises(ValueError, match=r"reward \[N\]"):
         group_advantages(torch.zeros(2), torch.zeros(3, dtype=torch.int64))
+
+
+def test_a_normalised_sum_agrees_with_the_formula_written_out():
+    rng = np.random.default_rng(0)
+    group = rng.permutation(np.repeat([7, 3, 11], [8, 8, 4]))
+    terms = {name: rng.normal(5, scale, 20).astype(np.float32) for name, scale in (("a", 1.0), ("b", 100.0))}
+    terms["a"][[2, 9]] = np.nan
+    weights = {"a": 1.0, "b": 0.25, "c": 0.0}
+    expected = np.zeros(20)
+    for name, values in terms.items():
+        for g in (7, 3, 11):
+            inside = values[group == g].astype(np.float64)
+            standard = (inside - np.nanmean(inside)) / (np.nanstd(inside, ddof=1) + 1e-4)
+            expected[group == g] += weights[name] * standard
+    tensors = {name: torch.from_numpy(values) for name, values in terms.items()}
+    logged = tensors | {"c": torch.full((20,), torch.nan)}  # of weight 0
+    actual = normalised_sum(logged, weights, torch.from_numpy(group))
+    assert actual.dtype == torch.float32
+    np.testing.assert_allclose(actual.numpy(), expected, atol=1e-5)
+    assert actual.isnan().sum() == 2
+    scaled = normalised_sum(tensors | {"b": tensors["b"] * 10}, weights, torch.from_numpy(group))
+    np.testing.assert_allclose(scaled.numpy(), actual.numpy(), atol=1e-4)  # a term's scale is not its weight
+
+
+def test_a_normalised_sum_gives_nothing_to_a_group_with_nothing_to_compare():
+    terms = {"a": torch.tensor([0.3, 0.3, 0.9, torch.nan, torch.nan, torch.nan])}
+    signal = normalised_sum(terms, {"a": 1.0}, torch.tensor([0, 0, 1, 1, 2, 2]))
+    np.testing.assert_array_equal(signal.numpy(), [0, 0, 0, np.nan, np.nan, np.nan])

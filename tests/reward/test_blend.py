@@ -12,7 +12,8 @@ from fastsmart.audio.batch import AudioBatch
 from fastsmart.errors import UserError
 from fastsmart.music.windows import cut_windows
 from fastsmart.notes import NoteBatch
-from fastsmart.reward import REWARDS, Clips, RewardBlend, RewardSettings, combine, load_reward
+from fastsmart.reward import REWARDS, Clips, RewardBlend, RewardSettings, load_reward, register
+from fastsmart.reward.base import Surroundings
 from fastsmart.reward.typicality import fit_typicality
 
 
@@ -78,39 +79,6 @@ def test_symbolic_terms_need_no_audio_and_audio_terms_say_so(notes: NoteBatch) -
         RewardBlend(RewardSettings(terms={"consonance": 1.0}))(Clips(notes))
 
 
-def test_combine_without_normalization_is_the_weighted_sum() -> None:
-    terms = {"a": np.array([1, 2, np.nan], np.float32), "b": np.array([4, np.nan, 5], np.float32)}
-    group = np.zeros(3, int)
-    np.testing.assert_array_equal(combine(terms, {"a": 2.0, "b": 0.5}, group, "none"), [4, np.nan, np.nan])
-    np.testing.assert_array_equal(combine(terms, {"a": 2.0, "b": 0.0}, group, "none"), [2, 4, np.nan])
-
-
-def test_combine_by_group_agrees_with_the_formula_written_out() -> None:
-    rng = np.random.default_rng(0)
-    group = rng.permutation(np.repeat([7, 3, 11], [8, 8, 4]))
-    terms = {name: rng.normal(5, scale, 20).astype(np.float32) for name, scale in (("a", 1.0), ("b", 100.0))}
-    terms["a"][[2, 9]] = np.nan
-    weights = {"a": 1.0, "b": 0.25}
-    expected = np.zeros(20)
-    for name, values in terms.items():
-        for g in (7, 3, 11):
-            inside = values[group == g].astype(np.float64)
-            standard = (inside - np.nanmean(inside)) / (np.nanstd(inside, ddof=1) + 1e-4)
-            expected[group == g] += weights[name] * standard
-    actual = combine(terms, weights, group, "group")
-    assert actual.dtype == np.float32
-    np.testing.assert_allclose(actual, expected, atol=1e-5)
-    assert np.isnan(actual).sum() == 2
-    scaled = combine(terms | {"b": terms["b"] * 10}, weights, group, "group")
-    np.testing.assert_allclose(scaled, actual, atol=1e-4)  # a term's scale is not its weight
-
-
-def test_combine_gives_nothing_to_a_group_with_nothing_to_compare() -> None:
-    terms = {"a": np.array([0.3, 0.3, 0.9, np.nan, np.nan, np.nan], np.float32)}
-    signal = combine(terms, {"a": 1.0}, np.array([0, 0, 1, 1, 2, 2]), "group")
-    np.testing.assert_array_equal(signal, [0, 0, 0, np.nan, np.nan, np.nan])
-
-
 @pytest.mark.parametrize(
     ("settings", "says"),
     [
@@ -163,3 +131,29 @@ def test_nothing_heavy_is_imported_before_it_is_asked_for(code: str, absent: tup
     check = f"{code}\nimport sys\nprint([name for name in {absent!r} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_a_reward_with_options_makes_itself_from_the_settings(
+    notes: NoteBatch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fastsmart.reward.registry._REGISTERED", {})
+
+    @register
+    class Shifted:
+        name = "shifted"
+        needs_audio = False
+
+        def __init__(self, shift: float, device: str) -> None:
+            self.shift, self.device = shift, device
+
+        @classmethod
+        def from_settings(cls, settings: RewardSettings, surroundings: Surroundings) -> "Shifted":
+            return cls(settings.audiobox_axes["PC"], surroundings.device)
+
+        def __call__(self, clips: Clips) -> np.ndarray:
+            return np.full(len(clips), self.shift, np.float32)
+
+    settings = RewardSettings(terms={"shifted": 2.0}, audiobox_axes={"PC": 0.25})
+    blend = RewardBlend(settings, device="cuda:3")
+    assert blend.rewards["shifted"].device == "cuda:3"  # type: ignore[attr-defined]
+    np.testing.assert_array_equal(blend(Clips(notes)).total, np.full(len(notes), 0.5))

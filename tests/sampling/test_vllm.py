@@ -295,7 +295,7 @@ def test_what_cannot_be_is_refused_in_a_sentence(vocab, size, change, says):
 
 def test_a_version_outside_the_window_is_refused(vocab, monkeypatch):
     for version, says in (("0.31.0", "vLLM 0.31.0 is not one"), (None, "needs vLLM: pip install")):
-        monkeypatch.setattr(vllm_engine, "installed_version", lambda version=version: version)
+        monkeypatch.setattr(vllm_engine, "installed_version", lambda *packages, version=version: version)
         with pytest.raises(UserError, match=says):
             VllmEngine(make_vllm_policy(vocab), 0, torch.float32)
 

@@ -20,8 +20,8 @@ from fastsmart.reward.audiobox.encoder import encoder_weights
 from fastsmart.reward.audiobox.gpu import BatchEncoder
 from fastsmart.reward.audiobox.heads import Heads
 from fastsmart.reward.audiobox.weights import read_weights
-from fastsmart.reward.base import Clips, heard
-from fastsmart.reward.settings import AUDIOBOX_AXES, AUDIOBOX_DTYPES
+from fastsmart.reward.base import Clips, Surroundings, heard
+from fastsmart.reward.settings import AUDIOBOX_AXES, AUDIOBOX_DTYPES, RewardSettings
 
 LOWEST = 1.0  # of the scale from 1 to 10 on which people rated every axis
 
@@ -84,6 +84,16 @@ class AudioboxReward:
                 self.encoder = CpuEncoder(weights, int8=dtype == "int8")
             else:
                 self.encoder = BatchEncoder(weights, self.device, getattr(torch, dtype), batch_size, self.heads)
+
+    @classmethod
+    def from_settings(cls, settings: RewardSettings, surroundings: Surroundings) -> AudioboxReward:
+        return cls(
+            settings.audiobox_checkpoint,
+            settings.audiobox_axes,
+            batch_size=settings.audiobox_batch,
+            dtype=settings.audiobox_dtype,
+            device=surroundings.device,
+        )
 
     def prepare(self) -> None:
         """Do beforehand what the first calls would have to, in the thread that will make them."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 from collections.abc import Mapping
@@ -14,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fastsmart.errors import UserError
-from fastsmart.machine.files import os_errors_as_user_errors
+from fastsmart.machine.files import file_hash, os_errors_as_user_errors
 from fastsmart.machine.hub import cached, fetch
 from fastsmart.reward.audiobox.architecture import Size, encoder_shapes, head_shapes, size_of
 from fastsmart.reward.settings import AUDIOBOX_AXES
@@ -209,10 +208,8 @@ def _from_hub() -> Path:
     except UserError as error:
         raise UserError(f"cannot fetch {HUB_ID} from the hub; {_how_to_get_them()}") from error
     digest = path.resolve().name  # the cache names a large file by its SHA-256
-    if re.fullmatch(r"[0-9a-f]{64}", digest):
-        with open(path, "rb") as file:
-            if hashlib.file_digest(file, "sha256").hexdigest() != digest:
-                raise UserError(f"{path} is damaged, its checksum is wrong; delete {path.resolve()} and run this again")
+    if re.fullmatch(r"[0-9a-f]{64}", digest) and file_hash(path) != digest:
+        raise UserError(f"{path} is damaged, its checksum is wrong; delete {path.resolve()} and run this again")
     return path
 
 
