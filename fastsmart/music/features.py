@@ -66,7 +66,17 @@ def features(notes: NoteBatch) -> dict[str, np.ndarray]:
 
 
 @numba.njit(cache=True, nogil=True)
-def _fill(offsets, onset_s, duration_s, onset_tick, duration_tick, pitch, velocity, ticks_per_beat, table):
+def _fill(
+    offsets: np.ndarray,
+    onset_s: np.ndarray,
+    duration_s: np.ndarray,
+    onset_tick: np.ndarray,
+    duration_tick: np.ndarray,
+    pitch: np.ndarray,
+    velocity: np.ndarray,
+    ticks_per_beat: int,
+    table: np.ndarray,
+) -> None:
     """Fill table [N, F] in one pass over the batch."""
     for i in range(len(offsets) - 1):
         rows = slice(offsets[i], offsets[i + 1])
@@ -98,7 +108,7 @@ def _fill(offsets, onset_s, duration_s, onset_tick, duration_tick, pitch, veloci
 
 
 @numba.njit(cache=True, nogil=True)
-def _polyphony(start, end, pitch):
+def _polyphony(start: np.ndarray, end: np.ndarray, pitch: np.ndarray) -> tuple[float, float]:
     """MusPy's polyphony and polyphony rate of a clip, by a sweep over the starts and ends of what each pitch plays."""
     order = np.argsort((pitch << 32) + start)
     m = len(order)
@@ -131,7 +141,7 @@ def _polyphony(start, end, pitch):
 
 
 @numba.njit(cache=True, nogil=True)
-def _empty_beat_rate(start, end, length, ticks_per_beat):
+def _empty_beat_rate(start: np.ndarray, end: np.ndarray, length: int, ticks_per_beat: int) -> float:
     """MusPy's empty-beat rate; notes in order of onset. The beat on which a note ends counts as touched."""
     if length < 1:
         return np.nan
@@ -144,7 +154,7 @@ def _empty_beat_rate(start, end, length, ticks_per_beat):
 
 
 @numba.njit(cache=True, nogil=True)
-def _tonality(pitch):
+def _tonality(pitch: np.ndarray) -> tuple[float, float]:
     """MusPy's scale consistency and pitch-class entropy (bits) of a clip."""
     histogram = np.zeros(12, np.int64)
     for p in pitch:
@@ -166,7 +176,7 @@ def _tonality(pitch):
 
 
 @numba.njit(cache=True, nogil=True)
-def _figures(start, pitch, ticks_per_beat):
+def _figures(start: np.ndarray, pitch: np.ndarray, ticks_per_beat: int) -> tuple[int, int, float]:
     """Distinct notes, distinct four-note figures, and the share of figures heard before.
 
     Notes are taken from left to right, then from low to high; a figure is three successive (interval, step) pairs, the
@@ -196,7 +206,7 @@ def _figures(start, pitch, ticks_per_beat):
 
 
 @numba.njit(cache=True, nogil=True)
-def _union_s(start_s, length_s):
+def _union_s(start_s: np.ndarray, length_s: np.ndarray) -> float:
     """Seconds covered by at least one note; notes in order of onset."""
     covered, reached = 0.0, 0.0
     for k in range(len(start_s)):

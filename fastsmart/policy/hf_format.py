@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from importlib import resources
 from pathlib import Path
 
@@ -172,7 +173,7 @@ def from_hf_config(config: dict, name: str) -> PolicySize:
     )
 
 
-def _locator(source: str | Path):
+def _locator(source: str | Path) -> Callable[[str], Path]:
     """A function from file name to path inside the checkpoint; it raises UserError for a file that is not there."""
     path = Path(source)
     if not path.is_dir() and str(source) in shipped_policies():
@@ -205,7 +206,7 @@ def _weight_files(index: Path) -> list[str]:
     return names
 
 
-def _read_tensors(locate, source: str | Path) -> dict[str, torch.Tensor]:
+def _read_tensors(locate: Callable[[str], Path], source: str | Path) -> dict[str, torch.Tensor]:
     try:
         files = [locate(WEIGHTS_FILE)]
     except UserError as error:

@@ -203,7 +203,7 @@ def evaluate(policy: Policy, rows: np.ndarray, pad: int, device: str = "cpu") ->
     return total / count
 
 
-def _loss(policy: Policy, backbone, rows: np.ndarray, pad: int, device: str) -> Tensor:
+def _loss(policy: Policy, backbone: Callable[[Tensor], Tensor], rows: np.ndarray, pad: int, device: str) -> Tensor:
     inputs, target = (torch.from_numpy(x).to(device) for x in targets(rows, pad))
     logits = policy.lm_head(backbone(inputs)).float()
     return F.cross_entropy(logits.flatten(0, 1), target.flatten(), ignore_index=IGNORED)

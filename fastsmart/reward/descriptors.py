@@ -179,7 +179,7 @@ def _score(values: np.ndarray, clips: Clips) -> np.ndarray:
 
 
 @numba.njit(cache=True, nogil=True)
-def _peak_roughness(magnitude, hz_per_bin):
+def _peak_roughness(magnitude: np.ndarray, hz_per_bin: float) -> tuple[np.ndarray, np.ndarray]:
     """Roughness and sum of squared amplitudes of the strongest peaks of every frame; magnitude float32 [K, B]."""
     rough, power = np.zeros(len(magnitude)), np.zeros(len(magnitude))
     frequency_hz, amplitude = np.empty(PEAKS), np.empty(PEAKS)

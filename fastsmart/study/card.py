@@ -20,6 +20,7 @@ from fastsmart.sampling import Rollout, sample
 from fastsmart.tokens.dataset import TokenDataset
 from fastsmart.tokens.decode import decode
 from fastsmart.tokens.token_batch import TokenBatch
+from fastsmart.tokens.vocabulary import Vocabulary
 
 CLIPS = 256  # played by the policy and cut from real pieces for the table
 WINDOW_S = 10.0
@@ -110,7 +111,7 @@ standard deviation.
     return card
 
 
-def _table(rollout: Rollout, played: NoteBatch, real: NoteBatch, vocab) -> str:
+def _table(rollout: Rollout, played: NoteBatch, real: NoteBatch, vocab: Vocabulary) -> str:
     note_ids = np.array([t.startswith(("Pitch", "Velocity", "Duration")) for t in vocab.tokens])
     used = 3 * decode(rollout.sequences(), vocab).counts.sum()
     drawn = note_ids[np.concatenate([rollout.ids[i, : rollout.lengths[i]] for i in range(len(rollout))])].sum()

@@ -180,7 +180,15 @@ def _check_ids(batch: TokenBatch, vocab: Vocabulary) -> None:
 
 
 @njit(cache=True, nogil=True)
-def _read(ids, offsets, tables, notes, tempi, meters, row_offsets):
+def _read(
+    ids: np.ndarray,
+    offsets: np.ndarray,
+    tables: _Tables,
+    notes: np.ndarray,
+    tempi: np.ndarray,
+    meters: np.ndarray,
+    row_offsets: np.ndarray,
+) -> None:
     """Read the tokens into rows with ticks.
 
     Fills notes (onset, duration, pitch, velocity), tempi (tick, microseconds a quarter note) and meters (tick,
@@ -236,7 +244,9 @@ def _read(ids, offsets, tables, notes, tempi, meters, row_offsets):
 
 
 @njit(cache=True, nogil=True)
-def _seconds(notes, note_offsets, tempi, tempo_offsets, ticks_per_beat):
+def _seconds(
+    notes: np.ndarray, note_offsets: np.ndarray, tempi: np.ndarray, tempo_offsets: np.ndarray, ticks_per_beat: int
+) -> np.ndarray:
     """Start and stop of every note in seconds (float64 [M, 2]) through the tempo map of its piece.
 
     Sums whole microseconds per tick, so that only the last division rounds.
