@@ -16,46 +16,44 @@ EMPTY_S = 1.0  # the paper's length of a score without notes
 
 @dataclass(frozen=True)
 class RenderSettings:
-    """How scores are rendered; all but the last three change the audio, hence the reward.
-
-    soundfont      : path of an SF2 or SF3 file; "" = `FASTSMART_SOUNDFONT`, else the first one installed
-    backend        : "bank" mixes stored notes (see `fastsmart.audio.bank`), "fluidsynth" is the reference renderer,
-                     "tinysoundfont" the paper's (an optional package)
-    bank           : "stored" keeps each note once and lets it fall by a formula, "exact" has FluidSynth render every
-                     length of every note, and keeps those for the next time
-    sample_rate    : Hz, 8000-96000; rewards listen at 16000
-    max_seconds    : the score is cut here; notes still sounding end here
-    tail           : "cut" ends a clip with its score, as the paper does; "release" lets the last notes fade
-    release_s      : seconds that tail = "release" adds at most; the silence after the fade is trimmed
-    normalize      : "peak" divides each clip by max|x| + 1e-6 (the paper does so too, but before it averages the two
-                     channels to mono); "loudness" brings it to -23 LUFS; "none" keeps the synth's level
-    empty          : a score without notes becomes 1 s of zeros ("silence", the paper) or unscorable NaN ("nan")
-    reverb, chorus : effects of backend "fluidsynth"; off, because with them a note is no longer the same wherever it
-                     stands
-    program        : General MIDI program of bank 0, 0-127; 0 is the piano
-    workers        : processes of the pool; 0 = one a core
-    clip_timeout_s : a clip that takes longer is taken to hang: its worker is replaced and the clip tried once more
-    mixdown        : where stored notes become clips in training: "cpu", the pool; "gpu", that of the policy, so that
-                     the audio is where the scorer is; "auto", there if there is one and the other settings allow it
+    """Settings of rendering; all but the last three change the audio, hence the reward.
 
     Raises UserError naming the key (`audio.tail` …) when a value cannot be used.
     """
 
     soundfont: str = ""
+    """Path of an SF2 or SF3 file; "" = `FASTSMART_SOUNDFONT`, else the first one installed."""
     backend: str = "bank"
+    """Renderer: "bank" mixes stored notes (see `fastsmart.audio.bank`), "fluidsynth" is the reference, "tinysoundfont"
+    the paper's (an optional package)."""
     bank: str = "stored"
+    """What a bank holds: "stored" keeps each note once and lets it fall by a formula, "exact" has FluidSynth render
+    every length of every note, and keeps those for the next time."""
     sample_rate: int = 16000
+    """Samples a second, 8000-96000; rewards listen at 16000."""
     max_seconds: float = 10.0
+    """Seconds at which a score is cut; notes still sounding end there."""
     tail: str = "cut"
+    """End of a clip: "cut" ends it with its score, as the paper does; "release" lets the last notes fade."""
     release_s: float = 3.0
+    """Seconds that tail = "release" adds at most; the silence after the fade is trimmed."""
     normalize: str = "peak"
+    """Level: "peak" divides each clip by max|x| + 1e-6 (the paper does so too, but before it averages the two channels
+    to mono); "loudness" brings it to -23 LUFS; "none" keeps the synth's level."""
     empty: str = "silence"
+    """Sound of a score without notes: 1 s of zeros ("silence", the paper) or unscorable NaN ("nan")."""
     reverb: bool = False
     chorus: bool = False
+    """Effects of backend "fluidsynth"; off, because with them a note is no longer the same wherever it stands."""
     program: int = 0
+    """General MIDI program of bank 0, 0-127; 0 is the piano."""
     workers: int = 0
+    """Processes of the pool; 0 = one a core."""
     clip_timeout_s: float = 60.0
+    """Seconds after which a clip is taken to hang: its worker is replaced and the clip tried once more."""
     mixdown: str = "auto"
+    """Place where stored notes become clips in training: "cpu", the pool; "gpu", that of the policy, so that the audio
+    is where the scorer is; "auto", there if there is one and the other settings allow it."""
 
     def __post_init__(self) -> None:
         for key, allowed in _CHOICES.items():

@@ -33,36 +33,36 @@ _EVAL_BATCH = 16
 
 @dataclass(frozen=True)
 class PretrainSettings:
-    """A pre-training run.
-
-    steps, batch      : optimizer steps, rows a step
-    learning_rate, warmup, final_rate : cosine from `learning_rate` to `final_rate` after `warmup` steps
-    weight_decay, max_grad_norm       : AdamW's decay of matrices; gradient clipping
-    valid_share       : share of the pieces kept for validation
-    valid_rows        : rows of the validation set, the same at every evaluation
-    eval_every        : steps between evaluations; the state to resume from is written then
-    patience          : evaluations without a better validation loss before stopping early
-    seed              : of the split, the initial weights and the rows
-    device            : torch device
-    compile           : let torch.compile fuse the backbone (needs a C++ compiler on a CPU; pays after a minute)
-    crop              : how rows are cut
-    """
+    """A pre-training run."""
 
     steps: int = 4000
+    """Optimizer steps."""
     batch: int = 12
+    """Rows a step."""
     learning_rate: float = 2e-3
     warmup: int = 100
     final_rate: float = 2e-5
+    """Cosine from `learning_rate` to `final_rate` after `warmup` steps."""
     weight_decay: float = 0.1
+    """Decay of matrices in AdamW."""
     max_grad_norm: float = 1.0
+    """Length to which a longer gradient is scaled down."""
     valid_share: float = 0.05
+    """Share of the pieces kept for validation."""
     valid_rows: int = 64
+    """Rows of the validation set, the same at every evaluation."""
     eval_every: int = 100
+    """Steps between evaluations; the state to resume from is written then."""
     patience: int = 5
+    """Evaluations without a better validation loss before stopping early."""
     seed: int = 0
+    """Seed of the split, the initial weights and the rows."""
     device: str = "cpu"
+    """Torch device."""
     compile: bool = False
+    """Whether torch.compile fuses the backbone (needs a C++ compiler on a CPU; pays after a minute)."""
     crop: CropSettings = field(default_factory=CropSettings)
+    """Settings of cutting rows."""
 
     def __post_init__(self) -> None:
         counts = {"batch": MOST_AT_ONCE, "valid_rows": MOST_AT_ONCE} | dict.fromkeys(

@@ -1,4 +1,4 @@
-"""What a run may choose about its policy. No torch here, so that reading a config stays instant."""
+"""Settings of the policy. No torch here, so that reading a config stays instant."""
 
 from __future__ import annotations
 
@@ -13,19 +13,17 @@ DEVICE = re.compile(r"[a-z]+(:\d{1,3})?")
 
 @dataclass(frozen=True)
 class PolicySettings:
-    """Which policy is tuned.
-
-    source     : shipped name, checkpoint folder or hub id; also the reference of the KL term
-    vocabulary : MidiTok JSON or preset, for a checkpoint that has no tokenizer.json; "" = its own
-    device     : "auto" = CUDA where there is one, else CPU
-    dtype      : of the matrix products of sampling and training; weights, head and log-softmax stay float32.
-                 "auto" = bfloat16 on CUDA, float32 on CPU
-    """
+    """The policy to tune."""
 
     source: str = "pop909-tiny"
+    """Shipped name, checkpoint folder or hub id; also the reference of the KL term."""
     vocabulary: str = ""
+    """MidiTok JSON or preset, for a checkpoint that has no tokenizer.json; "" = its own."""
     device: str = "auto"
+    """Device of torch; "auto" = CUDA where there is one, else CPU."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Arithmetic of the matrix products of sampling and training; weights, head and log-softmax stay float32. "auto" =
+    bfloat16 on CUDA, float32 on CPU."""
 
     def __post_init__(self) -> None:
         if not self.source:

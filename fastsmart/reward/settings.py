@@ -16,40 +16,39 @@ AUDIOBOX_DTYPES = ("float32", "bfloat16", "float16", "int8")
 
 @dataclass(frozen=True)
 class RewardSettings:
-    """Which rewards a run computes and how they become one number.
-
-    terms               : weight of every reward by name; weight 0 = computed and logged, not trained on
-    normalize           : how the training signal is made: "none" = weighted sum of the terms as they are; "group" =
-                          each term first centred and divided by its standard deviation within its group
-    typicality          : statistics of real pieces for `typicality` and `presence`; "" = those beside the base model
-    typicality_ceiling  : whether a clip as typical as the median real one is as typical as pays
-    audiobox_checkpoint : `checkpoint.pt`, a safetensors file or its folder; "" = the published one from the hub;
-                          "random" = weights that mean nothing, to try things out
-    audiobox_axes       : weight of every Audiobox axis: CE enjoyment, CU usefulness, PC complexity, PQ quality
-    audiobox_batch      : ten-second windows scored at once on a GPU
-    audiobox_dtype      : arithmetic of its forward pass; "int8" on a CPU only
-    clap_model          : folder or hub id of the ClapModel of `clap_similarity`, `clap_class` and `pam`
-    clap_prompt         : text that `clap_similarity` compares with
-    clap_classes        : texts that `clap_class` chooses among
-    clap_class          : the one of them that is wanted
-    pam_pairs           : (better, worse) texts of `pam`; none = the paper's pair
+    """Rewards that a run computes, and how they become one number.
 
     Raises UserError naming the key that is wrong.
     """
 
     terms: Mapping[str, float] = field(default_factory=dict)
+    """Weight of every reward by name; weight 0 = computed and logged, not trained on."""
     normalize: Literal["none", "group"] = "none"
+    """Form of the training signal: "none" = weighted sum of the terms as they are; "group" = each term first centred
+    and divided by its standard deviation within its group."""
     typicality: str = ""
+    """Statistics of real pieces for `typicality` and `presence`; "" = those beside the base model."""
     typicality_ceiling: bool = False
+    """Whether a clip more typical than the median real one earns no more than that."""
     audiobox_checkpoint: str = ""
+    """`checkpoint.pt`, a safetensors file or its folder; "" = the published one from the hub; "random" = weights that
+    mean nothing, to try things out."""
     audiobox_axes: Mapping[str, float] = field(default_factory=lambda: {"CE": 1.0})
+    """Weight of every Audiobox axis: CE enjoyment, CU usefulness, PC complexity, PQ quality."""
     audiobox_batch: int = 8
+    """Ten-second windows scored at once on a GPU."""
     audiobox_dtype: Literal["float32", "bfloat16", "float16", "int8"] = "float32"
+    """Arithmetic of its forward pass; "int8" on a CPU only."""
     clap_model: str = ""
+    """Folder or hub id of the ClapModel of `clap_similarity`, `clap_class` and `pam`."""
     clap_prompt: str = ""
+    """Text that `clap_similarity` compares with."""
     clap_classes: tuple[str, ...] = ()
+    """Texts that `clap_class` chooses among."""
     clap_class: str = ""
+    """Text of `clap_classes` that is wanted."""
     pam_pairs: tuple[tuple[str, str], ...] = ()
+    """Pairs of (better, worse) texts of `pam`; none = the paper's pair."""
 
     def __post_init__(self) -> None:
         for name, weight in self.terms.items():

@@ -1,4 +1,4 @@
-"""What a run may choose about its sampler. No torch here, so that reading a config stays instant."""
+"""Settings of the sampler. No torch here, so that reading a config stays instant."""
 
 from __future__ import annotations
 
@@ -12,20 +12,18 @@ ENGINES = ("native", "vllm")
 
 @dataclass(frozen=True)
 class VllmSettings:
-    """How vLLM is run; the rest is in `SamplingSettings`.
-
-    kv_cache_bytes : size of its KV cache; 0 = what `sampling.max_rows` completions of full length need, no more
-    sleep          : GPU only: move its weights to the host and drop its KV cache between two rollouts, so that the
-                     trainer has the memory
-    server         : address of a vLLM server on GPUs of its own, such as http://127.0.0.1:8000; "" = in this process
-    transfer_host, transfer_port : where this process and the server's workers meet for the weights (NCCL)
-    """
+    """Settings of vLLM; the rest is in `SamplingSettings`."""
 
     kv_cache_bytes: int = 0
+    """Size of its KV cache; 0 = what `sampling.max_rows` completions of full length need, no more."""
     sleep: bool = False
+    """Whether, on a GPU, to move its weights to the host and drop its KV cache between two rollouts, so that the
+    trainer has the memory."""
     server: str = ""
+    """Address of a vLLM server on GPUs of its own, such as http://127.0.0.1:8000; "" = in this process."""
     transfer_host: str = "127.0.0.1"
     transfer_port: int = 29600
+    """Host and port at which this process and the server's workers meet for the weights (NCCL)."""
 
     def __post_init__(self) -> None:
         if self.kv_cache_bytes < 0:
@@ -42,30 +40,27 @@ class VllmSettings:
 
 @dataclass(frozen=True)
 class SamplingSettings:
-    """How completions are drawn.
-
-    engine      : "native" (fastsmart's own) or "vllm"
-    group       : completions of each prompt, the group its advantages are relative to
-    max_tokens  : completion length at most, EOS included
-    temperature : of the softmax; the log-probs that come back are those of the tempered distribution
-    top_k, top_p : 0 and 1.0 are off; both truncate the distribution, and training, whose loss is over all of it,
-                  refuses them
-    max_rows    : sequences decoded side by side (memory: one KV cache row each)
-    ignore_eos  : whether only max_tokens ends a completion: of a benchmark whose pieces are to have one length
-    cuda_graph  : whether the native engine records a decode step on a GPU and replays it
-    vllm        : what only the engine "vllm" reads
-    """
+    """Settings of sampling."""
 
     engine: str = "native"
+    """Sampling engine: "native" (fastsmart's own) or "vllm"."""
     group: int = 8
+    """Completions of each prompt, the group its advantages are relative to."""
     max_tokens: int = 256
+    """Tokens of a completion at most, EOS included."""
     temperature: float = 1.0
+    """Temperature of the softmax; the log-probs that come back are those of the tempered distribution."""
     top_k: int = 0
     top_p: float = 1.0
+    """Truncation of the distribution, off at 0 and 1.0; training, whose loss is over all of it, refuses both."""
     max_rows: int = 256
+    """Sequences decoded side by side (memory: one KV cache row each)."""
     ignore_eos: bool = False
+    """Whether only max_tokens ends a completion: of a benchmark whose pieces are to have one length."""
     cuda_graph: bool = True
+    """Whether the native engine records a decode step on a GPU and replays it."""
     vllm: VllmSettings = field(default_factory=VllmSettings)
+    """Settings that only the engine "vllm" reads."""
 
     def __post_init__(self) -> None:
         if self.engine not in ENGINES:

@@ -46,33 +46,32 @@ TRAIN_STREAM, HELDOUT_STREAM, UNSPLIT_STREAM, ORDER_STREAM, NOTE_STREAM = range(
 
 @dataclass(frozen=True)
 class PromptSettings:
-    """Where the prompts of a run come from; `prompts` in the configuration.
-
-    source         : one of `SOURCES`
-    time_signatures: of procedural prompts, such as "3/4"; none means all of the vocabulary
-    tempo_min, tempo_max : bpm of procedural prompts, both included; 0 means no limit, here and below
-    pitch_min, pitch_max : MIDI numbers of first notes, both included
-    velocity_min, velocity_max : of first notes, 1 to 127, both included
-    duration_min, duration_max : beats of first notes, both included
-    dataset        : folder of an encoded dataset, for source "dataset"
-    seed           : of which openings are held out and in which order all of them come
+    """Source and range of a run's prompts; `prompts` in the configuration.
 
     Raises UserError for an unknown source and a number that cannot be meant; what depends on the vocabulary
     `make_prompts` checks.
     """
 
     source: str = "procedural"
+    """Source of the prompts, one of `SOURCES`."""
     time_signatures: tuple[str, ...] = ()
+    """Time signatures of procedural prompts, such as "3/4"; none means all of the vocabulary."""
     tempo_min: float = 0.0
     tempo_max: float = 0.0
+    """Tempo of procedural prompts, in beats a minute, both ends included; 0 means no limit, here and below."""
     pitch_min: int = 0
     pitch_max: int = 0
+    """MIDI numbers of first notes, both ends included."""
     velocity_min: int = 0
     velocity_max: int = 0
+    """Velocities of first notes, 1 to 127, both ends included."""
     duration_min: float = 0.0
     duration_max: float = 0.0
+    """Durations of first notes in beats, both ends included."""
     dataset: str = ""
+    """Folder of an encoded dataset, for source "dataset"."""
     seed: int = 0
+    """Seed of which openings are held out and of the order in which all of them come."""
 
     def __post_init__(self) -> None:
         if self.source not in SOURCES:

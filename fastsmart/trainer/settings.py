@@ -1,4 +1,4 @@
-"""What a run may choose about its training loop. No torch here, so that reading a config stays instant."""
+"""Settings of the training loop. No torch here, so that reading a config stays instant."""
 
 from __future__ import annotations
 
@@ -21,55 +21,58 @@ LIMITS = {
 
 @dataclass(frozen=True)
 class TrainSettings:
-    """The training loop.
-
-    steps          : optimizer batches; each samples its own prompts
-    prompts        : prompts a step; completions a step = prompts x sampling.group
-    iterations     : optimizer steps on each batch of completions
-    micro_batch    : completions in one forward and backward pass
-    pipeline       : "off" = one stage after the other; "overlap" = clips are rendered and scored while others are still
-                     being sampled, with the same numbers to the last bit; "one-step-off" = the batch of a step is
-                     sampled, rendered and scored while the policy learns from the one before
-    max_staleness  : of one-step-off: completions drawn by a policy more steps old than this are dropped and drawn again
-    score_batch    : clips scored in one call, at least one group; the pieces that overlap works with
-    advantage_scale : what a centred reward is divided by: "group", "batch" standard deviation, or "none"
-    learning_rate, schedule, warmup : peak, its course towards zero, steps of linear warm-up
-    betas, weight_decay, max_grad_norm : AdamW and gradient clipping
-    seed           : of prompts' order and sampling
-    eval_every     : steps between evaluations on prompts of the split "selection" (0 = only before and after)
-    eval_prompts   : of each evaluation, one completion each; more than the split has openings begin with these again
-    save_every     : steps between checkpoints (0 = only the last)
-    keep           : checkpoints kept, beside the one with the best held-out reward
-    listen         : held-out prompts written to listen/ as MIDI and WAV, before and after
-    threads        : CPU threads of torch (0 = one a core of this rank; for a policy on a GPU, one)
-    writers        : "tensorboard", "wandb": where metrics go beside metrics.jsonl
-    mismatch_limit : mean exp |log p_trainer - log p_sampler| over tokens above which training does not begin, and a
-                     step is warned about; 0 = 1.001 in float32, 1.05 in bfloat16
-    """
+    """The training loop."""
 
     steps: int = 200
+    """Optimizer batches; each samples its own prompts."""
     prompts: int = 8
+    """Prompts a step; completions a step = prompts x sampling.group."""
     iterations: int = 1
+    """Optimizer steps on each batch of completions."""
     micro_batch: int = 16
+    """Completions in one forward and backward pass."""
     pipeline: Literal["off", "overlap", "one-step-off"] = "overlap"
+    """Order of the stages: "off" = one stage after the other; "overlap" = clips are rendered and scored while others
+    are still being sampled, with the same numbers to the last bit; "one-step-off" = the batch of a step is sampled,
+    rendered and scored while the policy learns from the one before."""
     max_staleness: int = 1
+    """Staleness allowed one step off: completions drawn by a policy more steps old than this are dropped and drawn
+    again."""
     score_batch: int = 16
+    """Clips scored in one call, at least one group; the pieces that overlap works with."""
     advantage_scale: Literal["group", "batch", "none"] = "group"
+    """Divisor of a centred reward: the standard deviation of its "group" or of the "batch", or "none"."""
     learning_rate: float = 1e-4
+    """Learning rate at its peak."""
     schedule: Literal["linear", "cosine", "constant"] = "linear"
+    """Course of the learning rate from its peak towards zero."""
     warmup: int = 0
+    """Steps in which the learning rate rises to its peak in a straight line."""
     betas: tuple[float, float] = (0.9, 0.999)
+    """Decay of AdamW's means of the gradient and of its square."""
     weight_decay: float = 0.0
+    """Decay of the weights in AdamW."""
     max_grad_norm: float = 1.0
+    """Length to which a longer gradient is scaled down."""
     seed: int = 0
+    """Seed of the prompts' order and of sampling."""
     eval_every: int = 20
+    """Steps between evaluations on prompts of the split "selection" (0 = only before and after)."""
     eval_prompts: int = 64
+    """Prompts of each evaluation, one completion each; more than the split has openings begin with these again."""
     save_every: int = 20
+    """Steps between checkpoints (0 = only the last)."""
     keep: int = 3
+    """Checkpoints kept, beside the one with the best held-out reward."""
     listen: int = 6
+    """Held-out prompts written to listen/ as MIDI and WAV, before and after."""
     threads: int = 0
+    """CPU threads of torch (0 = one a core of this rank; for a policy on a GPU, one)."""
     writers: tuple[Literal["tensorboard", "wandb"], ...] = ()
+    """Services that get the metrics beside metrics.jsonl: "tensorboard", "wandb"."""
     mismatch_limit: float = 0.0
+    """Mean exp |log p_trainer - log p_sampler| over tokens above which training does not begin, and a step is warned
+    about; 0 = 1.001 in float32, 1.05 in bfloat16."""
 
     def __post_init__(self) -> None:
         require(self, "train.", LIMITS)
