@@ -183,7 +183,7 @@ class NoteBank:
 
     @property
     def info(self) -> BankInfo:
-        """What there is on disk."""
+        """Contents on disk."""
         return read_info(self.path)
 
     def close(self) -> None:
@@ -316,7 +316,7 @@ class NoteBank:
 
 
 def banks_folder() -> Path:
-    """Where banks are kept: `bank` in fastsmart's cache folder."""
+    """Folder of all banks: `bank` in fastsmart's cache folder."""
     return cache_folder("bank")
 
 
@@ -327,7 +327,7 @@ def list_banks() -> list[BankInfo]:
 
 
 def read_info(path: Path) -> BankInfo:
-    """What a bank's folder says about it."""
+    """Read what a bank's folder says about it."""
     identity = json.loads((path / "bank.json").read_text(encoding="utf-8"))
     index = path / "index.jsonl"
     stored = [line for line in _lines(index.read_bytes()) if line["length"]] if index.exists() else []
@@ -363,7 +363,7 @@ def make_room(keep: Path, limit: int) -> None:
 
 
 def _synth_version() -> str | None:
-    """Of FluidSynth; None where there is none, which is enough for notes that are stored."""
+    """Version of FluidSynth; None where there is none, which is enough for notes that are stored."""
     try:
         return load_library().fluid_version_str().decode()
     except UserError:

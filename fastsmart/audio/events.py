@@ -1,4 +1,4 @@
-"""When the synth strikes and releases: notes in seconds become events in samples, the same for every renderer.
+"""Notes in seconds as events in samples, at which the synth strikes and releases; the same for every renderer.
 
 Shape letters: M notes, C pedal changes, E events.
 """
@@ -61,7 +61,7 @@ def piece_arrays(notes: NoteBatch, i: int) -> Piece:
 
 
 def timing(piece: Piece, settings: RenderSettings) -> Timing:
-    """Where the notes of a piece start and stop, cut to the window that the settings give."""
+    """Find where the notes of a piece start and stop, cut to the window that the settings give."""
     rate = settings.synth_rate
     window_s = min(piece.end_s, settings.max_seconds)
     score, last = round(window_s * settings.sample_rate), round(window_s * rate)
@@ -86,7 +86,7 @@ def note_samples(
 
 
 def playable(pitch: np.ndarray, velocity: np.ndarray) -> np.ndarray:
-    """Which notes a synth can play, bool [M]: those with a key and a velocity that MIDI has."""
+    """Mask of the notes a synth can play, bool [M]: those with a key and a velocity that MIDI has."""
     return (pitch < 128) & (velocity > 0) & (velocity < 128)
 
 
@@ -128,5 +128,5 @@ def finish(clip: np.ndarray, score: int, settings: RenderSettings) -> int:
 
 
 def empty_value(settings: RenderSettings) -> float:
-    """What the samples of a score without notes are."""
+    """Value of the samples of a score without notes."""
     return float("nan") if settings.empty == "nan" else 0.0

@@ -1,4 +1,4 @@
-"""What a listener would hear as a fault, found in numbers: a check of audio for ears against its notes.
+"""Faults that a listener would hear, found in numbers: a check of audio for ears against its notes.
 
 Shape letters: T samples, M notes.
 """
@@ -21,7 +21,7 @@ END_S = 0.01  # of a tail that has to be quiet
 
 @dataclass(frozen=True)
 class Hearing:
-    """How exactly audio can be held to its notes.
+    """Tolerances within which audio is held to its notes.
 
     lead_s     : sound may begin so long before the first note
     silence    : the loudest sample that counts as silence, of a full scale of 1

@@ -21,7 +21,7 @@ NEVER = 2**40  # blocks: the release of a note that the pedal still holds at the
 
 
 class Tables(NamedTuple):
-    """What a bank knows, as arrays a compiled function takes in.
+    """Contents of a bank as arrays that a compiled function takes in.
 
     waves   : int16 [all samples]
     offset, length : int64 [E], where a stored note's first phase begins in `waves`, and the samples of a phase
@@ -74,7 +74,7 @@ def _order(at: np.ndarray) -> np.ndarray:
 def pair(
     start: np.ndarray, stop: np.ndarray, pitch: np.ndarray, pedal_at: np.ndarray, pedal_down: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """When FluidSynth takes up each note's start and its release, int64 [M] blocks each.
+    """Blocks at which FluidSynth takes up each note's start and its release, int64 [M] each.
 
     Its rule: striking a sounding key releases the earlier note, and the first note-off of the key from then on ends the
     new one; while the pedal is down both hand the note to the pedal instead; no note ends within 10 ms.

@@ -1,4 +1,4 @@
-"""What one key of a soundfont sounds like, measured: its distinct held notes, its gains, how fast it dies away.
+"""Sound of one key of a soundfont, measured: its distinct held notes, its gains, how fast it dies away.
 
 A dry FluidSynth note is gain(velocity) x held note until it is released, and from there on, in a font whose filters
 stand still, the same held note under a falling exponential: FluidSynth's release is linear in decibels, and so is the
@@ -35,7 +35,7 @@ HELD_BLOCKS = np.array([8, 16, 36, 75, 150, 262, 375, 562, 750, 1125, 1500, 2250
 
 @dataclass(frozen=True)
 class VelocityLayers:
-    """How a key's velocities relate, int64 [128] and float64 [128]; velocities that are silent have gain 0.
+    """Relation of a key's velocities, int64 [128] and float64 [128]; velocities that are silent have gain 0.
 
     held    : the velocities that play one held note at different levels, named by the highest of them
     release : of those, the ones that also fall alike once released, named by the highest of them
@@ -96,7 +96,7 @@ def velocity_layers(renderer: FluidSynthRenderer, key: int) -> VelocityLayers:
 
 
 def _differ(one: np.ndarray, other: np.ndarray, energy: float) -> float:
-    """What is left of one signal, as a share of its energy, without the other one at any level."""
+    """Rest of one signal, as a share of its energy, without the other one at any level."""
     residue = one - (one @ other) / (other @ other) * other
     return float(residue @ residue) / energy
 

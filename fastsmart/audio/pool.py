@@ -151,7 +151,7 @@ class RenderPool:
         self._unseen.clear()
 
     def pop_events(self) -> list[str]:
-        """What happened to workers and clips since the last call, a sentence each."""
+        """Events of workers and clips since the last call, a sentence each."""
         events, self._events = self._events, []
         return events
 
@@ -162,7 +162,7 @@ class RenderPool:
         return work
 
     def heartbeats(self) -> list[dict[str, float]]:
-        """Of each worker: its process id, the clips it has in hand, and the seconds since it last gave a sign."""
+        """State of each worker: its process id, the clips it has in hand, the seconds since it last gave a sign."""
         now = time.monotonic()
         return [
             {"pid": w.process.pid, "in_hand": len(w.in_hand), "silent_s": round(now - w.since_s, 1) if w.in_hand else 0}
