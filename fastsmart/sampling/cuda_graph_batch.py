@@ -1,4 +1,4 @@
-"""Sequences decoded in memory that never moves, so that a GPU can record a decode step once and replay it.
+"""Sequences decoded in memory that stays in place, so that a GPU can record a decode step once and replay it.
 
 A step of a few layers is some tens of kernels, which take Python far longer to launch than they take to run; replayed,
 they are one launch. So nothing is decided between two steps: where a step stands is a tensor, the host looks only now

@@ -60,7 +60,7 @@ class _Matrix:
 
 
 def _packing_library(weight: Tensor) -> str:
-    """Whose packed products serve this weight best: "mkl", "mkldnn" (oneDNN), or "" for nobody's."""
+    """Choose the library with the fastest packed products for this weight: "mkl", "mkldnn" (oneDNN), or "" for none."""
     if weight.device.type != "cpu" or weight.dtype != torch.float32:
         return ""
     if torch.backends.mkl.is_available() and mkl_knows_processor():
@@ -126,13 +126,13 @@ class DecoderWeights:
             matrix.load(weight)
 
     def matrices(self) -> Iterator[_Matrix]:
-        """Those of every layer, then the head."""
+        """Matrices of every layer, then the head."""
         for layer in self.layers:
             yield from (layer.qkv, layer.out, layer.gate_up, layer.down)
         yield self.head
 
     def named(self) -> Iterator[tuple[str, Tensor]]:
-        """What is held, under the policy's name for it and in the policy's order; a norm is in the matrix it feeds."""
+        """Tensors held, under the policy's name and in the policy's order; a norm is in the matrix it feeds."""
         names = ["self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj"]
         of_layers = [f"model.layers.{i}.{name}.weight" for i in range(len(self.layers)) for name in names]
         yield "model.embed_tokens.weight", self.embed

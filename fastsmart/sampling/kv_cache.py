@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-BLOCK = 64  # tokens whose values are turned at once
+BLOCK = 64  # tokens whose values are transposed at once
 
 
 @dataclass
@@ -18,7 +18,7 @@ class LayerCache:
     """One layer's keys and values; all memory, nothing shared.
 
     kv     : [2, R, K, S, E]
-    values_transposed : [S // 64, R, K, E, 64], the values of every block of 64 slots that is full, turned; None where
+    values_transposed : [S // 64, R, K, E, 64], the values of every full block of 64 slots, transposed; None where
              that is of no use. Read so, they and the keys are times one column, which MKL does at 31 GB/s, the memory's
              rate; one row times [S, E] values it does at 13 GB/s (two Zen 4 cores, more than the caches hold).
     """
@@ -48,7 +48,7 @@ class LayerCache:
                 self.values_transposed[block] = self.kv[1, :, :, block * BLOCK : (block + 1) * BLOCK].transpose(-1, -2)
 
     def attend(self, q: Tensor, end: int, seen: Tensor | None) -> Tensor:
-        """What queries q [R K, H / K T, E], scaled already, make of the first `end` slots: of the same shape.
+        """Attention of queries q [R K, H / K T, E], scaled already, over the first `end` slots: of the same shape.
 
         seen : bool [T, end] or [R, 1, T, end], what each may look at; None = everything
         """

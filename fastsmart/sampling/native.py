@@ -37,7 +37,7 @@ class NativeEngine:
     """Samples from a copy of a policy's weights, on the policy's device; the head and the log-softmax are float32.
 
     dtype    : of the other matrix products and the KV cache
-    static_cache : whether to decode in memory that never moves, on a GPU by replaying graphs of it; None = on a GPU,
+    static_cache : whether to decode in memory that stays in place, on a GPU by replaying graphs of it; None = on a GPU,
                where `SamplingSettings.cuda_graph` is on
     """
 
@@ -138,7 +138,7 @@ class NativeEngine:
     def _decode_static(
         self, prompts: list[np.ndarray], index: np.ndarray, settings: SamplingSettings, seed: tuple[int, ...]
     ) -> Iterator[Completion]:
-        """The same in memory that never moves; rows that have ended go on, and nobody looks at what they draw."""
+        """Decode in memory that stays in place; rows that have ended go on, and what they draw is ignored."""
         ids, left = _left_padded(prompts, self.weights.device)
         slots = -(-(ids.shape[1] + settings.max_tokens) // _STATIC_SLOTS) * _STATIC_SLOTS
         key = (len(prompts), slots, settings.max_tokens, settings.temperature, settings.top_k, settings.top_p)
@@ -169,7 +169,7 @@ class NativeEngine:
         return -1 if settings.ignore_eos else self.eos
 
     def _cache(self, rows: int, slots: int) -> list[LayerCache]:
-        """That of every layer, uninitialised; the last call's memory where its shape fits.
+        """Cache of every layer, uninitialised; the last call's memory where its shape fits.
 
         The caller puts it back into `memory` when done, so that two streams at once do not share it.
         """

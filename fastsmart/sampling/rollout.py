@@ -1,4 +1,4 @@
-"""What a sampling engine gives back, and the contract every engine keeps.
+"""Completions and rollouts, and the contract that every sampling engine keeps.
 
 Shape letters: P prompts, G completions a prompt, N = P x G completions, L tokens of the longest completion.
 """

@@ -200,7 +200,7 @@ def end_engine(engine: Any) -> None:
 
 
 def weights_of(policy: Policy) -> Iterator[tuple[str, Tensor]]:
-    """What a sync sends: every parameter under its checkpoint name, a tied head under both of its names."""
+    """Tensors that a sync sends: every parameter under its checkpoint name, a tied head under both of its names."""
     return ((name, parameter.detach()) for name, parameter in policy.named_parameters(remove_duplicate=False))
 
 
@@ -331,7 +331,7 @@ def open_transfer(client: Any, policy: Policy, host: str, port: int, world_size:
 
 
 def missing_api() -> list[str]:
-    """What fastsmart calls and the installed vLLM does not have; raises UserError where it does not import."""
+    """Names that fastsmart calls and the installed vLLM lacks; raises UserError where it does not import."""
     try:
         from vllm.engine.arg_utils import EngineArgs
         from vllm.outputs import CompletionOutput

@@ -1,4 +1,4 @@
-"""What can be known about a vLLM engine before it exists: its memory, its requests, whether its version will do.
+"""Facts about a vLLM engine before it exists: its memory, its requests, whether its version will do.
 
 No torch and no vLLM here, so that reading a config and `--dry-run` stay instant.
 """
@@ -24,7 +24,7 @@ MAX_TRANSFER_BYTES = 2**30  # vLLM's own default for a packed buffer
 
 @dataclass(frozen=True)
 class VllmMemory:
-    """What an engine in this process will hold.
+    """Memory that an engine in this process will hold.
 
     rows           : completions decoded side by side
     longest        : tokens of prompt and completion the cache is sized for

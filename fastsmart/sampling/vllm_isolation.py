@@ -16,7 +16,7 @@ import torch
 
 from fastsmart.errors import UserError
 
-# In this process, and talking to nobody
+# One process, without telemetry
 ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     "VLLM_NO_USAGE_STATS": "1",

@@ -61,8 +61,8 @@ class Server:
 
 
 class WeightSync:
-    """What vLLM's trainer side calls on the server (its `VLLMWeightSyncClient`); `version` is stamped on the next
-    sync."""
+    """Client that vLLM's trainer side calls on the server (its `VLLMWeightSyncClient`); `version` is stamped on the
+    next sync."""
 
     def __init__(self, server: Server) -> None:
         self.server = server

@@ -1,4 +1,4 @@
-"""A batch in memory that never moves draws what the batch that is compacted draws, and a step of it can be recorded."""
+"""A batch in memory that stays in place draws what a compacted one draws, and a step of it can be recorded."""
 
 from dataclasses import replace
 
@@ -61,7 +61,7 @@ def assert_same_until_a_border(some, others):
     "max_tokens",
     [1, 2, cuda_graph_batch.LOOK_EVERY, cuda_graph_batch.LOOK_EVERY + 1, cuda_graph_batch.LOOK_EVERY + 2, 100],
 )
-def test_it_draws_what_the_other_draws(vocab, max_tokens):
+def test_a_static_batch_draws_the_tokens_of_a_compacted_one(vocab, max_tokens):
     """Lengths around one look of the host, and far beyond."""
     policy, settings = eager_to_end(vocab, 0.08), SamplingSettings(group=8, max_tokens=max_tokens)
     plain, batch = (
@@ -78,7 +78,7 @@ def test_it_draws_what_the_other_draws(vocab, max_tokens):
 
 @pytest.mark.parametrize("shape", [{"num_kv_heads": 2}, {"tied_head": True}], ids=["gqa", "tied"])
 @pytest.mark.parametrize("drawing", [{"temperature": 0.7}, {"top_k": 20}, {"top_p": 0.8}], ids=str)
-def test_whatever_the_policy_and_the_distribution(vocab, shape, drawing):
+def test_static_and_compacted_batches_agree_for_every_policy_and_distribution(vocab, shape, drawing):
     policy, settings = make_policy(vocab, **shape), SamplingSettings(group=4, max_tokens=70, max_rows=7, **drawing)
     assert_same(sampled(NativeEngine(policy, static_cache=True), settings), sampled(NativeEngine(policy), settings))
 
