@@ -49,7 +49,7 @@ def group_moments(reward: Tensor, group: Tensor) -> GroupMoments:
 def group_advantages(
     reward: Tensor, group: Tensor, scale: Literal["none", "group", "batch"] = "group", eps: float = STD_FLOOR
 ) -> Tensor:
-    """How much better each completion is than the others of its group: (reward − group mean) / (std + eps).
+    """Advantage of each completion over the others of its group: (reward − group mean) / (std + eps).
 
     reward [N] (torch, any floating dtype), group [N] integer labels in any order. Returns float32 [N] on the device of
     reward. `scale` chooses the std: of the completion's group (DeepSeekMath, arXiv 2402.03300, section 4.1.2), of all

@@ -36,7 +36,7 @@ class LossStats:
     def of(
         kept: Tensor, totals: dict[str, Tensor], means: dict[str, Tensor | None], peaks: dict[str, Tensor]
     ) -> LossStats:
-        """Those of one micro-batch, from scalars and [M] values by name; `kept` bool [M]: the tokens that count."""
+        """Sum those of one micro-batch: scalars and [M] values by name; `kept` bool [M]: the tokens that count."""
         totals = totals | {"tokens": kept.sum(), "dropped": (~kept).sum()}
         unknown = torch.full((), math.nan, dtype=torch.float64, device=kept.device)
         none = torch.full((1,), -math.inf, dtype=torch.float64, device=kept.device)  # the maximum of no tokens
@@ -86,7 +86,7 @@ class LossStats:
 
 
 def loss_denominator(lengths: Tensor, settings: LossSettings) -> float:
-    """What the token sum of the whole optimizer batch, all micro-batches and all ranks, is divided by.
+    """Divisor of the token sum of the whole optimizer batch, all micro-batches and all ranks.
 
     lengths [N]: completion tokens of each completion of that batch. Number of completions for grpo and gspo,
     completions × max_tokens for dr_grpo, tokens for the others; never below 1. A token dropped from the loss still
@@ -191,7 +191,7 @@ def policy_loss(
 
 
 def _clipped(ratio: Tensor, advantage: Tensor, settings: LossSettings) -> tuple[Tensor, Tensor]:
-    """Which tokens the lower and the upper clip act on, bool [M] each."""
+    """Masks of the tokens that the lower and the upper clip act on, bool [M] each."""
     low, high = ratio < 1.0 - settings.clip_low, ratio > 1.0 + settings.clip_high
     if settings.loss == "cispo":
         return low & (advantage != 0), high & (advantage != 0)
@@ -199,7 +199,7 @@ def _clipped(ratio: Tensor, advantage: Tensor, settings: LossSettings) -> tuple[
 
 
 def _inside_mask(gap: Tensor, kept: Tensor, sequence: Tensor, sequences: int, settings: LossSettings) -> Tensor:
-    """Which tokens stay in the policy term, bool [M]."""
+    """Mask of the tokens that stay in the policy term, bool [M]."""
     if settings.mask_level == "sequence":
         gap = _sequence_mean(gap, kept, sequence, sequences)
     inside = torch.ones_like(kept)

@@ -18,7 +18,7 @@ from fastsmart.trainer.update import Update
 
 @dataclass(frozen=True)
 class Batch:
-    """What every rank knows of a step's N completions.
+    """Table of a step's N completions that every rank has.
 
     scores  : float32 [N] each
     notes   : int64 [N], notes of each clip
@@ -39,7 +39,7 @@ class Batch:
 
     @staticmethod
     def gather(scored: ScoredRollout, prompts: int, ranks: Ranks, with_rows: bool = False) -> Batch:
-        """Put the ranks' performances of `prompts` prompts side by side, on request with the clips' histograms."""
+        """Put the ranks' completions of `prompts` prompts side by side, on request with the clips' histograms."""
         scores, rollout = scored.scores, scored.rollout
         columns = [*scores.terms.values(), scores.total, scored.notes.counts, rollout.lengths]
         size = len(rollout) // len(ranks.share(prompts))  # completions a prompt
@@ -72,7 +72,7 @@ def _gathered_rows(notes: NoteBatch, prompts: int, size: int, ranks: Ranks) -> n
 
 
 def metrics(step: int, batch: Batch, advantage: torch.Tensor, change: Update) -> dict[str, Any]:
-    """What a step's line of metrics says about its batch and its update; `step` counts from 1."""
+    """Line of metrics of a step, about its batch and its update; `step` counts from 1."""
     scores = batch.scores
     return {
         "step": step,

@@ -71,7 +71,7 @@ class HeldOut:
 
     @staticmethod
     def load(path: Path) -> HeldOut | None:
-        """What was saved; None where there is no such file. Raises UserError when it is damaged."""
+        """Read what was saved; None where there is no such file. Raises UserError when it is damaged."""
         if not path.is_file():
             return None
         try:
@@ -174,7 +174,7 @@ def summarise(table: Mapping[str, np.ndarray]) -> dict[str, Any]:
 
 
 def write_listening(worker: RolloutWorker, scored_rollouts: Sequence[ScoredRollout], folder: Path, label: str) -> None:
-    """This rank's first held-out clips, whole, as MIDI and as 48 kHz stereo WAV: `NN-<label>.mid`, `NN-<label>.wav`."""
+    """Write this rank's first held-out clips, whole, as MIDI and 48 kHz stereo WAV: `NN-<label>.mid` and `.wav`."""
     config = worker.config
     if not config.train.listen:
         return

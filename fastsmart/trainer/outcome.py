@@ -1,4 +1,4 @@
-"""How a run ends: finished, asked to stop, or given up."""
+"""Outcomes of a run: finished, asked to stop, or given up."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ MAX_SKIPPED = 3  # steps in a row whose gradient is not finite before a run give
 
 @dataclass(frozen=True)
 class Run:
-    """How a run ended.
+    """Outcome of a run.
 
     policy  : the tuned policy, in eval mode
     path    : the run folder

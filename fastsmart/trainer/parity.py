@@ -72,7 +72,7 @@ def unhealthy(change: Update, config: Config, dtype: torch.dtype) -> bool:
 
 
 def health_warning(engine: Engine, policy: Policy, config: Config, change: Update, dtype: torch.dtype) -> str:
-    """What to tell the user about an unhealthy step.
+    """Warning about an unhealthy step, for the user.
 
     The engine is to hold the policy as it is now, so that a tensor that did not arrive can be named.
     """

@@ -208,7 +208,7 @@ def started_thread(name: str) -> ThreadPoolExecutor:
 
 
 class _Batch:
-    """Where the clips of one batch are."""
+    """Completions and clips of one batch on their way to their scores."""
 
     def __init__(
         self, pipeline: RolloutPipeline, prompts: TokenBatch, group: int, first: int, chunk: int, tell: Progress

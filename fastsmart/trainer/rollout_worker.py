@@ -109,7 +109,10 @@ class RolloutWorker:
         return replace(scored, gpu_mixed=self.mixer.mixed - mixed) if self.mixer else scored
 
     def generate_step(self, step: int, progress: Progress | None = None) -> ScoredRollout:
-        """This rank's share of a step's batch: prompts and random numbers are those of the step, whoever draws them."""
+        """Sample and score this rank's share of a step's batch.
+
+        Prompts and random numbers belong to the step and the number of the completion, whichever rank draws it.
+        """
         config, group = self.config, self.config.sampling.group
         share, seed = self.ranks.share(config.train.prompts), (config.train.seed, RandomStream.TRAIN, step)
         start = step * config.train.prompts + share.start
@@ -132,7 +135,7 @@ class RolloutWorker:
 
     @property
     def renders_with(self) -> str:
-        """What mixes the clips, "gpu" or "cpu"; "" where no reward listens."""
+        """Device that mixes the clips, "gpu" or "cpu"; "" where no reward listens."""
         return "gpu" if self.mixer else "cpu" if self.pool else ""
 
     def close(self) -> None:

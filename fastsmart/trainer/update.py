@@ -29,7 +29,7 @@ from fastsmart.trainer.recorded import passes_of
 
 @dataclass(frozen=True)
 class Update:
-    """What an optimizer step did.
+    """Result of an optimizer step.
 
     stats         : loss terms, means over tokens and the KL a completion, by name (see `LossStats.means`)
     grad_norm     : before clipping
