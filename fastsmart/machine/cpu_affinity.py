@@ -1,4 +1,4 @@
-"""Which cores a rank works on, so that ranks, renderer processes and the training thread do not fight for them."""
+"""Cores of a rank, divided so that ranks, renderer processes and the training thread do not fight for them."""
 
 from __future__ import annotations
 

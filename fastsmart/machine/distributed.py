@@ -26,7 +26,7 @@ TIMEOUT = timedelta(minutes=15)  # a rank that is silent for longer is taken for
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among `world` of them, `local_world` on this machine.
+    """Place of this process among `world` of them, `local_world` on this machine.
 
     Rank 0 is the one that writes files and talks to people (`leader`).
     """
@@ -82,7 +82,7 @@ class Ranks:
 
 
 def join_ranks() -> Ranks:
-    """This process's place as torchrun gives it in the environment, connected to the others; alone without torchrun.
+    """Join the other processes that torchrun has started, as the environment says; stay alone without torchrun.
 
     Collectives on GPU tensors go over NCCL, those on CPU tensors over gloo.
     """
@@ -113,8 +113,8 @@ def of_this_attempt(store: dist.Store, rank: int, world: int) -> dist.Store:
 
     torchrun (2.13) keeps one store from restart to restart: a rank started again would find the addresses of those that
     died and wait for them. How often a rank was restarted does not tell attempts apart, as machines count on their
-    own. So each rank introduces itself by a word of its own, rank 0 answers every word it sees with the name of its
-    attempt, and goes on when all the others have got theirs; words of the dead are answered too, and read by nobody.
+    own. So each rank writes a random word, rank 0 answers every word it finds with the name of its attempt, and goes on
+    when all the others have read that name. A word that a dead rank left is answered too, which does no harm.
     """
     if rank:
         word = uuid4().hex

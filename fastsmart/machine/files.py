@@ -177,12 +177,12 @@ class JsonLines:
 
     @property
     def aside(self) -> Path:
-        """Where `forget_after` keeps damaged lines."""
+        """File in which `forget_after` keeps damaged lines."""
         return self.path.with_suffix(".damaged")
 
     @property
     def told(self) -> str:
-        """What `lines` could not read, in words; empty where it could."""
+        """Report of what `lines` could not read, in words; empty where it could."""
         if not self.damaged:
             return ""
         return f"{self.damaged} line{'s' if self.damaged > 1 else ''} of {self.path.name} could not be read"
@@ -273,7 +273,7 @@ def mkl_knows_processor() -> bool:
 
 
 def cache_folder(name: str) -> Path:
-    """Where what can be made again is kept: FASTSMART_CACHE, else XDG_CACHE_HOME/fastsmart, else ~/.cache/fastsmart."""
+    """Folder of what can be made again: FASTSMART_CACHE, else XDG_CACHE_HOME/fastsmart, else ~/.cache/fastsmart."""
     home = os.environ.get("FASTSMART_CACHE")
     if not home:
         home = os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "fastsmart")

@@ -99,7 +99,7 @@ def _is_still(handle: int, path: Path) -> bool:
 
 
 def _holder(path: Path) -> dict[str, Any]:
-    """What the lock file says of its holder; empty where it says nothing."""
+    """Read what the lock file says of its holder; empty where it says nothing."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):

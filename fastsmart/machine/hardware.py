@@ -1,4 +1,4 @@
-"""What this machine computes with: the processor and its instruction sets, how busy it is, and how threads wait."""
+"""Hardware of this machine: the processor and its instruction sets, how busy it is, and how threads wait."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def wait_politely() -> None:
 
 
 def waiting() -> dict[str, str]:
-    """How threads of GNU OpenMP wait here: the variables they go by, and under `set_by` who chose.
+    """Variables by which threads of GNU OpenMP wait here, and under `set_by` who chose them.
 
     "fastsmart"; "environment", a setting found there; or "nobody", where torch came first and GNU OpenMP waits as it
     does by itself, which is slow beside other processes.

@@ -1,4 +1,4 @@
-"""What a profile shows: seconds of stages and of operators within them, the largest costs, idle gaps, memory.
+"""Analysis of a profile: seconds of stages and of operators within them, the largest costs, idle gaps, memory.
 
 All times are seconds after the first profiled step began. An operator belongs to the stage that its thread was in; its
 own time is what it does not spend in operators that it calls. What a stage spends in none is a row too, so that the
@@ -82,7 +82,7 @@ class Operator:
 
 @dataclass(frozen=True)
 class ProfiledSteps:
-    """What was seen of some steps that follow one another.
+    """Steps that follow one another, as the profiler saw them.
 
     spans        : of the stages, each with its lane and the thread that was in it
     unprofiled_s : seconds of a step without the profiler, where there was one to compare
@@ -99,7 +99,7 @@ class ProfiledSteps:
         return Interval("all steps", self.steps[0].start_s, self.steps[-1].end_s)
 
     def lane(self, lane: str) -> list[Interval]:
-        """What happened in a lane, or on the GPU, in order of time."""
+        """Intervals of a lane, or of the GPU, in order of time."""
         if lane == GPU:
             found = [Interval(GPU, o.start_s, o.end_s) for o in self.operators if o.thread < 0]
         else:
@@ -187,7 +187,7 @@ def tallied(profiled: ProfiledSteps) -> Tally:
 
 
 class Places:
-    """In which stage a thread was when: of spans that overlap, in the one that began last. `seconds` in each."""
+    """Stage of a thread at any time: of spans that overlap, the one that began last. `seconds` spent in each."""
 
     def __init__(self, spans: Sequence[Interval]) -> None:
         cuts = sorted({time for span in spans for time in (span.start_s, span.end_s)})
@@ -242,7 +242,7 @@ def phase_of(operator: Operator) -> str:
 
 
 def kind_of(name: str) -> str:
-    """What sort of work an operator does."""
+    """Sort of work that an operator does."""
     if name == OUTSIDE or name in NOT_HERE.values():
         return name
     return next((kind for kind, parts in KINDS.items() if any(part in name for part in parts)), "element by element")
@@ -282,7 +282,7 @@ def rows(tally: dict[Key, Row], steps: int, step_s: float) -> list[dict[str, Any
 
 
 def gaps(profiled: ProfiledSteps, step: Interval, lanes: Sequence[str]) -> list[dict[str, Any]]:
-    """When in a step a resource, or every one at once, had nothing to do: after what, before what, and who had."""
+    """Gaps of a step in which a resource, or all at once, had nothing to do; with the stages around and meanwhile."""
     everyone = [span for span, lane, _ in profiled.spans if lane in LANES.values() and lane != LANES["wait"]]
     busy = {lane: profiled.lane(lane) for lane in lanes} | {NOBODY: sorted(everyone, key=lambda s: s.start_s)}
     found = []

@@ -120,7 +120,7 @@ class MemoryWatch:
             self._seen.append(Memory(time.perf_counter(), memory_mb()[0], allocated, reserved))
 
     def samples(self, since_s: float) -> list[Memory]:
-        """What has been seen, in seconds after `since_s`."""
+        """Memory as it was seen, in seconds after `since_s`."""
         return [Memory(m.time_s - since_s, m.rss_mb, m.cuda_mb, m.cuda_reserved_mb) for m in self._seen]
 
     def __enter__(self) -> MemoryWatch:

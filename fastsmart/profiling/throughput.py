@@ -1,4 +1,4 @@
-"""How fast a run goes on this machine, alone or beside the same run with other settings, the contenders taking turns.
+"""Speed of a run on this machine, alone or beside the same run with other settings, the contenders taking turns.
 
 A turn is the first steps of a run, without evaluations and checkpoints; those of the warm-up are not counted. Machines
 drift, so contenders are compared within a round, in which each has one turn.
@@ -108,7 +108,7 @@ def run_turn(config: Config, path: Path, steps: int, ranks: Ranks) -> list[dict[
 
 
 def summary(rounds: Sequence[Sequence[Mapping[str, Any]]], first: Sequence[float]) -> dict[str, Any]:
-    """What is said of a contender; `first` are the medians of the first one's rounds.
+    """Summary of a contender; `first` are the medians of the first one's rounds.
 
     Seconds of every counted step by round, and medians over all of them; `times_as_fast` is median, least and most over
     the rounds.

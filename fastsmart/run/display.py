@@ -1,4 +1,4 @@
-"""What a person sees of a run while it trains."""
+"""Displays of a run while it trains, for a person."""
 
 from __future__ import annotations
 

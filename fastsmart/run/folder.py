@@ -180,13 +180,13 @@ class RunFolder:
         write_atomic(path, json.dumps(record, indent=1) + "\n")
 
     def odd(self) -> list[str]:
-        """What of the files could not be read or was changed when the run went on, in words."""
+        """Report of what could not be read or was changed when the run went on, a sentence each."""
         metrics = [f"{self.metrics.told}; kept in {self.metrics.aside.name}"] if self.metrics.told else []
         passed_over = [f"passed over {path.name}: {why}" for path, why in self.checkpoints.passed_over.items()]
         return metrics + passed_over + self._changed
 
     def held_out(self, label: str) -> Path:
-        """Where the numbers of the held-out clips go, of "before" or "after"."""
+        """File of the numbers of the held-out clips, of "before" or "after"."""
         return self.path / "held-out" / f"{label}.csv"
 
     def write(self, name: str, text: str) -> None:
@@ -194,7 +194,7 @@ class RunFolder:
 
 
 def table_heading(steps: int) -> str:
-    """How the table of a run of so many steps begins."""
+    """First words of the table of a run of so many steps."""
     return f"# Before and after {steps} steps: "
 
 

@@ -1,4 +1,4 @@
-"""What a run depends on beyond its config: the machine, the versions, the soundfont."""
+"""Provenance of a run beyond its config: the machine, the versions, the soundfont."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def statistics_path(config: Config) -> Path | str:
 
 
 def provenance(config: Config, policy: Policy, statistics: Path | str, mixdown: str) -> dict[str, Any]:
-    """What the numbers of a run depend on; `inputs` are the files a resumed run must find unchanged.
+    """Collect what the numbers of a run depend on; `inputs` are the files a resumed run must find unchanged.
 
     mixdown : where clips are mixed, "gpu" or "cpu"; "" where none are rendered
     """
@@ -64,7 +64,7 @@ def provenance(config: Config, policy: Policy, statistics: Path | str, mixdown: 
 
 
 def machine() -> dict[str, Any]:
-    """What computes: the GPU or None, processor, cores, how threads wait, Python, and versions of packages."""
+    """Describe the machine: the GPU or None, processor, cores, how threads wait, Python, and versions of packages."""
     return {
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "machine": {

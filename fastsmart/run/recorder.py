@@ -1,4 +1,4 @@
-"""What a run tells of itself: metrics, checkpoints, the trace, the live view. Rank 0 tells, the others are silent."""
+"""Records of a run: metrics, checkpoints, the trace, the live view. Rank 0 tells, the others are silent."""
 
 from __future__ import annotations
 

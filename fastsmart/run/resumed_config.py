@@ -1,4 +1,4 @@
-"""Which keys a run may be given anew when it goes on, and what it then does."""
+"""Keys that a run may be given anew when it goes on, and the config that follows."""
 
 from __future__ import annotations
 

@@ -97,7 +97,7 @@ class Top:
         return parts + [Text(f"step {step:>5}  {note}", style="yellow") for step, note in notes[-5:]]
 
     def _unreadable(self) -> list[Text]:
-        """What of the files could not be read, in words."""
+        """Report of the files that could not be read, in words."""
         said = []
         if self._damaged:
             said.append(f"{self._damaged} line{'s' if self._damaged > 1 else ''} of {METRICS_FILE} could not be read")

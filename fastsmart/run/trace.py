@@ -1,4 +1,4 @@
-"""Who did what, and when: spans of every stage, for the times in the metrics and as a Chrome trace.
+"""Spans of every stage, with who worked and when, for the times in the metrics and as a Chrome trace.
 
 A *lane* is something that can be busy or idle: the sampler, the renderer, the scorer, the trainer, one render worker.
 """
@@ -146,7 +146,7 @@ class Trace:
 
     @property
     def spans(self) -> list[Span]:
-        """Those that are kept, in the order in which they were told."""
+        """Spans that are kept, in the order in which they were told."""
         with self._lock:
             return list(self._ring.spans())
 
