@@ -1,4 +1,4 @@
-"""How sure a number is: percentile intervals of a paired bootstrap over openings.
+"""Confidence in a number: percentile intervals of a paired bootstrap over openings.
 
 Outputs of one opening are alike, so a resample draws openings, and with each all outputs of it (Davison and Hinkley
 1997, section 3.8). Every policy answers the same numbered prompts with the same random numbers, so every metric of
@@ -58,7 +58,7 @@ class Draws:
 
 
 def basis(outputs: int, openings: int) -> str:
-    """What numbers with intervals rest on, in words, such as `64 outputs on 64 held-out openings; ...`."""
+    """Basis of numbers with intervals, in words, such as `64 outputs on 64 held-out openings; ...`."""
     drawn = f"{openings} openings"
     if openings == 1:
         drawn = "outputs, as all are of one opening, and say nothing about others"
@@ -69,7 +69,7 @@ def basis(outputs: int, openings: int) -> str:
 
 
 def drawn_units(opening: np.ndarray) -> np.ndarray:
-    """Which outputs a resample draws together, int64 [N] from 0 up: those of one opening; each alone if all are of one.
+    """Cluster of each output, drawn together, int64 [N] from 0 up: those of one opening; each alone if all are of one.
 
     opening : [N], equal for outputs of one opening
     """
@@ -78,7 +78,7 @@ def drawn_units(opening: np.ndarray) -> np.ndarray:
 
 
 def resample_weights(opening: int | np.ndarray, seed: int, resamples: int = RESAMPLES) -> np.ndarray:
-    """How often each output is in each resample, float32 [B + 1, N]; row 0 is the data itself, once each.
+    """Count of each output in each resample, float32 [B + 1, N]; row 0 is the data itself, once each.
 
     G - 1 of G openings are drawn: so the variance of a mean over openings has no bias (McCarthy and Snowden 1985, "The
     bootstrap and finite population sampling"); drawing G it would be too small by a factor of (G - 1) / G.

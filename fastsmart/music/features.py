@@ -1,4 +1,4 @@
-"""What a clip's notes are like, in numbers: the features that rewards, statistics and the study's tables share.
+"""Features of a clip's notes, in numbers: those that rewards, statistics and the study's tables share.
 
 Where a feature exists in MusPy it is MusPy's, to the last bit of its definition (MusPy 0.5.0, `muspy.metrics`; Dong et
 al. 2020, ISMIR), computed from `onset_tick` and `duration_tick` with `ticks_per_beat` as MusPy's resolution.

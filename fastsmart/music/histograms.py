@@ -1,4 +1,4 @@
-"""What the notes of clips are counted by, and the distance between two counts.
+"""Histograms of the notes of clips, and the distance between two of them.
 
 Five histograms say what a clip is made of: `pitch_class` (12 bins), `onset` (the sixteenth of the bar a note begins on,
 32), `move` (interval and step to the next note, 833), `register` (15 of six semitones, the piano's 88 keys) and

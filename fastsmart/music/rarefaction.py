@@ -48,7 +48,7 @@ class Excerpts:
 
     @property
     def known(self) -> np.ndarray:
-        """Which sequences are long enough, bool [N]."""
+        """Mask of the sequences that are long enough, bool [N]."""
         return np.isin(np.arange(self.count), self.of)
 
     def rows(self, offsets: np.ndarray, size: int | None = None) -> np.ndarray:
@@ -74,7 +74,7 @@ class Excerpts:
 
 
 def bin_counts(bins: np.ndarray, number: int) -> np.ndarray:
-    """How often each bin is in each excerpt, int16 [K, R, B].
+    """Count of each bin in each excerpt, int16 [K, R, B].
 
     bins : int64 [K, R, items], 0 ... number - 1
     """

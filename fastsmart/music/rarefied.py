@@ -41,7 +41,7 @@ RAREFIED = (
 
 @dataclass(frozen=True)
 class Sizes:
-    """How much of each output is compared: notes and tokens of an excerpt, and the seed of where excerpts start."""
+    """Size of the excerpts that are compared: notes and tokens of an excerpt, and the seed of where excerpts start."""
 
     notes: int = NOTES
     tokens: int = TOKENS
@@ -126,7 +126,7 @@ def effective_number(
 
 
 def vendi_influence(kernel: np.ndarray) -> np.ndarray:
-    """What each output adds to the logarithm of the Vendi score, float64 [K]; their mean is that logarithm.
+    """Contribution of each output to the logarithm of the Vendi score, float64 [K]; their mean is that logarithm.
 
     kernel : [K, K], positive semidefinite with ones on the diagonal
 

@@ -20,7 +20,7 @@ NGRAM = 4  # tokens, about one note
 
 @dataclass(frozen=True)
 class TrainingSet:
-    """What outputs are compared with to see whether they were copied.
+    """Training pieces, with which outputs are compared to see whether they were copied.
 
     ngrams  : sorted distinct keys of its token 4-grams, uint64
     figures : sorted distinct keys of its four-note figures, uint64 [F]

@@ -1,4 +1,4 @@
-"""What listeners answered: their files read with the key of the test.
+"""Answers of listeners: their files read with the key of the test.
 
 Answer files come by e-mail from people we do not know, so nothing in them is taken on trust: what does not fit the key
 is refused in one sentence that names the file.
@@ -183,7 +183,7 @@ def _damaged(file: str | Path, what: str) -> str:
 
 
 def _wrong(answer: Any, key: dict[str, Any]) -> str:
-    """What is wrong with an answer; "" = nothing."""
+    """Fault of an answer, in words; "" = none."""
     if not isinstance(answer, dict):
         return "is no answer"
     if not isinstance(answer.get("trial"), str):

@@ -89,7 +89,7 @@ class Embedding:
 
 
 def _squared_distances(points: np.ndarray) -> np.ndarray:
-    """Of every two rows, [K, K]; exactly 0 on the diagonal and for equal rows."""
+    """Distance of every two rows, [K, K]; exactly 0 on the diagonal and for equal rows."""
     from scipy.spatial.distance import cdist
 
     return cdist(points, points, "sqeuclidean")

@@ -111,7 +111,7 @@ def evaluate(
 
 
 class Stage:
-    """Where policies play, each once: what they played is kept in a folder and found there the next time.
+    """Keeper of what policies played: each plays once, and its outputs are found in a folder the next time.
 
     Arguments as of `evaluate`. Raises UserError when the folder cannot be written, or a soundfont or reward cannot be
     used.
@@ -127,7 +127,7 @@ class Stage:
         self.player = Player(config, named_soundfonts([config.audio.soundfont, *soundfonts]), self.device)
 
     def play(self, label: str, source: str, progress: Progress) -> tuple[PolicyRecord, Policy, Outputs]:
-        """What a policy plays on the held-out prompts; raises UserError when it cannot be loaded."""
+        """Have a policy play the held-out prompts; raises UserError when it cannot be loaded."""
         policy = load_policy(policy_source(source), device=self.device, vocabulary=self.config.policy.vocabulary)
         record = _record(label, source, policy)
         path, mark = outputs_path(self.out, label), self._mark(record)
@@ -150,7 +150,7 @@ class Stage:
         return found
 
     def _mark(self, record: PolicyRecord) -> str:
-        """What the outputs of a policy and their scores depend on, as one hash."""
+        """Hash of all that the outputs of a policy and their scores depend on."""
         audio, fonts = replace(self.config.audio, soundfont="", workers=0), self.player.soundfonts
         sections = (self.config.prompts, self.config.sampling, audio, self.config.reward)
         tree = [
@@ -179,7 +179,7 @@ def labelled(sources: Sequence[str]) -> list[tuple[str, str]]:
 
 
 def best_of_label(n: int) -> str:
-    """What the best-of-n baseline is called in tables."""
+    """Label of the best-of-n baseline in tables."""
     return f"best of {n}"
 
 

@@ -104,7 +104,7 @@ class Evaluation:
         return [m for m in metrics if m.name in RAREFIED] or metrics
 
     def outputs(self, label: str) -> Outputs:
-        """What a policy played; raises UserError when the file is gone."""
+        """Outputs of a policy; raises UserError when the file is gone."""
         path = outputs_path(self.path, label)
         found = Outputs.load(path)
         if found is None:
@@ -126,7 +126,7 @@ class Evaluation:
 
     @property
     def basis(self) -> str:
-        """How many outputs and openings the metrics rest on, in words."""
+        """Number of outputs and openings that the metrics rest on, in words."""
         return "of each policy " + basis(self.record["prompts"], self.record["distinct_prompts"])
 
     @property
@@ -154,7 +154,7 @@ class Evaluation:
 
 
 def outputs_path(out: Path, label: str) -> Path:
-    """Where an evaluation keeps what a policy played."""
+    """File in which an evaluation keeps what a policy played."""
     return out / OUTPUTS_FOLDER / f"{label}.npz"
 
 

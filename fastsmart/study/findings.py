@@ -1,4 +1,4 @@
-"""What an evaluation says, in sentences: what changed, by how much, how sure, and at what price in diversity."""
+"""Findings of an evaluation, in sentences: what changed, by how much, how sure, and at what price in diversity."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def _music(evaluation: Evaluation, label: str) -> str:
 
 
 def _price(evaluation: Evaluation, label: str) -> str:
-    """Which diversity metrics fell beyond chance, and which rose."""
+    """Diversity metrics that fell beyond chance, and those that rose."""
     first = evaluation.labels[0]
     known = [
         m

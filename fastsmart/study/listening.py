@@ -86,7 +86,7 @@ class ListeningSettings:
 
     @property
     def units(self) -> int:
-        """What the policies are compared on: prompts, or sets of them."""
+        """Items on which the policies are compared: prompts, or sets of them."""
         return self.prompts // self.set_size if self.design == "sets" else self.prompts
 
     @property
@@ -246,7 +246,7 @@ def _equally_loud(sounds: list[np.ndarray]) -> tuple[list[np.ndarray], float]:
 def trials_of(
     names: list[str], policies: int, prompts: int, settings: ListeningSettings
 ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """What is asked, in random order, and the right answers to the checks by trial.
+    """Questions in random order, and the right answers to the checks by trial.
 
     names   : of the clips (or sets), policy by policy and prompt by prompt, then of the clips of 1, 2 ... 5 tones
     prompts : on which policies are compared, or sets of them

@@ -28,7 +28,7 @@ Key = tuple[str, str, str]  # group, name, soundfont
 
 @dataclass(frozen=True)
 class Ruler:
-    """What the outputs of every policy of an evaluation are measured with; fitted on those of the first.
+    """Measures of the outputs of every policy of an evaluation; fitted on those of the first.
 
     weights   : of `resample_weights`
     good_from : reward on the first soundfont from which an output counts as good: the median of the first policy's

@@ -63,7 +63,7 @@ class Effect:
 
 @dataclass(frozen=True)
 class Layout:
-    """Which differences there are: `given`, bool [L, P], at least one in every row and column."""
+    """Differences that there are: `given`, bool [L, P], at least one in every row and column."""
 
     given: np.ndarray
 

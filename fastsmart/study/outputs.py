@@ -1,4 +1,4 @@
-"""What a policy plays on the held-out prompts, and what it is worth on each soundfont. Shape letters: N outputs."""
+"""Outputs of a policy on the held-out prompts, and their scores on each soundfont. Shape letters: N outputs."""
 
 from __future__ import annotations
 

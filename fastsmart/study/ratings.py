@@ -1,4 +1,4 @@
-"""What the answers of a listening test say: means, differences that hold for other listeners and prompts, and power."""
+"""Results of a listening test: means, differences that hold for other listeners and prompts, and power."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def _means(given: list[Answer], policies: list[str]) -> dict[str, dict[str, floa
 
 
 def _differences(given: list[Answer], base: str, other: str) -> np.ndarray:
-    """What each listener said of `other` minus `base` on each prompt, [L, P], NaN where one is missing.
+    """Rating of `other` minus that of `base` by each listener on each prompt, [L, P], NaN where one is missing.
 
     Answers that compare two policies are differences already; for them both labels are "". Several answers of a
     listener about one prompt count as their mean.

@@ -147,7 +147,7 @@ def standalone(svg: str) -> str:
 
 
 def _players(evaluation: Evaluation, count: int, progress: Progress) -> tuple[list[dict], dict[str, Any]]:
-    """What the page says of every clip it plays, by prompt; and their notes."""
+    """Rows of the page for every clip it plays, by prompt; and the clips' notes."""
     labels = [p.label for p in evaluation.policies][:MOST_PLAYED]
     count = min(count, evaluation.record["prompts"])
     pairs: list[dict[str, Any]] = [{"number": i + 1, "clips": []} for i in range(count)]

@@ -44,7 +44,7 @@ KEYS = ("preset", "config", "set", "prompts", "best_of", "grid", "runs")
 
 @dataclass(frozen=True)
 class Sweep:
-    """What a sweep file asks for: the common config, and each run by name."""
+    """Contents of a sweep file: the common config, and each run by name."""
 
     common: Config
     runs: dict[str, Config]
