@@ -56,7 +56,7 @@ def sample(options: argparse.Namespace) -> int:
 
 
 def _prompts(vocab: Vocabulary, options: argparse.Namespace) -> Prompts:
-    """What `sample` begins with; raises UserError naming the options that no token of the vocabulary meets."""
+    """Prompts that `sample` begins with; raises UserError naming the options that no token of the vocabulary meets."""
     from fastsmart import prompts
 
     metres, tempi = options.time_signature or ["4/4"], tuple(options.tempo)

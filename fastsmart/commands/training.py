@@ -198,7 +198,7 @@ def _run_config(options: argparse.Namespace) -> Config:
 
 
 def _sets(options: argparse.Namespace) -> list[str]:
-    """What --set and the options that are short for it say."""
+    """Settings given by --set and the options that are short for it."""
     sets = options.set + ([f"sampling.engine={options.engine}"] if options.engine else [])
     return sets + ([f"train.pipeline={options.pipeline}"] if options.pipeline else [])
 
@@ -209,7 +209,7 @@ def _need_reward(config: Config) -> None:
 
 
 def vllm_memory(config: Config) -> str:
-    """What vLLM will hold in this process, computed from the policy's config.json."""
+    """Memory that vLLM will hold in this process, computed from the policy's config.json."""
     from fastsmart.policy.device import resolved_device, resolved_dtype
     from fastsmart.policy.hf_format import policy_size
     from fastsmart.sampling.vllm_config import memory_needed

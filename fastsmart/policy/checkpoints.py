@@ -85,7 +85,7 @@ class Checkpoints:
 
     @property
     def step(self) -> int:
-        """Of the newest checkpoint; 0 where there is none."""
+        """Step of the newest checkpoint; 0 where there is none."""
         found = self.all()
         return _step_of(found[-1]) if found else 0
 
@@ -231,7 +231,7 @@ def _damaged(path: Path, reason: object) -> str:
 
 
 def policy_source(text: str) -> str:
-    """What a person names as a policy: a run folder stands for its newest checkpoint, all else for itself.
+    """Resolve what a person names as a policy: a run folder stands for its newest checkpoint, all else for itself.
 
     Raises UserError for a run that has no checkpoint yet.
     """

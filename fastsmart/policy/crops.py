@@ -14,7 +14,7 @@ IGNORED = -100  # target of positions that are no target: torch's cross-entropy 
 
 @dataclass(frozen=True)
 class CropSettings:
-    """How rows are cut.
+    """Settings of cutting rows.
 
     length         : ids a row, at most
     transpose_down, transpose_up : semitones a row may be moved, drawn uniformly, as far as its pitches allow

@@ -1,4 +1,4 @@
-"""What "auto" stands for on this machine: where a policy computes, and in which dtype."""
+"""Device and dtype that "auto" stands for on this machine."""
 
 from __future__ import annotations
 

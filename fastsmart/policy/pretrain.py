@@ -78,7 +78,7 @@ class PretrainSettings:
 
 @dataclass(frozen=True)
 class PretrainResult:
-    """How a pre-training run ended: `best` is the validation loss (nats a token) of the policy in `policy/`."""
+    """Outcome of a pre-training run: `best` is the validation loss (nats a token) of the policy in `policy/`."""
 
     policy: Policy
     step: int

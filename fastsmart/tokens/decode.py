@@ -43,7 +43,7 @@ MICROSECONDS = 1_000_000
 
 
 class _Tables(NamedTuple):
-    """What the ids of a vocabulary mean.
+    """Meaning of the ids of a vocabulary.
 
     kind  : uint8 [V]
     value : int32 [V + 1, 4]; Position, Pitch, Velocity: (number); Duration: (numerator, denominator) of a beat;

@@ -1,4 +1,4 @@
-"""What the policy is asked to continue: five sources of prompts. Shape letters: P prompts, K tokens of a prompt.
+"""Prompts, which the policy is asked to continue, from five sources. Shape letters: P prompts, K tokens of a prompt.
 
 * `procedural`: Bar, a time signature, Position_0 and a tempo, uniformly random: the paper's prompts (section 4).
 * `procedural-note`: the same and a first note of random pitch, velocity and duration: the released script's default.
@@ -215,7 +215,7 @@ def _of_split(pool: np.ndarray, source: str, split: str) -> np.ndarray:
 
 
 def _openings(settings: PromptSettings, vocab: Vocabulary) -> tuple[int, Callable[[int], list[int]]]:
-    """How many openings a source has, and the tokens of opening j."""
+    """Number of openings that a source has, and a function that gives the tokens of opening j."""
     if settings.source == "bos":
         return 1, lambda j: [vocab.bos_id]
     if not vocab.ids_of("TimeSig") or not vocab.ids_of("Tempo"):
@@ -248,7 +248,7 @@ def _opening(vocab: Vocabulary, time_signature: int, tempo: int) -> list[int]:
 
 
 def _added_note(settings: PromptSettings, vocab: Vocabulary) -> list[list[int]]:
-    """What `procedural-note` draws the note from that it adds to an opening, ids for each of its tokens."""
+    """Ids from which `procedural-note` draws the note that it adds to an opening, a list for each token of the note."""
     return [_within(settings, vocab, kind) for kind in NOTE_KINDS] if settings.source == "procedural-note" else []
 
 
@@ -278,7 +278,7 @@ def _within(settings: PromptSettings, vocab: Vocabulary, kind: str) -> list[int]
 
 
 def _number(value: str) -> float:
-    """What follows the underscore of a token; of a duration such as `1.6.12`, a beat and six twelfths, in beats."""
+    """Number behind the underscore of a token; of a duration such as `1.6.12`, a beat and six twelfths, in beats."""
     beats, _, part = value.partition(".")
     steps, _, resolution = part.partition(".")
     return int(beats) + int(steps) / int(resolution) if resolution else float(value)

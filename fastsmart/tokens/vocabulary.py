@@ -53,7 +53,7 @@ class Vocabulary:
         return [i for i, token in enumerate(self.tokens) if token.startswith(kind + "_")]
 
     def values_of(self, kind: str) -> list[str]:
-        """What follows the underscore, for all tokens of one type, in id order."""
+        """Values behind the underscore, of all tokens of one type, in id order."""
         return [self.tokens[i].split("_", 1)[1] for i in self.ids_of(kind)]
 
     @property
@@ -110,7 +110,7 @@ def load_vocabulary(source: str | Path = "smart") -> Vocabulary:
 
 
 def derived(description: str) -> dict[str, Any] | None:
-    """What MidiTok makes of a preset, stored, as importing it takes a second; None where `description` is another's.
+    """Tokens that MidiTok makes of a preset, stored, as its import takes a second; None for another `description`.
 
     tokens : texts in id order; decode : the tables of `fastsmart.tokens.decode`
     """
