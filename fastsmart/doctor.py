@@ -1,4 +1,4 @@
-"""What this machine has, what is missing, and the command that mends it."""
+"""Checks of this machine: what it has, what is missing, and the command that mends it."""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
 
 @dataclass(frozen=True)
 class Footprint:
-    """What a compiled kernel takes: registers a thread, bytes of spill stores and loads a thread, bytes of shared
+    """Resources of a compiled kernel: registers a thread, bytes of spill stores and loads a thread, bytes of shared
     memory a block."""
 
     registers: int

@@ -1,4 +1,4 @@
-"""What a decode step does between its matrix products, in three kernels: one token of each row, one row a program.
+"""Work of a decode step between its matrix products, in three kernels: one token of each row, one row a program.
 
 With them a layer is four products and four kernels, where operators of torch make twenty-four. A step of four layers
 moves 4 MB of activations and some keys and values, so the floor is launches; inside a CUDA graph too.

@@ -1,4 +1,4 @@
-"""What every kernel file needs of Triton; importable on a machine that has none.
+"""Parts of Triton that every kernel file needs; importable on a machine that has none.
 
 The kernels keep to what Triton 3.6 (that of torch 2.11) to 3.9 have in common. A file declares the configurations it
 runs with in a module-level list `SHIPPED`, which `python -m fastsmart.kernels.aot` compiles.

@@ -36,7 +36,7 @@ KEEP_ELEMENTS = 2**24
 
 
 class LogProb(NamedTuple):
-    """What the policy said about M tokens, each [M], in float32 (float64 for float64 input).
+    """Log-prob, entropy and normaliser of M tokens, each [M], in float32 (float64 for float64 input).
 
     logprob   : log p(id)
     entropy   : of the whole distribution, in nats

@@ -1,4 +1,4 @@
-"""What goes into a reward and what comes out. Shape letters: N clips."""
+"""Clips, which go into a reward, and scores, which come out. Shape letters: N clips."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ class Reward(Protocol):
 
 @dataclass(frozen=True)
 class Surroundings:
-    """What a run gives its rewards beside their settings.
+    """Files and device that a run gives its rewards beside their settings.
 
     statistics : path of the statistics of real pieces beside the base model; "" = there are none
     device     : where a reward that is a network runs: "cpu", "cuda", "cuda:1" ...
@@ -69,7 +69,7 @@ class Surroundings:
 
 @dataclass(frozen=True)
 class Scores:
-    """What a batch of clips was worth.
+    """Scores of a batch of clips.
 
     terms : float32 [N] for every reward by name, as the reward gave it; NaN = could not be scored
     total : float32 [N], weighted sum of the terms; NaN where a weighted term is NaN
@@ -96,7 +96,7 @@ def heard(clips: Clips, reward: str) -> AudioBatch:
 
 
 def unrendered(audio: AudioBatch) -> np.ndarray:
-    """Which clips could not be rendered, bool [N]: their rows hold NaN."""
+    """Mask of the clips that could not be rendered, bool [N]: their rows hold NaN."""
     if isinstance(audio, DeviceAudio):
         return np.asarray(audio.on_device[:, :1].isnan().any(dim=1).cpu().numpy())
     return np.isnan(audio.samples[:, :1]).any(axis=1)

@@ -1,4 +1,4 @@
-"""How much a clip is like real pieces: the likelihood of its features under a distribution fitted to them.
+"""Likeness of a clip to real pieces: the likelihood of its features under a distribution fitted to them.
 
 Shape letters: N clips, F features.
 """
@@ -47,7 +47,7 @@ DIMENSIONS: dict[str, tuple[float | None, float]] = {
 
 @dataclass(frozen=True)
 class TypicalityStats:
-    """What clips of real pieces are like; ships as JSON beside the model that was trained on them.
+    """Statistics of clips of real pieces; ships as JSON beside the model that was trained on them.
 
     provenance                  : what was measured: data set, version, licence
     pieces, windows, window_s   : how many pieces, cut into how many clips of how many seconds

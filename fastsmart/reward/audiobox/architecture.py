@@ -31,7 +31,7 @@ NORM_EPS = 1e-5
 
 @dataclass(frozen=True)
 class Size:
-    """What the shapes of the tensors leave open; the defaults are the published encoder.
+    """Sizes that the shapes of the tensors leave open; the defaults are the published encoder.
 
     head_layers : linear layers of each axis' perceptron; the package leaves it to the checkpoint
     """

@@ -25,7 +25,7 @@ _RANDOM = "random_seed"  # marks weights that were drawn, not trained
 
 @dataclass(frozen=True)
 class HeadConfig:
-    """What a checkpoint says of its heads, by upstream's names; the rest of them is fixed in the published model."""
+    """Shape of the heads as a checkpoint has it, by upstream's names; the published model fixes the rest."""
 
     proj_num_layer: int
     proj_ln: bool
