@@ -13,6 +13,8 @@ from fastsmart.errors import UserError
 
 if TYPE_CHECKING:
     from fastsmart.config import Config
+    from fastsmart.tokens.dataset import TokenDataset
+    from fastsmart.tokens.vocabulary import Vocabulary
 
 
 def pretrain(options: argparse.Namespace) -> int:
@@ -27,7 +29,6 @@ def pretrain(options: argparse.Namespace) -> int:
     from fastsmart.policy.pretrain import pretrain as run_pretraining
     from fastsmart.policy.transformer import PolicySize
     from fastsmart.study.card import STATISTICS_FILE, real_statistics, write_release
-    from fastsmart.tokens.dataset import TokenDataset, encode_folder
     from fastsmart.tokens.vocabulary import load_vocabulary
 
     vocab, out = load_vocabulary(options.vocabulary), Path(options.out)
@@ -43,13 +44,7 @@ def pretrain(options: argparse.Namespace) -> int:
     size = PolicySize(len(vocab), options.hidden, options.ffn, options.layers, options.heads, options.heads)
     usable_device(settings.device, "--device")
 
-    if (out / "dataset").is_dir():
-        dataset = TokenDataset.open(out / "dataset")
-        if dataset.source != str(Path(options.midi).resolve()) or dataset.vocab.tokens != vocab.tokens:
-            raise UserError(f"{out / 'dataset'} was encoded from {dataset.source}; choose another --out, or remove it")
-    else:
-        with bar("encoding") as show:
-            dataset = encode_folder(options.midi, out / "dataset", vocab, 0, lambda done, total, _: show(done, total))
+    dataset = _encoded(options.midi, out / "dataset", vocab)
     for name, reason in dataset.damaged:
         print(f"left out {name}: {reason}", file=sys.stderr)
     print(f"{len(dataset)} pieces, {dataset.offsets[-1]:,} tokens, {len(dataset.damaged)} damaged files left out")
@@ -76,6 +71,20 @@ def pretrain(options: argparse.Namespace) -> int:
     command = shlex.join(["fastsmart", *sys.argv[1:]])
     print(write_release(result, dataset, settings, statistics, out / "release", options.name, options.licence, command))
     return 0
+
+
+def _encoded(midi: str, folder: Path, vocab: Vocabulary) -> TokenDataset:
+    """The pieces below `midi` as they were encoded into the folder, or are now."""
+    from fastsmart.machine.progress import bar
+    from fastsmart.tokens.dataset import TokenDataset, encode_folder
+
+    if not folder.is_dir():
+        with bar("encoding") as show:
+            return encode_folder(midi, folder, vocab, 0, lambda done, total, _: show(done, total))
+    dataset = TokenDataset.open(folder)
+    if dataset.source != str(Path(midi).resolve()) or dataset.vocab.tokens != vocab.tokens:
+        raise UserError(f"{folder} was encoded from {dataset.source}; choose another --out, or remove it")
+    return dataset
 
 
 def train(options: argparse.Namespace) -> int:

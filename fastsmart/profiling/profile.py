@@ -48,14 +48,7 @@ def profile(
     Raises UserError where the folder holds something else than a profile or cannot be written, and where the run is
     shorter; and whatever `train` raises.
     """
-    for name, value, least in (("steps", steps, 1), ("warmup", warmup, 0)):
-        if value < least:
-            raise UserError(f"--{name} is {value}; it must be at least {least}")
-    if warmup + steps > config.train.steps:
-        raise UserError(
-            f"{warmup} + {steps} steps are more than the {config.train.steps} of train.steps; ask for fewer with "
-            "--steps and --warmup"
-        )
+    _require_steps(steps, warmup, config.train.steps)
     ranks = join_ranks()
     if ranks.world > 1:
         raise UserError("a profile is of one process; start it without torchrun")
@@ -101,6 +94,16 @@ def profile(
     }
     write_atomic(folder.path / PROFILE_FILE, json.dumps(found, indent=1) + "\n")
     return found
+
+
+def _require_steps(steps: int, warmup: int, most: int) -> None:
+    for name, value, least in (("steps", steps, 1), ("warmup", warmup, 0)):
+        if value < least:
+            raise UserError(f"--{name} is {value}; it must be at least {least}")
+    if warmup + steps > most:
+        raise UserError(
+            f"{warmup} + {steps} steps are more than the {most} of train.steps; ask for fewer with --steps and --warmup"
+        )
 
 
 class MemoryWatch:

@@ -54,14 +54,7 @@ def curves(lines: list[dict[str, Any]]) -> Figure | None:
     axes[0].set(title="reward", xlabel="step")
     axes[0].legend()
     for i, name in enumerate(held_out[0]["eval"]["terms"] if held_out else []):
-        first = held_out[0]["eval"]["terms"][name]
-        scale = first["std"] or 1.0
-        change = [
-            (line["eval"]["terms"][name]["mean"] - first["mean"]) / scale
-            if line["eval"]["terms"][name]["mean"] is not None and first["mean"] is not None
-            else float("nan")
-            for line in held_out
-        ]
+        change = _change([line["eval"]["terms"][name] for line in held_out])
         axes[1].plot(x_held_out, change, "o-", color=f"C{i}", label=name)
     axes[1].set(title="reward terms, held-out", xlabel="step", ylabel="change in standard deviations at step 0")
     if held_out:
@@ -87,6 +80,13 @@ def curves(lines: list[dict[str, Any]]) -> Figure | None:
     axes[7].plot(x, [_number(line.get("kl_per_completion")) for line in steps])
     axes[7].set(title="KL to the base policy, nats per clip", xlabel="step")
     return figure
+
+
+def _change(moments: list[dict[str, float]]) -> list[float]:
+    """Differences of the means from the first, in standard deviations of the first; NaN where one is missing."""
+    first, scale = moments[0]["mean"], moments[0]["std"] or 1.0
+    known = [m["mean"] is not None and first is not None for m in moments]
+    return [(m["mean"] - first) / scale if k else float("nan") for m, k in zip(moments, known, strict=True)]
 
 
 def _number(value: float | None) -> float:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 from fastsmart.config import Config, to_toml
 from fastsmart.errors import UserError
@@ -26,6 +27,7 @@ from fastsmart.study.evaluation import (
     EVALUATION_FILE,
     OUTPUTS_FOLDER,
     Evaluation,
+    Metric,
     PolicyRecord,
     clips_csv,
     metrics_csv,
@@ -86,27 +88,13 @@ def evaluate(
     if best:
         played[best_of_label(best_of)] = best[best_of]
     metrics = measure(played, vocab, config, ruler, progress)
-    heard = stage.player.soundfonts.items() if stage.player.needs_audio else ()
-    tree = {
-        "prompts": prompts,
-        "distinct_prompts": int(prompt_numbers(played[pairs[0][0]].prompts).max()) + 1,
-        "seed": config.train.seed,
-        "level": LEVEL,
-        "resamples": RESAMPLES,
-        "soundfonts": {name: {"path": str(path), "sha256": file_hash(path)} for name, path in heard},
-        "compared": {"notes": NOTES, "tokens": TOKENS, "good_from": ruler.good_from},
-        "training_set": str(Path(training_set).resolve()) if training_set else "",
+    tree = _about(stage, played[pairs[0][0]], ruler, training_set) | {
         "best_of": curve,
         "against_best_of": margin,
-        **machine(),
         "policies": [asdict(r) for r in records],
         "metrics": [asdict(m) for m in metrics],
     }
-    write_atomic(stage.out / CONFIG_FILE, to_toml(config))
-    vocab.save(stage.out)
-    write_atomic(stage.out / "metrics.csv", metrics_csv(metrics))
-    write_atomic(stage.out / "clips.csv", clips_csv(played, vocab, config))
-    write_atomic(stage.out / EVALUATION_FILE, json.dumps(without_nan(tree), indent=1) + "\n")
+    stage.write(tree, metrics, played, vocab)
     return Evaluation.open(stage.out)
 
 
@@ -149,6 +137,22 @@ class Stage:
                 outputs.save(paths[k], mark)
         return found
 
+    @property
+    def soundfonts(self) -> dict[str, dict[str, str]]:
+        """Path and SHA-256 of every soundfont that outputs are scored on, by name; none where no reward listens."""
+        fonts = self.player.soundfonts.items() if self.player.needs_audio else ()
+        return {name: {"path": str(path), "sha256": file_hash(path)} for name, path in fonts}
+
+    def write(
+        self, tree: dict[str, Any], metrics: Sequence[Metric], played: Mapping[str, Outputs], vocab: Vocabulary
+    ) -> None:
+        """Write the files of the evaluation, the one that makes it whole last."""
+        write_atomic(self.out / CONFIG_FILE, to_toml(self.config))
+        vocab.save(self.out)
+        write_atomic(self.out / "metrics.csv", metrics_csv(metrics))
+        write_atomic(self.out / "clips.csv", clips_csv(played, vocab, self.config))
+        write_atomic(self.out / EVALUATION_FILE, json.dumps(without_nan(tree), indent=1) + "\n")
+
     def _mark(self, record: PolicyRecord) -> str:
         """Hash of all that the outputs of a policy and their scores depend on."""
         audio, fonts = replace(self.config.audio, soundfont="", workers=0), self.player.soundfonts
@@ -190,6 +194,21 @@ def _record(label: str, source: str, policy: Policy) -> PolicyRecord:
         return PolicyRecord(label, source, weights_hash(policy))
     font = json.loads(provenance.read_text(encoding="utf-8"))["inputs"].get("soundfont")
     return PolicyRecord(label, source, weights_hash(policy), str(run.resolve()), font["sha256"] if font else "")
+
+
+def _about(stage: Stage, outputs: Outputs, ruler: Ruler, training_set: str | Path) -> dict[str, Any]:
+    """Conditions of an evaluation, for evaluation.json; `outputs` are those of one of its policies."""
+    return {
+        "prompts": stage.prompts,
+        "distinct_prompts": int(prompt_numbers(outputs.prompts).max()) + 1,
+        "seed": stage.config.train.seed,
+        "level": LEVEL,
+        "resamples": RESAMPLES,
+        "soundfonts": stage.soundfonts,
+        "compared": {"notes": NOTES, "tokens": TOKENS, "good_from": ruler.good_from},
+        "training_set": str(Path(training_set).resolve()) if training_set else "",
+        **machine(),
+    }
 
 
 def require_training_set(source: str | Path) -> None:

@@ -199,9 +199,7 @@ def _read(
     m = e = s = 0
     for n in range(len(offsets) - 1):
         first, last = offsets[n], offsets[n + 1]
-        first_e = e
-
-        signature = common_time
+        first_e, signature = e, common_time
         for t in range(first, last):
             k = kind[ids[t]]
             if k == TIME_SIGNATURE:
@@ -211,7 +209,6 @@ def _read(
         meters[s, 0], meters[s, 1], meters[s, 2] = 0, value[signature, 0], value[signature, 1]
         tempi[e, 0], tempi[e, 1] = 0, tables.default_tempo_us
         s, e = s + 1, e + 1
-
         tick = bar_tick = 0
         in_bar = has_tempo = False
         for t in range(first, last):
