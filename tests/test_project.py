@@ -201,7 +201,7 @@ FLOORS = (
     {"cli"},
     {"__main__"},
 )
-# and though they stand lower: what writes a run is told its numbers, and the loss knows of no station
+# and though they stand lower: what writes a run is told its numbers, and the loss knows nothing of how a batch is made
 NEVER = {
     "run": {"sampling"},
     "grpo": {"audio", "machine", "notes", "policy", "tokens"},

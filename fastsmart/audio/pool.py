@@ -103,14 +103,14 @@ class RenderPool:
             raise ValueError(f"clip {index} was submitted before")
         self._pieces[index] = (notes, piece)
         self._queue.append(index)
-        self._turn(timeout_s=0.0)
+        self._serve_workers(timeout_s=0.0)
 
     def poll(self, timeout_s: float = 0.0) -> list[int]:
         """The clips finished (or given up) since the last call, in the order they ended; `gather` hands them out.
 
         Waits for the next report of a worker up to `timeout_s`, where none has been finished since.
         """
-        self._turn(timeout_s=0.0 if self._unseen else timeout_s)
+        self._serve_workers(timeout_s=0.0 if self._unseen else timeout_s)
         unseen, self._unseen = self._unseen, []
         return unseen
 
@@ -131,7 +131,7 @@ class RenderPool:
         """
         told = -1
         while True:
-            self._turn(timeout_s=0.0 if told < 0 else 1.0)
+            self._serve_workers(timeout_s=0.0 if told < 0 else 1.0)
             if progress and len(self._done) > told:
                 progress(len(self._done))
             told = len(self._done)
@@ -185,13 +185,13 @@ class RenderPool:
     def __exit__(self, *exception: object) -> None:
         self.close()
 
-    def _turn(self, timeout_s: float) -> None:
+    def _serve_workers(self, timeout_s: float) -> None:
         """Take in what workers report, waiting for it up to `timeout_s`; replace the dead; hand out clips."""
         if not self._finalizer.alive:
             raise RuntimeError("this pool is closed")
         reporting = mp_connection.wait([worker.connection for worker in self._workers], timeout_s)
         for place, worker in enumerate(self._workers):
-            alive = worker.connection not in reporting or self._hear(worker)
+            alive = worker.connection not in reporting or self._read_reports(worker)
             if not alive or time.monotonic() - worker.since_s > self._patience_s(worker):
                 self._replace(place, hung=alive)
         self._hand_out()
@@ -201,7 +201,7 @@ class RenderPool:
             return START_TIMEOUT_S
         return self.settings.clip_timeout_s if worker.in_hand else float("inf")
 
-    def _hear(self, worker: _Worker) -> bool:
+    def _read_reports(self, worker: _Worker) -> bool:
         """Read all reports of a worker; False when it is dead."""
         try:
             while worker.connection.poll():
@@ -277,7 +277,7 @@ class RenderPool:
             try:
                 worker.connection.send_bytes(task)
             except ConnectionError:
-                self._hear(worker)  # what it finished before it died
+                self._read_reports(worker)  # what it finished before it died
                 self._replace(self._workers.index(worker))
 
     def _start(self) -> _Worker:

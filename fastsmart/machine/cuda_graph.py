@@ -1,4 +1,4 @@
-"""A GPU's streams, one a station, and CUDA graphs: what a job has the GPU do, recorded once, replayed by one launch."""
+"""Streams of a GPU, one each for sampler, scorer and trainer, and CUDA graphs: a job recorded once and replayed."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _ONE_AT_A_TIME = threading.Lock()  # sampler and scorer record in threads of the
 
 
 class OwnStream:
-    """The stream of a GPU that one station works on, so that sampler, scorer and trainer run side by side.
+    """Stream of a GPU that one of these works on, so that sampler, scorer and trainer run side by side.
 
         own = OwnStream(device, urgent=True)
         with own.in_turn():  # the trainer's weights are read when it has made them, and changed when they are read

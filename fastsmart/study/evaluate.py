@@ -65,22 +65,22 @@ def evaluate(
     """
     pairs = labelled(sources)
     require_training_set(training_set)
-    stage = Stage(out, config, prompts, soundfonts)
+    store = OutputStore(out, config, prompts, soundfonts)
     played: dict[str, Outputs] = {}
     records: list[PolicyRecord] = []
     vocab: Vocabulary | None = None
     for label, source in pairs:
-        record, policy, outputs = stage.play(label, source, progress)
+        record, policy, outputs = store.play(label, source, progress)
         if vocab is not None and vocab.tokens != policy.vocab.tokens:
             raise UserError(f"{source} has another vocabulary than {records[0].source}; they share no prompts")
         if not records:
             base = policy
-            best = stage.best_of(record, policy, best_of, progress) if best_of > 1 else {}
+            best = store.best_of(record, policy, best_of, progress) if best_of > 1 else {}
         vocab = policy.vocab
         records.append(record)
         played[label] = outputs
     assert vocab is not None  # `labelled` gives at least one
-    training = _training_set(training_set, stage.out, vocab, progress) if training_set else None
+    training = _training_set(training_set, store.out, vocab, progress) if training_set else None
     progress("fitting on the first policy", 0, 1)
     ruler = Ruler.fit(played[pairs[0][0]], training, base)
     curve = [best_of_point(k, outputs, vocab, config, ruler) for k, outputs in best.items()]
@@ -88,18 +88,18 @@ def evaluate(
     if best:
         played[best_of_label(best_of)] = best[best_of]
     metrics = measure(played, vocab, config, ruler, progress)
-    tree = _about(stage, played[pairs[0][0]], ruler, training_set) | {
+    tree = _about(store, played[pairs[0][0]], ruler, training_set) | {
         "best_of": curve,
         "against_best_of": margin,
         "policies": [asdict(r) for r in records],
         "metrics": [asdict(m) for m in metrics],
     }
-    stage.write(tree, metrics, played, vocab)
-    return Evaluation.open(stage.out)
+    store.write(tree, metrics, played, vocab)
+    return Evaluation.open(store.out)
 
 
-class Stage:
-    """Keeper of what policies played: each plays once, and its outputs are found in a folder the next time.
+class OutputStore:
+    """Folder of what policies played: each plays once, and its outputs are found there the next time.
 
     Arguments as of `evaluate`. Raises UserError when the folder cannot be written, or a soundfont or reward cannot be
     used.
@@ -196,15 +196,15 @@ def _record(label: str, source: str, policy: Policy) -> PolicyRecord:
     return PolicyRecord(label, source, weights_hash(policy), str(run.resolve()), font["sha256"] if font else "")
 
 
-def _about(stage: Stage, outputs: Outputs, ruler: Ruler, training_set: str | Path) -> dict[str, Any]:
+def _about(store: OutputStore, outputs: Outputs, ruler: Ruler, training_set: str | Path) -> dict[str, Any]:
     """Conditions of an evaluation, for evaluation.json; `outputs` are those of one of its policies."""
     return {
-        "prompts": stage.prompts,
+        "prompts": store.prompts,
         "distinct_prompts": int(prompt_numbers(outputs.prompts).max()) + 1,
-        "seed": stage.config.train.seed,
+        "seed": store.config.train.seed,
         "level": LEVEL,
         "resamples": RESAMPLES,
-        "soundfonts": stage.soundfonts,
+        "soundfonts": store.soundfonts,
         "compared": {"notes": NOTES, "tokens": TOKENS, "good_from": ruler.good_from},
         "training_set": str(Path(training_set).resolve()) if training_set else "",
         **machine(),

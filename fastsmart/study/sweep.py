@@ -34,7 +34,7 @@ from fastsmart.machine.files import make_folder, write_atomic
 from fastsmart.presets import load_preset
 from fastsmart.run.display import Display
 from fastsmart.run.folder import RunFolder
-from fastsmart.study.evaluate import Stage, evaluate, labelled, require_training_set
+from fastsmart.study.evaluate import OutputStore, evaluate, labelled, require_training_set
 from fastsmart.study.outputs import Progress
 from fastsmart.study.report import drawn_figures, standalone, write_report
 from fastsmart.trainer.loop import train
@@ -97,7 +97,7 @@ def run_sweep(
             if exit_code:
                 return exit_code
         if index is not None:  # each job plays its own policy; the last finds what all have played
-            Stage(out / "evaluation", sweep.common, sweep.prompts).play(name, str(folder), progress)
+            OutputStore(out / "evaluation", sweep.common, sweep.prompts).play(name, str(folder), progress)
     finished = [name for name in names if _finished(out / "runs" / name)]
     if index is None or len(finished) == len(names):
         _compare(sweep, out, training_set, progress)

@@ -73,8 +73,8 @@ def test_files_a_run_leaves(evaluation, tmp_path: Path) -> None:
     policy = load_policy("pop909-tiny")
     rollout = sample(policy, prompts.procedural(policy.vocab, 2, seed=1), 1, 100, 1.0, 1)
     config = replace(evaluation.config, train=replace(evaluation.config.train, listen=2))
-    stations = SimpleNamespace(config=config, vocab=policy.vocab, pool=True)
-    write_listening(stations, [SimpleNamespace(rollout=rollout)], tmp_path, "before")  # type: ignore[arg-type,list-item]
+    worker = SimpleNamespace(config=config, vocab=policy.vocab, pool=True)
+    write_listening(worker, [SimpleNamespace(rollout=rollout)], tmp_path, "before")  # type: ignore[arg-type,list-item]
     assert len(list(tmp_path.glob("*.wav"))) == 2
     for path in tmp_path.glob("*.wav"):
         assert not faults(path, read_midi(path.with_suffix(".mid")), 0, LOSSLESS)

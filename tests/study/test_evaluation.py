@@ -15,7 +15,7 @@ from fastsmart.config import merged, to_toml
 from fastsmart.music.diversity import DIVERSITY
 from fastsmart.music.rarefied import RAREFIED
 from fastsmart.policy.hf_format import load_policy, save_policy
-from fastsmart.study.evaluate import Stage, evaluate, labelled
+from fastsmart.study.evaluate import OutputStore, evaluate, labelled
 from fastsmart.study.evaluation import Evaluation
 from fastsmart.study.outputs import Player, best_of_counts
 from fastsmart.study.report import write_report
@@ -92,15 +92,15 @@ def test_outputs_and_scores_do_not_depend_on_how_many_are_played_at_once(two, mo
 
 def test_best_of_n_is_the_best_of_n(two):
     sources, config, folder = two
-    stage = Stage(folder / "e", config, N)
-    record, policy, _ = stage.play("a", sources[0], lambda *_: None)
-    best = stage.best_of(record, policy, 6, lambda *_: None)
+    store = OutputStore(folder / "e", config, N)
+    record, policy, _ = store.play("a", sources[0], lambda *_: None)
+    best = store.best_of(record, policy, 6, lambda *_: None)
     assert list(best) == best_of_counts(6) == [2, 4, 6]
     totals = [best[k].scores["notes"].total for k in best]
     assert (totals[0] <= totals[1]).all()
     assert (totals[1] <= totals[2]).all()
     assert totals[2].mean() > totals[0].mean()
-    np.testing.assert_array_equal(best[6].prompts.ids, stage.play("a", sources[0], lambda *_: None)[2].prompts.ids)
+    np.testing.assert_array_equal(best[6].prompts.ids, store.play("a", sources[0], lambda *_: None)[2].prompts.ids)
 
 
 def test_what_was_played_is_not_played_again_unless_something_changed(two):
