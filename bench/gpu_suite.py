@@ -33,8 +33,6 @@ from typing import Any
 
 import torch
 
-from fastsmart.machine.text_table import text_table
-
 BENCH = Path(__file__).resolve().parent
 ROOT = BENCH.parent
 NAME = "gpu_suite"
@@ -44,9 +42,16 @@ MARKED = (
     "sampling/test_cuda_graph_batch.py",
     "trainer/test_modes.py",
     "kernels/test_logprob.py",
+    "trainer/test_recorded.py",
 )  # that have tests marked `gpu`
 KERNEL_TESTS = (  # every kernel beside its twin; of the objective the variants that say most, each is a kernel
-    *(f"kernels/test_{name}.py" for name in ("decode_step", "attention", "sample", "moments", "logprob", "mixdown")),
+    *(
+        f"kernels/test_{name}.py"
+        for name in ("decode_step", "decode_product", "sample", "attention", "encoder_kernels")
+    ),
+    *(f"kernels/test_{name}.py" for name in ("layer", "logprob", "moments", "mixdown")),
+    "policy/test_cast.py",
+    "reward/test_descriptors.py",
     "sampling/test_cuda_graph_batch.py",
     "audio/test_gpu_mixdown.py",
     "grpo/test_fused.py::test_every_loss_with_every_kl_and_mask",
@@ -272,7 +277,9 @@ def table(outcomes: Sequence[Outcome]) -> str:
     """A line a part."""
     rows = [("part", "", "s", "of floor", "")]
     rows += [(o.name, o.status, f"{o.seconds:.0f}", o.floor, o.figure) for o in outcomes]
-    return "\n".join(line[:160].rstrip() for line in text_table(rows).splitlines())
+    widths = [max(len(row[i]) for row in rows) for i in range(4)]  # not text_table: fastsmart may not be installed
+    lines = ([cell.ljust(width) for cell, width in zip(row, widths, strict=False)] + [row[4]] for row in rows)
+    return "\n".join("  ".join(line).rstrip()[:160] for line in lines)
 
 
 if __name__ == "__main__":
