@@ -42,7 +42,6 @@ MARKED = (
     "sampling/test_cuda_graph_batch.py",
     "trainer/test_modes.py",
     "kernels/test_logprob.py",
-    "trainer/test_recorded.py",
 )  # that have tests marked `gpu`
 KERNEL_TESTS = (  # every kernel beside its twin; of the objective the variants that say most, each is a kernel
     *(
@@ -51,6 +50,7 @@ KERNEL_TESTS = (  # every kernel beside its twin; of the objective the variants 
     ),
     *(f"kernels/test_{name}.py" for name in ("layer", "logprob", "moments", "mixdown")),
     "policy/test_cast.py",
+    "trainer/test_recorded.py",
     "reward/test_descriptors.py",
     "sampling/test_cuda_graph_batch.py",
     "audio/test_gpu_mixdown.py",
