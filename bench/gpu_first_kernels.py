@@ -193,7 +193,10 @@ def log_probs(look: Look) -> Iterator[Finding]:
             results.append([*out, hidden.grad.clone(), weight.grad.clone()])
         off = max(apart(a, b) for a, b in zip(*results, strict=True))
 
-        def both_passes(h: torch.Tensor = hidden, w: torch.Tensor = weight, i: torch.Tensor = ids) -> None:
+        # leaves of their own: those above have been in a pass on another stream, which a recording may not touch
+        h, w = (x.detach().requires_grad_() for x in (hidden, weight))
+
+        def both_passes(h: torch.Tensor = h, w: torch.Tensor = w, i: torch.Tensor = ids) -> None:
             with torch.inference_mode(False), torch.enable_grad(), torch.autograd.set_multithreading_enabled(False):
                 torch.autograd.grad(logprob(h, w, i, 1.0, look.kernel).logprob.sum(), [h, w])
 

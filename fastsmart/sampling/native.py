@@ -115,8 +115,11 @@ class NativeEngine:
             seen, last = token.cpu().numpy(), step + 1 == settings.max_tokens
             if (running & (seen == UNDEFINED)).any():
                 raise not_finite()
-            for row in np.flatnonzero(running & ((seen == eos) | last)):
-                running[row] = False
+            over = running & ((seen == eos) | last)
+            running &= ~over
+            if not running.any():  # before the last one goes out: who has it asks for no more
+                self.memory = memory
+            for row in np.flatnonzero(over):
                 yield Completion(
                     int(index[row_of[row]]),
                     sampled[row, : step + 1].cpu().numpy().copy(),
@@ -124,7 +127,6 @@ class NativeEngine:
                     self.version,
                 )
             if not running.any():
-                self.memory = memory
                 return
             if (fewer := _fewer_rows(len(running), int(running.sum()))) < len(running):
                 kept = np.argsort(~running, kind="stable")[:fewer]  # those that run, and some that do not to fill up
@@ -156,10 +158,17 @@ class NativeEngine:
             within = np.arange(count) < ends[:, None]
             if (running[:, None] & within & (sampled == UNDEFINED)).any():
                 raise not_finite()
-            for row in np.flatnonzero(over)[np.argsort(ends[over], kind="stable")]:
-                end = ends[row]
-                yield Completion(int(index[row]), sampled[row, :end].copy(), logprobs[row, :end].copy(), self.version)
+            completed = [
+                Completion(int(index[row]), sampled[row, :end].copy(), logprobs[row, :end].copy(), self.version)
+                for row, end in sorted(zip(np.flatnonzero(over), ends[over], strict=True), key=lambda pair: pair[1])
+            ]
             running &= ~over
+            if not running.any():  # before the last one goes out: who has it asks for no more
+                self._keep(key, batch)
+            yield from completed
+
+    def _keep(self, key: tuple[Any, ...], batch: GraphBatch) -> None:
+        """Have a batch at hand for prompts of the same shape; the one used longest ago goes."""
         self.graph_batches[key] = batch
         while len(self.graph_batches) > _STATIC_KEPT:
             del self.graph_batches[next(iter(self.graph_batches))]

@@ -138,6 +138,21 @@ def test_memory_is_kept_for_a_few_shapes_only(policy):
     assert [key[0] for key in engine.graph_batches] == [*rows[1:], rows[0]]
 
 
+@pytest.mark.parametrize("static_cache", [True, False])
+def test_memory_is_kept_by_who_stops_asking_at_the_last_completion(policy, static_cache):
+    engine = NativeEngine(policy, dtype=torch.float32)
+    engine.static_cache = static_cache
+    settings = SamplingSettings(group=2, max_tokens=6)
+    held = []
+    for _ in range(2):
+        stream = engine.stream(PROMPTS, settings, (0,))
+        assert len([next(stream) for _ in range(2 * len(PROMPTS))]) == 8  # as a run takes them: it does not ask again
+        stream.close()
+        held.append(list(engine.graph_batches.values()) if static_cache else [c.kv.data_ptr() for c in engine.memory])
+    assert held[0]
+    assert held[0] == held[1]
+
+
 def test_a_policy_that_has_diverged_is_found_and_leaves_nothing_behind(vocab):
     good, bad = make_policy(vocab), make_policy(vocab)
     with torch.no_grad():
