@@ -11,6 +11,7 @@ Shape letters: J clips.
 
 from __future__ import annotations
 
+import numba
 import numpy as np
 
 STEPS = 150  # of the accelerated gradient method, for each price of the reward
@@ -82,11 +83,23 @@ def _minimum(matrix: np.ndarray, curvature: float, gain: np.ndarray, limit: floa
 
 def project(x: np.ndarray, limit: float) -> np.ndarray:
     """The nearest point to x with entries 0 .. limit that sum to 1, float64 [J]: clip(x - t), t by bisection."""
-    low, high = float(x.min()) - limit, float(x.max())
+    return np.clip(x - _shift(np.ascontiguousarray(x, np.float64), limit), 0.0, limit)
+
+
+@numba.njit(cache=True, nogil=True)
+def _shift(x: np.ndarray, limit: float) -> float:
+    """The t of `project`."""
+    low, high = x.min() - limit, x.max()
     for _ in range(60):
         middle = (low + high) / 2
-        low, high = (middle, high) if np.clip(x - middle, 0.0, limit).sum() > 1.0 else (low, middle)
-    return np.clip(x - (low + high) / 2, 0.0, limit)
+        total = 0.0
+        for value in x:
+            total += min(max(value - middle, 0.0), limit)
+        if total > 1.0:
+            low = middle
+        else:
+            high = middle
+    return (low + high) / 2
 
 
 def _largest_eigenvalue(matrix: np.ndarray, steps: int = 30) -> float:
