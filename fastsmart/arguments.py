@@ -59,6 +59,22 @@ def real_option(
     parser.add_argument(*names, type=read, default=default, **said)
 
 
+def alphas(text: str) -> list[float]:
+    """Numbers from 0 to 1 with commas between them; raises UserError naming what is none, or comes twice."""
+    found: list[float] = []
+    for part in text.split(","):
+        try:
+            value = float(part)
+        except ValueError:
+            value = math.nan
+        if not 0 <= value <= 1:
+            raise UserError(f"--alphas has {_shown(part)!r}; write numbers from 0 to 1, such as 0.25,0.5,1")
+        if value in found:
+            raise UserError(f"--alphas has {value:g} twice; name each once")
+        found.append(value)
+    return found
+
+
 def refuse_empty_names(options: argparse.Namespace) -> None:
     """Raises UserError for an empty path or name, as an unset variable of a shell leaves it: it would mean the folder
     one stands in; and for one with a NUL in it, which no file system knows."""

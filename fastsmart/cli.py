@@ -7,7 +7,7 @@ import math
 import sys
 from collections.abc import Sequence
 
-from fastsmart.arguments import real_option, refuse_empty_names, whole_option
+from fastsmart.arguments import alphas, real_option, refuse_empty_names, whole_option
 from fastsmart.errors import UserError
 from fastsmart.limits import LARGEST_SEED, MOST_AT_ONCE, MOST_STEPS, MOST_THREADS
 
@@ -56,6 +56,8 @@ def parser() -> argparse.ArgumentParser:
     _top(commands.add_parser("top", help="how a run is doing, live, from its files"))
     _bank(commands.add_parser("bank", help="the stored notes that training renders from"))
     _evaluate(commands.add_parser("evaluate", help="compare policies: rewards, features, diversity, with intervals"))
+    _blend(commands.add_parser("blend", help="weights between a tuned policy and the one it was tuned from"))
+    _frontier(commands.add_parser("frontier", help="reward against diversity of everything in evaluations"))
     _report(commands.add_parser("report", help="a run or an evaluation as one page to read and hear"))
     _listen(commands.add_parser("listen", help="a blind listening test: make it, analyse it, plan it"))
     _sweep(commands.add_parser("sweep", help="several runs, and the frontier of reward and diversity they draw"))
@@ -290,6 +292,30 @@ def _evaluation(p: argparse.ArgumentParser) -> None:
     )
     p.add_argument("--soundfont", action="append", default=[], help="score on this one too; repeatable")
     p.add_argument("--training-set", default="", help="folder of MIDI files to look for copies in")
+
+
+def _blend(p: argparse.ArgumentParser) -> None:
+    p.description = (
+        "Write checkpoints whose weights are base + alpha (tuned - base), ready for evaluate: points between the two "
+        "policies that cost no training."
+    )
+    p.add_argument("run", metavar="RUN", help="folder of a run or of a checkpoint: the tuned policy")
+    p.add_argument("--alphas", type=alphas, default="0.25,0.5,0.75,1", help="from 0 to 1; default 0.25,0.5,0.75,1")
+    p.add_argument("--base", default="", metavar="POLICY", help="default: the policy the run started from")
+    p.add_argument("--out", default="", help="folder for them; default: RUN/blends")
+
+
+def _frontier(p: argparse.ArgumentParser) -> None:
+    p.description = (
+        "Set policies, blends, best of n and the re-weighting frontier of evaluations beside each other: what each has "
+        "of the reward gain and of the base's diversity, the hypervolume, and the most of one at 90 % of the other."
+    )
+    p.add_argument("evaluation", nargs="+", help="folders of evaluations with the same base, prompts and rewards")
+    p.add_argument("--out", default="", metavar="PICTURE", help="draw it into this .svg or .png file")
+    p.add_argument(
+        "--measure", action="append", help="metric of diversity, or rarefied_mean_distance; repeatable, a panel each"
+    )
+    p.add_argument("--full", default="", metavar="LABEL", help="whose gain is 100 %%; default: the policy's with most")
 
 
 def _report(p: argparse.ArgumentParser) -> None:

@@ -32,7 +32,10 @@ def one_sentence(error: str) -> bool:
 
 @pytest.mark.parametrize(
     "command",
-    ["pretrain", "train", "profile", "sample", "render", "score", "evaluate", "report", "listen", "sweep", "doctor"],
+    [
+        *("pretrain", "train", "profile", "sample", "render", "score", "evaluate", "blend", "frontier", "report"),
+        *("listen", "sweep", "doctor"),
+    ],
 )
 def test_every_command_explains_itself(command):
     shown = subprocess.run(

@@ -2,14 +2,16 @@
 
 from fastsmart.commands.machine import bank, doctor
 from fastsmart.commands.playing import render, sample, score
-from fastsmart.commands.studying import evaluate, listen, report, sweep
-from fastsmart.commands.training import bench, pretrain, profile, top, train
+from fastsmart.commands.studying import evaluate, frontier, listen, report, sweep
+from fastsmart.commands.training import bench, blend, pretrain, profile, top, train
 
 __all__ = [
     "bank",
     "bench",
+    "blend",
     "doctor",
     "evaluate",
+    "frontier",
     "listen",
     "pretrain",
     "profile",

@@ -1,4 +1,4 @@
-"""The bodies of evaluate, report, listen and sweep."""
+"""The bodies of evaluate, frontier, report, listen and sweep."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 def evaluate(options: argparse.Namespace) -> int:
     from fastsmart.machine.progress import stage_bars
+    from fastsmart.study.choosing import choosing_text
     from fastsmart.study.evaluate import evaluate as run_evaluation
 
     config, policies = _study_config(options), options.policy
@@ -33,7 +34,25 @@ def evaluate(options: argparse.Namespace) -> int:
             show,
         )
     print(found.text())
+    print(choosing_text(found))
     print(f"all of it is in {found.path / 'metrics.csv'}; as a page: fastsmart report {found.path}")
+    return 0
+
+
+def frontier(options: argparse.Namespace) -> int:
+    from fastsmart.study.evaluation import Evaluation
+    from fastsmart.study.frontier import MEASURES, Frontier
+    from fastsmart.study.report import write_frontier
+
+    out = Path(options.out) if options.out else None
+    if out and out.suffix not in (".svg", ".png"):
+        raise UserError(f"--out {out} names no picture; end it with .svg or .png")
+    found = [Evaluation.open(path) for path in options.evaluation]
+    points = Frontier.of(found, options.measure or MEASURES, options.full)
+    print(points.text())
+    if out:
+        write_frontier(points, out)
+        print(f"the picture is {out}")
     return 0
 
 

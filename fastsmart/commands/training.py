@@ -123,6 +123,22 @@ def train(options: argparse.Namespace) -> int:
     return run.exit_code
 
 
+def blend(options: argparse.Namespace) -> int:
+    from fastsmart.config import read_config
+    from fastsmart.policy.blend import write_blends
+    from fastsmart.run.folder import CONFIG_FILE
+
+    run, base = Path(options.run), options.base
+    vocabulary = ""
+    if not base:
+        if not (run / CONFIG_FILE).is_file():
+            raise UserError(f"{run} is no run, which would say what it was tuned from; name that with --base POLICY")
+        base, vocabulary = (settings := read_config(run / CONFIG_FILE).policy).source, settings.vocabulary
+    for folder in write_blends(base, options.run, options.alphas, options.out or run / "blends", vocabulary):
+        print(folder)
+    return 0
+
+
 def _asked(options: argparse.Namespace, resume: bool) -> tuple[Config, dict[str, Any]]:
     """The config of a run to begin; or that of the run there is, and the values of the options that differ from it.
 

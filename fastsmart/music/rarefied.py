@@ -83,10 +83,7 @@ def rarefied_diversity(
     excerpts = sizes.note_excerpts(notes)
     counts = _counts(notes, excerpts)
     results = _distances(counts, excerpts, prompt, weights)
-    similar = [
-        np.mean([intersections(counts[name][:, r]) for name in COMPARED], axis=0)
-        for r in range(excerpts.start.shape[1])
-    ]
+    similar = _similarities(counts, excerpts)
     results["rarefied_effective_outputs"] = effective_number(similar, excerpts.known, weights)
     results["rarefied_effective_outputs_order_2"] = effective_number_2(similar, excerpts, weights, prompt)
     unknown = Draws(float("nan"), np.full(len(weights) - 1, np.nan))
@@ -158,6 +155,26 @@ def effective_number_2(
     mean = pair_draws(excerpts.per_pair(squares, 0.0), pairs, weights, opening)
     own, others = 1.0 / size, 1.0 - 1.0 / size  # shares of the pairs that are an output's with itself, and of the rest
     return Draws(1.0 / (own + others * mean.value), 1.0 / (own + others * mean.draws))
+
+
+def excerpt_similarities(notes: NoteBatch, sizes: Sizes = SIZES) -> tuple[Excerpts, list[np.ndarray], np.ndarray]:
+    """The excerpts of N outputs, and two similarities of the K outputs that have any.
+
+    The first, [K, K] for each of the R excerpts, is that of the effective numbers; of the second, [K, K], one minus the
+    mean over pairs is the mean distance of `COMPARED`.
+    """
+    excerpts = sizes.note_excerpts(notes)
+    counts = _counts(notes, excerpts)
+    expected = np.stack([expected_similarity(counts[name]) for name in COMPARED]).mean(axis=0)
+    return excerpts, _similarities(counts, excerpts), expected
+
+
+def _similarities(counts: dict[str, np.ndarray], excerpts: Excerpts) -> list[np.ndarray]:
+    """Mean intersection of the histograms of `COMPARED`, [K, K] for each of the R excerpts."""
+    return [
+        np.mean([intersections(counts[name][:, r]) for name in COMPARED], axis=0)
+        for r in range(excerpts.start.shape[1])
+    ]
 
 
 def _counts(notes: NoteBatch, excerpts: Excerpts) -> dict[str, np.ndarray]:

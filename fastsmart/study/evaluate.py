@@ -17,12 +17,14 @@ from fastsmart.music.diversity import prompt_numbers
 from fastsmart.music.rarefied import NOTES, TOKENS
 from fastsmart.music.training_set import TrainingSet
 from fastsmart.notes import MIDI_SUFFIXES
+from fastsmart.policy.blend import blend_alpha
 from fastsmart.policy.checkpoints import policy_source
 from fastsmart.policy.device import resolved_device
 from fastsmart.policy.hf_format import load_policy
 from fastsmart.policy.transformer import Policy
 from fastsmart.run.folder import CONFIG_FILE, PROVENANCE_FILE
 from fastsmart.run.provenance import machine, weights_hash
+from fastsmart.study.choosing import reweighting
 from fastsmart.study.evaluation import (
     EVALUATION_FILE,
     OUTPUTS_FOLDER,
@@ -85,11 +87,15 @@ def evaluate(
     ruler = Ruler.fit(played[pairs[0][0]], training, base)
     curve = [best_of_point(k, outputs, vocab, config, ruler) for k, outputs in best.items()]
     margin = against(played, best[best_of]) if best else {}
+    progress("re-weighting the first policy's outputs", 0, 1)
+    first = played[pairs[0][0]]
+    weighted = reweighting(first, first.notes(vocab, config.audio.max_seconds), ruler.base and ruler.base[2])
     if best:
         played[best_of_label(best_of)] = best[best_of]
     metrics = measure(played, vocab, config, ruler, progress)
     tree = _about(store, played[pairs[0][0]], ruler, training_set) | {
         "best_of": curve,
+        "reweighting": weighted,
         "against_best_of": margin,
         "policies": [asdict(r) for r in records],
         "metrics": [asdict(m) for m in metrics],
@@ -191,7 +197,7 @@ def _record(label: str, source: str, policy: Policy) -> PolicyRecord:
     run = Path(source)
     provenance = run / PROVENANCE_FILE
     if not (run / CONFIG_FILE).is_file() or not provenance.is_file():
-        return PolicyRecord(label, source, weights_hash(policy))
+        return PolicyRecord(label, source, weights_hash(policy), alpha=blend_alpha(run))
     font = json.loads(provenance.read_text(encoding="utf-8"))["inputs"].get("soundfont")
     return PolicyRecord(label, source, weights_hash(policy), str(run.resolve()), font["sha256"] if font else "")
 

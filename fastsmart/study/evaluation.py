@@ -43,6 +43,7 @@ class PolicyRecord:
     sha256     : of its weights
     run        : folder of the run it came out of, "" for none
     soundfont  : sha256 of the soundfont it was trained with, "" where that is not known
+    alpha      : of a blend, how far it is on the way from base to tuned weights; None = no blend
     """
 
     label: str
@@ -50,6 +51,7 @@ class PolicyRecord:
     sha256: str
     run: str = ""
     soundfont: str = ""
+    alpha: float | None = None
 
 
 @dataclass(frozen=True)
@@ -76,7 +78,7 @@ class Metric:
 class Evaluation:
     """An evaluation on disk; the first policy is the one all others are compared with.
 
-    record   : what evaluation.json holds beside the metrics: prompts, soundfonts, best_of, provenance
+    record   : what evaluation.json holds beside the metrics: prompts, soundfonts, best_of, reweighting, provenance
     """
 
     path: Path
@@ -143,8 +145,8 @@ class Evaluation:
             metrics = [
                 Metric(
                     **{key: m[key] for key in ("group", "name", "soundfont", "spread")},
-                    values={label: _estimate(e) for label, e in m["values"].items()},
-                    changes={label: _estimate(e) for label, e in m["changes"].items()},
+                    values={label: estimate(e) for label, e in m["values"].items()},
+                    changes={label: estimate(e) for label, e in m["changes"].items()},
                 )
                 for m in tree.pop("metrics")
             ]
@@ -196,5 +198,6 @@ def _cell(value: float | None) -> str:
     return "" if value is None or not np.isfinite(value) else f"{value:.6g}"
 
 
-def _estimate(tree: Mapping[str, float | None]) -> Estimate:
+def estimate(tree: Mapping[str, float | None]) -> Estimate:
+    """An estimate as evaluation.json has it, where null stands for NaN."""
     return Estimate(*(float("nan") if (x := tree[key]) is None else x for key in ("value", "low", "high")))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from html import escape
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +17,7 @@ import numpy as np
 from fastsmart.music.diversity import ROLL_BEATS, ROLL_TICKS, average_roll
 from fastsmart.music.features import features
 from fastsmart.study.evaluation import Evaluation, Metric
+from fastsmart.study.frontier import Frontier, Kind, words
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -28,9 +29,17 @@ SERIES = tuple(f"#0a0b{i:02x}" for i in range(1, 7))
 _VARIABLES = {TEXT: "currentColor", RULE: "var(--rule)", SOFT: "var(--soft)"} | {
     colour: f"var(--series-{i})" for i, colour in enumerate(SERIES, 1)
 }
+# the light colours of the page, for pictures that stand alone
+ON_PAPER = ("#0b62c4", "#c2410c", "#15803d", "#7e22ce", "#be185d", "#0f766e")
+GREY, PALE = "#6b7280", "#dfe3e8"
 MARKERS = "osD^vP"  # so that a policy is known without its colour
 PIANO = (21, 108)
 ROLL_COLOUR = (0.23, 0.51, 0.86)  # reads on white and on black; the share of outputs is its opacity
+_CHOSEN: tuple[tuple[Kind, str, str], ...] = (
+    ("blend", "x", "blends of weights"),
+    ("best of n", "*", "best of n of the first"),
+    ("re-weighting", ".", "re-weighting: choosing alone"),
+)
 # title, feature, and bins; pitch and velocity are over notes, the others over outputs
 DISTRIBUTIONS = (
     ("notes per output", "notes"),
@@ -89,6 +98,18 @@ def to_svg(figure: Figure, name: str, description: str) -> str:
         svg = svg.replace(placeholder, variable)
     svg = re.sub(r'width="[\d.]+pt" height="[\d.]+pt"', f'role="img" aria-label="{escape(description)}"', svg, count=1)
     return svg.strip()
+
+
+def to_png(make: Callable[[], Figure]) -> bytes:
+    """A figure drawn in colours for white paper, as the content of a PNG file."""
+    import matplotlib as mpl
+
+    sink, paper = io.BytesIO(), style() | {"grid.color": PALE}
+    paper |= dict.fromkeys(("axes.edgecolor", "xtick.color", "ytick.color"), GREY)
+    paper |= dict.fromkeys(("axes.facecolor", "figure.facecolor", "savefig.facecolor"), "white")
+    with mpl.rc_context(paper):
+        make().savefig(sink, format="png", dpi=150)
+    return sink.getvalue()
 
 
 def changes(evaluation: Evaluation) -> Figure:
@@ -169,31 +190,29 @@ def average_rolls(notes: dict[str, NoteBatch]) -> Figure:
     return figure
 
 
-def frontier(evaluation: Evaluation, measures: Sequence[str] = ("effective_outputs", "own_ngrams")) -> Figure:
-    """Reward against metrics of diversity, a point for each policy, and best-of-n as the line to beat.
+def frontier(frontier: Frontier, series: Sequence[str] = SERIES, soft: str = SOFT) -> Figure:
+    """Reward against each measure of diversity: a point for everything there is, none joined to another.
 
-    measures : names without `rarefied_`; the rarefied metric is shown where the evaluation has it
+    series, soft : colours of the policies, and of what comes without training
     """
-    known = {m.name for m in evaluation.diversity()}
-    measures = [f"rarefied_{m}" if f"rarefied_{m}" in known else m for m in measures]
-    reward = evaluation.metric("reward", "reward")
-    tuned = [p.label for p in evaluation.policies]
-    figure = _figure(5.5 * len(measures), 4.2)
-    for ax, measure in zip(figure.subplots(1, len(measures), squeeze=False)[0], measures, strict=True):
-        diverse = evaluation.metric("diversity", measure)
-        curve = evaluation.record["best_of"]
-        if curve:
-            start = diverse.values[tuned[0]].value, reward.values[tuned[0]].value
-            x, y = zip(start, *((p["diversity"][measure]["value"], p["reward"]["value"]) for p in curve), strict=True)
-            ax.plot(x, y, "--", marker=".", color=SOFT, label=f"best of {', '.join(str(p['n']) for p in curve)}")
-        for k, label in enumerate(tuned):
-            d, r = diverse.values[label], reward.values[label]
-            mark, colour = MARKERS[k % len(MARKERS)], SERIES[k % len(SERIES)]
-            ax.errorbar(d.value, r.value, _error(r), _error(d), mark, color=colour, label=label, elinewidth=1)
-        ax.set(
-            xlabel=measure.replace("_", " "),
-            ylabel=f"reward on {evaluation.record['distinct_prompts']} held-out openings",
-        )
+    figure = _figure(5.5 * len(frontier.measures), 4.6)
+    for ax, measure in zip(
+        figure.subplots(1, len(frontier.measures), squeeze=False)[0], frontier.measures, strict=True
+    ):
+        for k, point in enumerate(frontier.of_kind("base", "policy")):
+            mark, colour = MARKERS[k % len(MARKERS)], series[k % len(series)]
+            d, r = point.diversity[measure], point.reward
+            ax.errorbar(d.value, r.value, _error(r), _error(d), mark, color=colour, label=point.label, elinewidth=1)
+        for kind, mark, title in _CHOSEN:
+            points = frontier.of_kind(kind)
+            x, y = [p.diversity[measure].value for p in points], [p.reward.value for p in points]
+            if np.isfinite(x).any() or (points and kind == "re-weighting"):  # one legend for all panels
+                ax.plot(x, y, mark, color=soft, label=title, markersize=5)
+            for point in points if kind != "re-weighting" else ():
+                at = point.diversity[measure].value, point.reward.value
+                name = point.label.removeprefix("best of ")
+                ax.annotate(name, at, (4, 3), textcoords="offset points", fontsize=7)
+        ax.set(xlabel=words(measure), ylabel=f"reward on {frontier.openings} held-out openings")
     _legend_on_top(figure, 4)
     return figure
 

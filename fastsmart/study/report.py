@@ -22,8 +22,10 @@ from fastsmart.run.curves import curves
 from fastsmart.run.folder import CONFIG_FILE, METRICS_FILE, PROVENANCE_FILE
 from fastsmart.run.line_check import whole_metrics
 from fastsmart.study import figures
+from fastsmart.study.choosing import choosing_tables
 from fastsmart.study.evaluation import Evaluation, Metric
 from fastsmart.study.findings import findings
+from fastsmart.study.frontier import Frontier, known_measures
 from fastsmart.study.outputs import Progress
 from fastsmart.study.sound import data_url, listen_to, mp3, note_rows
 from fastsmart.tokens.prompts import describe
@@ -72,6 +74,7 @@ def write_report(
         soundfont=f"played with {next(iter(evaluation.record['soundfonts']), 'the default soundfont')}, 48 kHz stereo",
         figures=drawn_figures(evaluation),
         groups=_table(evaluation),
+        choosing=choosing_tables(evaluation),
         transfer=_transfer(evaluation),
         runs=[_run(p.label, Path(p.run)) for p in evaluation.policies if p.run and Path(p.run).is_dir()],
         definitions=(diversity.__doc__ or "").strip(),
@@ -129,7 +132,7 @@ def drawn_figures(evaluation: Evaluation) -> list[dict[str, Any]]:
                 partial(figures.changes, evaluation),
                 f"Every reward and feature, as its change against {first}.",
             ),
-            ("frontier", partial(figures.frontier, evaluation), _FRONTIER),
+            ("frontier", partial(figures.frontier, Frontier.of([evaluation], known_measures(evaluation))), _FRONTIER),
         ]
     drawn += [
         ("diversity", partial(figures.diversity_changes, evaluation), "Diversity; of self BLEU less is more diverse."),
@@ -137,6 +140,14 @@ def drawn_figures(evaluation: Evaluation) -> list[dict[str, Any]]:
         ("rolls", partial(figures.average_rolls, whole), _ROLLS),
     ]
     return [{"name": name, "svg": draw(make, name, caption), "caption": caption} for name, make, caption in drawn]
+
+
+def write_frontier(points: Frontier, path: Path) -> None:
+    """Draw a frontier into an SVG or PNG file; raises UserError when it cannot be written."""
+    if path.suffix == ".svg":
+        write_atomic(path, standalone(draw(partial(figures.frontier, points), "frontier", _FRONTIER)))
+    else:
+        write_atomic(path, figures.to_png(lambda: figures.frontier(points, figures.ON_PAPER, figures.GREY)))
 
 
 def standalone(svg: str) -> str:
@@ -175,9 +186,10 @@ def _players(evaluation: Evaluation, count: int, progress: Progress) -> tuple[li
 
 
 _FRONTIER = (
-    "Reward against the effective number of distinct outputs, and the share of n-grams that no other output has. Up is "
-    "better by the reward, right is more diverse; the dashed line is what choosing among several outputs of the "
-    "untrained policy reaches."
+    "Reward against the effective number of distinct outputs, and that on embeddings by the first policy. Up is better "
+    "by the reward, right is more diverse. Stars: the best of so many outputs of the first policy; dots: the most "
+    "diverse weights of its outputs at each reward, which is what choosing alone can do. Between points nothing was "
+    "measured."
 )
 _ROLLS = "Average piano rolls: how many outputs sound a pitch at a beat. Sharp patterns mean outputs that are alike."
 

@@ -15,6 +15,7 @@ from fastsmart.config import merged, to_toml
 from fastsmart.music.diversity import DIVERSITY
 from fastsmart.music.rarefied import RAREFIED
 from fastsmart.policy.hf_format import load_policy, save_policy
+from fastsmart.study.choosing import choosing_tables
 from fastsmart.study.evaluate import OutputStore, evaluate, labelled
 from fastsmart.study.evaluation import Evaluation
 from fastsmart.study.outputs import Player, best_of_counts
@@ -57,6 +58,14 @@ def test_an_evaluation_is_whole_and_reads_back(two):
         held = outputs.notes(found.vocab, config.audio.max_seconds).counts if lengths else outputs.completions.lengths
         assert share == pytest.approx(np.mean(held < int(what.split()[0])))
     assert found.record["compared"]["notes"] == 32
+    assert [p["n"] for p in found.record["best_of"]] == [2, 3]
+    for point in found.record["best_of"]:
+        for name in ("effective_outputs", "effective_outputs_order_2", "effective_embeddings_order_2"):
+            e = point["diversity"][f"rarefied_{name}"]
+            assert e["low"] <= e["value"] <= e["high"]
+    (table,) = choosing_tables(found)  # of so few outputs there is no re-weighting
+    assert [row[0] for row in table["rows"]] == ["2", "3"]
+    assert len(table["head"]) == len(table["rows"][0]) == 7
     for metric in found.metrics:
         for e in metric.values.values():
             assert np.isnan(e.value) or e.low - 1e-6 <= e.value <= e.high + 1e-6, metric.name
