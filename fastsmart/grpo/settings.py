@@ -129,7 +129,8 @@ class DiversitySettings:
     """Weight of the witness beside the reward, both in units of the base's spread; where a floor is set, the first."""
 
     floor: float = 0.0
-    """Least share of the base's pairwise diversity to keep, by a controller of the witness's weight; 0 = none."""
+    """Least share of the base's pairwise diversity to keep, by a controller of the witness's weight; 0 = none. Only
+    checkpoints that keep as much on held-out prompts can be the best."""
 
     target: Target = "tilted"
     """What the witness pulls towards: the most diverse weighting of base clips with more reward, or the base."""

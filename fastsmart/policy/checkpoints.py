@@ -8,10 +8,11 @@ import math
 import os
 import re
 import shutil
+from collections.abc import Hashable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError
@@ -27,7 +28,9 @@ STATE_FILE = "state.json"
 OPTIMIZER_FILE = "optimizer.safetensors"
 PREVIOUS_FILE = "previous.safetensors"
 BEST_KEY = "held_out_reward"  # of the record: what the best checkpoint has most of
+KEPT_KEY = "held_out_diversity_kept"  # of the record: held-out diversity as a share of the untrained policy's
 BEST_LINK = "best"
+Name = TypeVar("Name", bound=Hashable)
 
 
 @dataclass(frozen=True)
@@ -65,14 +68,15 @@ class Snapshot:
 class Checkpoints:
     """The folders `step-000040` below `folder`; each is also a checkpoint that `load_policy` reads.
 
-    The last `keep` stay, and the best: the one whose record has the highest "held_out_reward", to which the link
-    `best` points.
+    The last `keep` stay, and the best, to which the link `best` points: the one with the highest held-out reward among
+    those whose diversity is at or above the floor (see `best_of`).
 
+    floor       : least share of the untrained policy's held-out diversity that the best must have; 0 = none
     passed_over : what `load` found damaged, and why; for this object these are no checkpoints
     """
 
-    def __init__(self, folder: Path, keep: int = 1) -> None:
-        self.folder, self.keep = folder, keep
+    def __init__(self, folder: Path, keep: int = 1, floor: float = 0.0) -> None:
+        self.folder, self.keep, self.floor = folder, keep, floor
         self.passed_over: dict[Path, str] = {}
         self._previous: dict[str, torch.Tensor] = {}
 
@@ -90,14 +94,14 @@ class Checkpoints:
         return _step_of(found[-1]) if found else 0
 
     def best(self) -> tuple[Path | None, float]:
-        """The checkpoint with the highest held-out reward, and that reward; (None, -inf) where none was evaluated."""
-        evaluated: dict[Path, float] = {}
+        """The best checkpoint and its held-out reward; (None, -inf) where none can be."""
+        evaluated: dict[Path, tuple[float, float | None]] = {}
         for path in self.all():
             with suppress(UserError):  # of a damaged one nothing is known
-                reward = _record(path).get(BEST_KEY, math.nan)
-                evaluated |= {path: reward} if math.isfinite(reward) else {}
-        best = max(evaluated, key=lambda path: evaluated[path], default=None)
-        return best, evaluated[best] if best else float("-inf")
+                record = _record(path)
+                evaluated[path] = record.get(BEST_KEY, math.nan), record.get(KEPT_KEY)
+        best = best_of(evaluated, self.floor)
+        return best, evaluated[best][0] if best else float("-inf")
 
     def save(
         self, step: int, policy: Policy, optimizer: torch.optim.Optimizer, record: dict[str, Any] | None = None
@@ -177,6 +181,21 @@ class Checkpoints:
             part.replace(link)
 
 
+def best_of(evaluated: Mapping[Name, tuple[float, float | None]], floor: float) -> Name | None:
+    """Which of several evaluated policies is the best: of those that keep the floor the one with most reward, the first
+    where several have as much; None where none keeps it, or no reward is known.
+
+    evaluated : held-out reward, and diversity as a share of the untrained policy's (None = not measured, which passes)
+    floor     : least share; 0 = none
+    """
+    feasible = {
+        name: reward
+        for name, (reward, kept) in evaluated.items()
+        if math.isfinite(reward) and (floor <= 0 or kept is None or kept >= floor)
+    }
+    return max(feasible, key=lambda name: feasible[name], default=None)
+
+
 def _on_host(policy: Policy) -> Policy:
     with torch.no_grad():
         return copy.deepcopy(policy).to("cpu")
@@ -208,8 +227,9 @@ def _record(checkpoint: Path) -> dict[str, Any]:
         raise UserError(_damaged(checkpoint / STATE_FILE, error)) from error
     if not isinstance(record, dict) or record.get("step") != _step_of(checkpoint):
         raise UserError(_damaged(checkpoint / STATE_FILE, "it does not say the step its folder is named after"))
-    if not isinstance(record.get(BEST_KEY, 0.0), int | float):
-        raise UserError(_damaged(checkpoint / STATE_FILE, f"its {BEST_KEY} is no number"))
+    for key in (BEST_KEY, KEPT_KEY):
+        if not isinstance(record.get(key, 0.0), int | float):
+            raise UserError(_damaged(checkpoint / STATE_FILE, f"its {key} is no number"))
     return record
 
 

@@ -44,7 +44,7 @@ class RunFolder:
         self._changed: list[str] = []  # what has another value than before, in words
         self.listen = path / "listen"
         self.metrics = JsonLines(path / METRICS_FILE, whole_metrics)
-        self.checkpoints = Checkpoints(path / "checkpoints", config.train.keep)
+        self.checkpoints = Checkpoints(path / "checkpoints", config.train.keep, config.diversity.floor)
 
     @staticmethod
     def begun(path: str | Path) -> bool:

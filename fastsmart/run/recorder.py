@@ -18,7 +18,7 @@ import numpy as np
 
 from fastsmart.errors import UserError
 from fastsmart.machine.distributed import Ranks
-from fastsmart.policy.checkpoints import Snapshot
+from fastsmart.policy.checkpoints import Snapshot, best_of
 from fastsmart.run.display import Display, Silent
 from fastsmart.run.folder import LIVE_FILE, TRACE_FILE, RunFolder
 from fastsmart.run.trace import Trace
@@ -156,9 +156,16 @@ class Recorder:
             health["notes"], self._notes = self._notes, []
         return health
 
-    def better(self, reward: float | None) -> bool:
-        """Whether this held-out reward is the best so far."""
+    def better(self, reward: float | None, kept: float | None = None) -> bool:
+        """Whether this held-out reward is the best so far of policies that keep the floor of diversity.
+
+        kept : held-out diversity as a share of the untrained policy's; None = not measured
+        """
+        floor = self.folder.checkpoints.floor
         if reward is None or not reward > self.best:
+            return False
+        if best_of({"": (reward, kept)}, floor) is None:
+            self.note(f"held-out diversity is {kept:.0%} of the base's, under the floor of {floor:.0%}: not the best")
             return False
         self.best = reward
         return True

@@ -18,7 +18,7 @@ from fastsmart.machine.files import make_folder, write_atomic
 from fastsmart.music.bootstrap import basis, effect_draws, resample_weights
 from fastsmart.music.diversity import prompt_numbers
 from fastsmart.music.features import features
-from fastsmart.music.histograms import histograms, spread
+from fastsmart.music.histograms import BINS, histograms, spread
 from fastsmart.music.rarefied import NOTES, TOKENS, rarefied_diversity
 from fastsmart.notes import NoteBatch
 from fastsmart.run.folder import table_heading
@@ -143,6 +143,19 @@ def evaluate_held_out(worker: RolloutWorker, recorder: Recorder, label: str) -> 
                 recorder.note(f"before_after.md will be without intervals: {error}")
             write_listening(worker, scored_rollouts, recorder.folder.listen, label)
     return {"eval": summary, "time": {"evaluate": worker.trace.pop_excluded_s()}}
+
+
+def held_out_distance(diversity: Mapping[str, float]) -> float | None:
+    """Mean distance (0..1) of two held-out clips at equal size, over the histograms of `BINS`: of clips of different
+    prompts, or of one where there is no other; None in a summary without it.
+
+    diversity : of a summary of `evaluate`
+    """
+    for pairs in ("across", "within"):
+        parts = [diversity.get(f"rarefied_{name}_distance_{pairs}") for name in BINS]
+        if (known := [part for part in parts if part is not None]) and len(known) == len(parts):
+            return float(np.mean(known))
+    return None
 
 
 def clip_table(scored_rollouts: Sequence[ScoredRollout]) -> dict[str, np.ndarray]:

@@ -66,22 +66,25 @@ def _train(folder: RunFolder, display: Display | None, ranks: Ranks) -> Run:
     ):
         worker = trainer.worker
         if trainer.steps_done == 0:
-            recorder.line({"step": 0, **evaluate_held_out(worker, recorder, "before")})
+            found = evaluate_held_out(worker, recorder, "before")
+            trainer.kept(found["eval"])  # what every later one is a share of
+            recorder.line({"step": 0, **found})
         while trainer.steps_done < settings.steps and not should_stop(stop, ranks):
             change, line = trainer.step(recorder.stage)
-            step, reward = trainer.steps_done, None
+            step, reward, kept = trainer.steps_done, None, None
             if step == settings.steps or (settings.eval_every and step % settings.eval_every == 0):
                 trainer.sync_weights()
                 found = evaluate_held_out(worker, recorder, "after" if step == settings.steps else "")
                 line["eval"], reward = found["eval"], found["eval"]["reward"]["mean"]
                 line["time"] |= found["time"]
+                kept = trainer.kept(found["eval"])
             recorder.line(line, trainer.scheduler.dropped)
             if line["staleness"] == 0 and unhealthy(change, config, trainer.dtype):
                 trainer.sync_weights()
                 warning = health_warning(worker.engine, trainer.policy, config, change, trainer.dtype)
                 recorder.note(f"step {step}: {warning}")
-            if recorder.better(reward) or (settings.save_every and step % settings.save_every == 0):
-                recorder.save(trainer.snapshot(reward))
+            if recorder.better(reward, kept) or (settings.save_every and step % settings.save_every == 0):
+                recorder.save(trainer.snapshot(reward, kept))
             if trainer.skipped >= MAX_SKIPPED:
                 give_up(recorder, trainer)
             collect(step)

@@ -14,7 +14,7 @@ from fastsmart.config import Config
 from fastsmart.grpo.advantages import group_advantages, normalised_sum
 from fastsmart.kernels.jit import choose_kernel
 from fastsmart.machine.distributed import Ranks
-from fastsmart.policy.checkpoints import BEST_KEY, Checkpoints, Snapshot
+from fastsmart.policy.checkpoints import BEST_KEY, KEPT_KEY, Checkpoints, Snapshot
 from fastsmart.policy.device import resolved_device, resolved_dtype
 from fastsmart.policy.hf_format import load_policy
 from fastsmart.policy.optimizer import make_optimizer, scheduled_rate
@@ -22,6 +22,7 @@ from fastsmart.policy.transformer import Policy
 from fastsmart.run.provenance import statistics_path
 from fastsmart.trainer.batch import Batch, metrics, timing
 from fastsmart.trainer.diversity_control import DiversityControl
+from fastsmart.trainer.evaluate import held_out_distance
 from fastsmart.trainer.micro_batch import micro_batches
 from fastsmart.trainer.rehearsal import rehearse
 from fastsmart.trainer.rollout_pipeline import Progress, ScoredRollout
@@ -30,6 +31,7 @@ from fastsmart.trainer.update import Update, reference_logprobs, update
 
 _SKIPPED_KEY = "skipped_in_a_row"
 _CONTROL_KEY = "diversity_control"
+_BASE_KEY = "held_out_diversity_of_base"
 MISMATCH_STATS = ("token_mult_prob_error", "mismatch_k3", "logprob_gap_max")
 
 
@@ -51,6 +53,7 @@ class Trainer:
     advantage  : theirs, float32 [n]
     control    : what keeps the outputs different from each other, set when the base has been sampled; None = nothing
     saved_control : its state in the checkpoint that the run goes on from
+    base_distance : `held_out_distance` of the untrained policy, where a floor of diversity is set; None = not measured
 
     Raises UserError where the policy, a checkpoint or a reward cannot be read.
     """
@@ -75,6 +78,7 @@ class Trainer:
         self.previous = checkpoints.previous(self.policy)
         self.control: DiversityControl | None = None
         self.saved_control: dict[str, Any] | None = saved.get(_CONTROL_KEY)
+        self.base_distance: float | None = saved.get(_BASE_KEY)
 
         self.statistics = statistics_path(config)
         policy, version = self.sampler_weights()
@@ -168,9 +172,23 @@ class Trainer:
         tokens, weight = int(drawn.lengths.sum()), settings.rehearse_weight
         rehearse(self.policy, batches, tokens, weight, temperature, self.dtype, kernel)
 
-    def snapshot(self, held_out_reward: float | None = None) -> Snapshot:
-        """The present state, and the held-out reward it was measured to have."""
+    def kept(self, summary: dict[str, Any]) -> float | None:
+        """Diversity of a held-out evaluation as a share of the untrained policy's, which is that of the first summary
+        of a run; None where no floor is set, and where those clips were too short to differ by it."""
+        if not self.config.diversity.floor:
+            return None
+        distance = held_out_distance(summary["diversity"])
+        if self.steps_done == 0:
+            self.base_distance = distance
+        return distance / self.base_distance if distance is not None and self.base_distance else None
+
+    def snapshot(self, held_out_reward: float | None = None, kept: float | None = None) -> Snapshot:
+        """The present state, and the held-out reward and share of diversity it was measured to have."""
         record: dict[str, Any] = {_SKIPPED_KEY: self.skipped}
+        if self.base_distance is not None:
+            record[_BASE_KEY] = self.base_distance
+        if kept is not None:
+            record[KEPT_KEY] = kept
         if self.control is not None:
             record[_CONTROL_KEY] = self.control.state
         if held_out_reward is not None:
