@@ -105,3 +105,27 @@ def test_k3_pulls_a_token_back_with_at_most_its_weight_and_k2_with_the_logarithm
         pulls[name] = float(log_p.grad)
     assert pulls["k3"] == pytest.approx(1 - 1 / times)
     assert pulls["k2"] == pytest.approx(float(torch.tensor(times, dtype=torch.float64).log()))
+
+
+def horizon_of_two(estimator: str, ratio: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """Expected gradient of the per-token loss over every piece of two tokens of five, and that of the exact KL of each
+    token to the reference, with the shares of the first tokens held fixed, as a loss per token holds them."""
+    generator = torch.Generator().manual_seed(2)
+    policy, reference = torch.randn(2, 6, 5, dtype=torch.float64, generator=generator)  # row 0, then one a first token
+    policy.requires_grad_()
+    log_p, log_q = policy.log_softmax(1), reference.log_softmax(1)
+    chance = log_p.detach().exp()
+    piece = chance[0][:, None] * chance[1:]  # of first and second token
+    each = kl_divergence(log_p, log_q, estimator)
+    if ratio:
+        each = each * (log_p - log_p.detach()).exp()
+    loss = (piece * (each[0][:, None] + each[1:])).sum()
+    exact = exact_kl(log_p[0], log_q[0]) + sum(chance[0, i] * exact_kl(log_p[i + 1], log_q[i + 1]) for i in range(5))
+    return torch.autograd.grad(loss, policy, retain_graph=True)[0], torch.autograd.grad(exact, policy)[0]
+
+
+def test_over_whole_pieces_k2_and_k3_with_the_ratio_have_the_gradient_of_each_tokens_kl_and_k3_alone_has_not():
+    for estimator, ratio in (("k2", False), ("k3", True)):
+        torch.testing.assert_close(*horizon_of_two(estimator, ratio))
+    ours, exact = horizon_of_two("k3", ratio=False)
+    assert (ours - exact).abs().max() > 0.05

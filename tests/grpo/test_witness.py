@@ -117,3 +117,26 @@ def test_from_a_collapse_the_gated_witness_raises_the_rare_good_piece_and_not_th
     assert after[1] > 5 * start[1]
     assert after[2] < after[1] / 3
     assert shares_after(gate=False, steps=50)[2] > 1.25 * shares_after(gate=True, steps=50)[2]
+
+
+def test_paying_for_unlikeness_alone_raises_noise_and_the_witness_does_not():
+    """Of a common piece, a rare one like it, and noise unlike everything: what is paid with and without a target."""
+    kernel = np.array([[1.0, 0.4, 0.0], [0.4, 1.0, 0.0], [0.0, 0.0, 1.0]])
+
+    def after(target: np.ndarray) -> np.ndarray:
+        logits, rng = np.array([2.0, -1.0, -1.0]), np.random.default_rng(1)
+        for _ in range(300):
+            share = np.exp(logits - logits.max())
+            share /= share.sum()
+            clips = rng.choice(3, 64, p=share)
+            value = witness(kernel[clips], target, kernel[np.ix_(clips, clips)], ~np.eye(64, dtype=bool))
+            value = gated(value, clips != 2) if target.any() else value
+            value -= value.mean()
+            logits += np.bincount(clips, value, 3) / 64
+        share = np.exp(logits - logits.max())
+        return share / share.sum()
+
+    unlike, towards = after(np.zeros(3)), after(np.array([0.5, 0.5, 0.0]))
+    assert unlike[2] > 0.3
+    assert towards[2] < 0.1
+    assert towards[1] > 0.3

@@ -8,58 +8,20 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from made_base import batch_of, made_base
 from small_run import SYMBOLIC, comparable, config_for
 
 from fastsmart import UserError, train
 from fastsmart.grpo.settings import DiversitySettings
 from fastsmart.music.histograms import BINS
-from fastsmart.reward import Scores
 from fastsmart.trainer import diversity_control
-from fastsmart.trainer.batch import Batch
-from fastsmart.trainer.diversity_control import DIATONIC, DiversityControl, split_rows
+from fastsmart.trainer.diversity_control import DiversityControl, split_rows
 from fastsmart.trainer.micro_batch import micro_batches
 from fastsmart.trainer.rehearsal import rehearse
 from fastsmart.trainer.update import completion_logprobs
 
 EVERYTHING = {"stratify": 0.25, "weight": 0.5, "floor": 0.9, "clips": 64, "gate": 0.1, "rehearse": 3}
 PLAIN = {"reward": {"normalize": "none"}}
-
-
-def made_base(n: int = 200, seed: int = 0) -> dict[str, np.ndarray]:
-    """Clips of two keys and many registers, with rewards that depend on neither."""
-    rng = np.random.default_rng(seed)
-    rows = []
-    for name, bins in BINS.items():
-        counts = rng.poisson(0.3, (n, bins + 1)).astype(np.float64)
-        if name == "pitch_class":
-            counts[:, :12] += 5 * np.stack([np.roll(DIATONIC, 7 * (i % 2)) for i in range(n)])
-        counts[:, -1] = 0
-        counts[:, 0] += 1e-3
-        rows.append(counts / counts.sum(1, keepdims=True))
-    reward = rng.normal(5.5, 1.0, n).astype(np.float32)
-    lengths = rng.integers(4, 9, n)
-    ids = np.where(np.arange(12) < 4 + lengths[:, None], np.arange(1, 13) + 20 * np.arange(n)[:, None] % 300, 0)
-    return {
-        "reward": reward,
-        "notes": np.full(n, 40.0, np.float32),
-        "prompt_lengths": np.full(n, 4.0, np.float32),
-        "lengths": lengths.astype(np.float32),
-        "rows": np.concatenate(rows, 1).astype(np.float32),
-        "ids": ids.astype(np.int32),
-    }
-
-
-def batch_of(base: dict[str, np.ndarray], chosen: np.ndarray, group: np.ndarray | None = None) -> Batch:
-    reward = base["reward"][chosen]
-    return Batch(
-        scores=Scores({"r": reward}, reward),
-        notes=base["notes"][chosen].astype(np.int64),
-        lengths=np.full(len(chosen), 100),
-        group=np.arange(len(chosen)) if group is None else group,
-        mine=range(len(chosen)),
-        version=0,
-        rows=base["rows"][chosen],
-    )
 
 
 def test_with_one_stratum_and_no_witness_advantages_are_centred_rewards_in_units_of_the_base():
