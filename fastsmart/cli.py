@@ -302,6 +302,7 @@ def _blend(p: argparse.ArgumentParser) -> None:
     p.add_argument("run", metavar="RUN", help="folder of a run or of a checkpoint: the tuned policy")
     p.add_argument("--alphas", type=alphas, default="0.25,0.5,0.75,1", help="from 0 to 1; default 0.25,0.5,0.75,1")
     p.add_argument("--base", default="", metavar="POLICY", help="default: the policy the run started from")
+    p.add_argument("--average", action="store_true", help="of the mean weights that train.average has kept")
     p.add_argument("--out", default="", help="folder for them; default: RUN/blends")
 
 

@@ -134,7 +134,8 @@ def blend(options: argparse.Namespace) -> int:
         if not (run / CONFIG_FILE).is_file():
             raise UserError(f"{run} is no run, which would say what it was tuned from; name that with --base POLICY")
         base, vocabulary = (settings := read_config(run / CONFIG_FILE).policy).source, settings.vocabulary
-    for folder in write_blends(base, options.run, options.alphas, options.out or run / "blends", vocabulary):
+    out = options.out or run / "blends"
+    for folder in write_blends(base, options.run, options.alphas, out, vocabulary, options.average):
         print(folder)
     return 0
 

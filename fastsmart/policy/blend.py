@@ -16,7 +16,7 @@ import torch
 
 from fastsmart.errors import UserError
 from fastsmart.machine.files import atomic_folder, make_folder, os_errors_as_user_errors
-from fastsmart.policy.checkpoints import policy_source
+from fastsmart.policy.checkpoints import averaged_policy, policy_source
 from fastsmart.policy.hf_format import load_policy, write_policy
 from fastsmart.policy.transformer import Policy
 
@@ -38,16 +38,20 @@ def blended(base: Policy, tuned: Policy, alpha: float) -> Policy:
     return policy
 
 
-def write_blends(base: str, tuned: str, alphas: Sequence[float], out: str | Path, vocabulary: str = "") -> list[Path]:
+def write_blends(
+    base: str, tuned: str, alphas: Sequence[float], out: str | Path, vocabulary: str = "", average: bool = False
+) -> list[Path]:
     """Write a checkpoint `alpha-A` below `out` for each alpha; they say in blend.json what they are of.
 
     base, tuned : shipped name, checkpoint or run folder, or hub id
     vocabulary  : of a base without one of its own
+    average     : take the mean weights that `train.average` has kept for the tuned ones
 
     Raises UserError where one cannot be loaded, the two are of different size or vocabulary, or the disk is full.
     """
     sources = policy_source(base), policy_source(tuned)
-    first, second = (load_policy(source, vocabulary=vocabulary) for source in sources)
+    first = load_policy(sources[0], vocabulary=vocabulary)
+    second = averaged_policy(Path(sources[1])) if average else load_policy(sources[1], vocabulary=vocabulary)
     if first.size != second.size or first.vocab.tokens != second.vocab.tokens:
         what = "size" if first.size != second.size else "vocabulary"
         raise UserError(
@@ -58,7 +62,7 @@ def write_blends(base: str, tuned: str, alphas: Sequence[float], out: str | Path
         folder = make_folder(out) / f"alpha-{alpha:g}"
         with atomic_folder(folder) as part, os_errors_as_user_errors(folder):
             write_policy(blended(first, second, alpha), part)
-            record = {"alpha": alpha, "base": sources[0], "tuned": sources[1]}
+            record = {"alpha": alpha, "base": sources[0], "tuned": sources[1], "average": average}
             (part / BLEND_FILE).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
         written.append(folder)
     return written

@@ -27,10 +27,12 @@ from fastsmart.policy.transformer import Policy
 STATE_FILE = "state.json"
 OPTIMIZER_FILE = "optimizer.safetensors"
 PREVIOUS_FILE = "previous.safetensors"
+AVERAGE_FILE = "average.safetensors"
 BEST_KEY = "held_out_reward"  # of the record: what the best checkpoint has most of
 KEPT_KEY = "held_out_diversity_kept"  # of the record: held-out diversity as a share of the untrained policy's
 BEST_LINK = "best"
 Name = TypeVar("Name", bound=Hashable)
+Tensors = dict[str, torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,7 @@ class Snapshot:
     """A run's state in host memory, out of reach of the steps that follow.
 
     previous : the policy of the step before, which a run that samples one step ahead resumes with
+    average  : mean weights by name, never written to again; None = none are kept
     """
 
     step: int
@@ -45,6 +48,7 @@ class Snapshot:
     optimizer: dict[str, torch.Tensor]
     record: dict[str, Any]
     previous: Policy | None = None
+    average: dict[str, torch.Tensor] | None = None
 
     @staticmethod
     def of(
@@ -53,6 +57,7 @@ class Snapshot:
         optimizer: torch.optim.Optimizer,
         record: dict[str, Any] | None = None,
         previous: Policy | None = None,
+        average: Mapping[str, torch.Tensor] | None = None,
     ) -> Snapshot:
         """Copy everything to host memory."""
         tensors = optimizer_tensors(optimizer, policy)
@@ -62,6 +67,7 @@ class Snapshot:
             {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()},
             dict(record or {}),
             _on_host(previous) if previous is not None else None,
+            dict(average) if average else None,
         )
 
 
@@ -72,6 +78,7 @@ class Checkpoints:
     those whose diversity is at or above the floor (see `best_of`).
 
     floor       : least share of the untrained policy's held-out diversity that the best must have; 0 = none
+    average     : mean weights of the checkpoint that was loaded, by name; empty where it has none
     passed_over : what `load` found damaged, and why; for this object these are no checkpoints
     """
 
@@ -79,6 +86,7 @@ class Checkpoints:
         self.folder, self.keep, self.floor = folder, keep, floor
         self.passed_over: dict[Path, str] = {}
         self._previous: dict[str, torch.Tensor] = {}
+        self.average: dict[str, torch.Tensor] = {}
 
     def all(self) -> list[Path]:
         """Whole checkpoints as far as their names tell, oldest first."""
@@ -122,6 +130,8 @@ class Checkpoints:
             if snapshot.previous is not None:
                 weights = {name: p.detach() for name, p in snapshot.previous.named_parameters()}
                 save_tensors(weights, part / PREVIOUS_FILE)
+            if snapshot.average is not None:
+                save_tensors(snapshot.average, part / AVERAGE_FILE)
             (part / STATE_FILE).write_text(json.dumps({**snapshot.record, "step": snapshot.step}), encoding="utf-8")
         self.passed_over.pop(target, None)  # a whole one has taken its place
         best, _ = self.best()
@@ -140,7 +150,7 @@ class Checkpoints:
             if path in self.passed_over:
                 continue
             try:
-                stored, tensors, self._previous, record = _read(path)
+                stored, tensors, self._previous, self.average, record = _read(path)
                 same = stored.size == policy.size
                 if same:
                     load_optimizer_tensors(optimizer, policy, tensors)
@@ -205,19 +215,41 @@ def _step_of(checkpoint: Path) -> int:
     return int(checkpoint.name.removeprefix("step-"))
 
 
-def _read(checkpoint: Path) -> tuple[Policy, dict[str, torch.Tensor], dict[str, torch.Tensor], dict[str, Any]]:
-    """All of a checkpoint: policy, tensors of the optimizer, weights of the step before, record; nothing is changed by
-    it. Raises UserError where any of it is damaged."""
+def _read(checkpoint: Path) -> tuple[Policy, Tensors, Tensors, Tensors, dict[str, Any]]:
+    """All of a checkpoint: policy, tensors of the optimizer, weights of the step before, mean weights, record; nothing
+    is changed by it. Raises UserError where any of it is damaged."""
     record, policy = _record(checkpoint), load_policy(checkpoint)
     shapes = {name: parameter.shape for name, parameter in policy.named_parameters()}
-    tensors, previous = _tensors(checkpoint / OPTIMIZER_FILE), {}
+    tensors = _tensors(checkpoint / OPTIMIZER_FILE)
     wanted = {key: shape for name, shape in shapes.items() for key, shape in moments(name, shape).items()}
     if tensors:  # none before its first step
         _require(checkpoint / OPTIMIZER_FILE, tensors, wanted)
-    if (checkpoint / PREVIOUS_FILE).exists():
-        previous = _tensors(checkpoint / PREVIOUS_FILE)
-        _require(checkpoint / PREVIOUS_FILE, previous, shapes)
-    return policy, tensors, previous, record
+    previous, average = (
+        _weights(checkpoint / name, shapes) if (checkpoint / name).exists() else {}
+        for name in (PREVIOUS_FILE, AVERAGE_FILE)
+    )
+    return policy, tensors, previous, average, record
+
+
+def averaged_policy(checkpoint: Path) -> Policy:
+    """The policy of a checkpoint with its mean weights; raises UserError where it has none, or they are damaged."""
+    policy = load_policy(checkpoint)
+    path = checkpoint / AVERAGE_FILE
+    if not path.is_file():
+        raise UserError(f"{checkpoint} has no average of weights; train with --set train.average=0.9")
+    shapes = {name: parameter.shape for name, parameter in policy.named_parameters()}
+    weights = _weights(path, shapes)
+    with torch.no_grad():
+        for name, parameter in policy.named_parameters():
+            parameter.copy_(weights[name])
+    return policy
+
+
+def _weights(path: Path, shapes: Mapping[str, torch.Size]) -> Tensors:
+    """Weights of a policy of these shapes from a safetensors file; raises UserError where it is damaged."""
+    tensors = _tensors(path)
+    _require(path, tensors, dict(shapes))
+    return tensors
 
 
 def _record(checkpoint: Path) -> dict[str, Any]:

@@ -54,6 +54,8 @@ class TrainSettings:
     """Decay of the weights in AdamW."""
     max_grad_norm: float = 1.0
     """Length to which a longer gradient is scaled down."""
+    average: float = 0.0
+    """Decay, a step, of an exponential mean of the weights that checkpoints keep; 0 = none."""
     seed: int = 0
     """Seed of the prompts' order and of sampling."""
     eval_every: int = 20
@@ -86,5 +88,7 @@ class TrainSettings:
             raise UserError(f"train.betas are {self.betas}; both must be from 0 to below 1")
         if self.mismatch_limit and not self.mismatch_limit > 1:
             raise UserError(f"train.mismatch_limit is {self.mismatch_limit}; it must be above 1, or 0 for the default")
+        if not 0 <= self.average < 1:
+            raise UserError(f"train.average is {self.average}; it must be 0 (none) or above, and below 1")
         if not self.weight_decay >= 0:
             raise UserError(f"train.weight_decay is {self.weight_decay}; it must be 0 or above")

@@ -14,6 +14,7 @@ from fastsmart.config import Config
 from fastsmart.grpo.advantages import group_advantages, normalised_sum
 from fastsmart.kernels.jit import choose_kernel
 from fastsmart.machine.distributed import Ranks
+from fastsmart.policy.average import WeightAverage
 from fastsmart.policy.checkpoints import BEST_KEY, KEPT_KEY, Checkpoints, Snapshot
 from fastsmart.policy.device import resolved_device, resolved_dtype
 from fastsmart.policy.hf_format import load_policy
@@ -31,6 +32,7 @@ from fastsmart.trainer.update import Update, reference_logprobs, update
 
 _SKIPPED_KEY = "skipped_in_a_row"
 _CONTROL_KEY = "diversity_control"
+_AVERAGED_KEY = "averaged_steps"
 _BASE_KEY = "held_out_diversity_of_base"
 MISMATCH_STATS = ("token_mult_prob_error", "mismatch_k3", "logprob_gap_max")
 
@@ -49,6 +51,7 @@ class Trainer:
     steps_done : the version of `policy`
     skipped    : how many of the last steps, in a row, had a gradient that was not finite
     previous   : with train.pipeline "one-step-off" the policy of the step before, else None
+    average    : of the weights after each step, where train.average asks for one, else None
     scored     : this rank's completions of the last step
     advantage  : theirs, float32 [n]
     control    : what keeps the outputs different from each other, set when the base has been sampled; None = nothing
@@ -76,6 +79,8 @@ class Trainer:
         saved = checkpoints.load(self.policy, self.optimizer)
         self.steps_done, self.skipped = saved.get("step", 0), saved.get(_SKIPPED_KEY, 0)
         self.previous = checkpoints.previous(self.policy)
+        decay, steps = self.settings.average, saved.get(_AVERAGED_KEY, 0)
+        self.average = WeightAverage(decay, checkpoints.average, steps) if decay else None
         self.control: DiversityControl | None = None
         self.saved_control: dict[str, Any] | None = saved.get(_CONTROL_KEY)
         self.base_distance: float | None = saved.get(_BASE_KEY)
@@ -158,6 +163,8 @@ class Trainer:
             if change.skipped:
                 break
         self.steps_done += 1
+        if self.average and not change.skipped:
+            self.average.add(self.policy)
         self.skipped = self.skipped + 1 if change.skipped else 0
         return replace(change, stats=change.stats | mismatch)
 
@@ -193,7 +200,10 @@ class Trainer:
             record[_CONTROL_KEY] = self.control.state
         if held_out_reward is not None:
             record[BEST_KEY] = held_out_reward
-        return Snapshot.of(self.steps_done, self.policy, self.optimizer, record, self.previous)
+        weights = None
+        if self.average is not None:
+            weights, record[_AVERAGED_KEY] = self.average.weights, self.average.steps
+        return Snapshot.of(self.steps_done, self.policy, self.optimizer, record, self.previous, weights)
 
 
 def advantages(batch: Batch, config: Config) -> torch.Tensor:

@@ -39,7 +39,12 @@ def test_the_ends_are_base_and_tuned_bit_for_bit_and_the_rest_lies_between(two, 
     for name, weight in between.named_parameters():
         a, b = (dict(p.named_parameters())[name].double() for p in (base, tuned))
         torch.testing.assert_close(weight, (a + 0.25 * (b - a)).float(), rtol=1e-6, atol=0)
-    assert json.loads((written[1] / "blend.json").read_text()) == {"alpha": 0.25, "base": two[0], "tuned": two[1]}
+    assert json.loads((written[1] / "blend.json").read_text()) == {
+        "alpha": 0.25,
+        "base": two[0],
+        "tuned": two[1],
+        "average": False,
+    }
     assert [blend_alpha(path) for path in (*written, two[0])] == [0.0, 0.25, 1.0, None]
 
 
