@@ -15,6 +15,7 @@ OMP_WAIT_POLICY of yours is left alone.
 from __future__ import annotations
 
 from importlib import import_module
+from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 from fastsmart.machine.hardware import wait_politely
@@ -59,6 +60,8 @@ def __getattr__(name: str) -> Any:
         value = getattr(import_module(_HOME[name]), name)
     elif name in _MODULES:
         value = import_module(_MODULES[name])
+    elif name == "__version__":
+        value = version("fastsmart")
     else:
         raise AttributeError(f"module 'fastsmart' has no attribute {name!r}")
     globals()[name] = value
@@ -66,4 +69,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted(__all__)
+    return sorted([*__all__, "__version__"])

@@ -8,7 +8,7 @@ from typing import Any
 
 from fastsmart.errors import UserError
 
-NAMES = ("files", "answers", "policy", "midi", "evaluation", "run", "source", "sweep", "key")
+NAMES = ("files", "answers", "policy", "midi", "evaluation", "run", "source", "sweep", "key", "prompt")
 NEED_OUT = ("pretrain", "bench", "profile", "sample", "evaluate", "sweep")  # the others know what to do without
 
 

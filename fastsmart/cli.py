@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import argparse
+import codecs
+import io
 import math
 import sys
 from collections.abc import Sequence
+from typing import NoReturn
 
 from fastsmart.arguments import alphas, real_option, refuse_empty_names, whole_option
 from fastsmart.errors import UserError
 from fastsmart.limits import LARGEST_SEED, MOST_AT_ONCE, MOST_STEPS, MOST_THREADS
+from fastsmart.words import in_one_line
 
+LONGEST_MESSAGE = 300  # characters of what argparse says, which quotes what was given
 PROLOGUE = """\
 Fine-tunes symbolic-music transformers by reinforcement learning on how the music sounds.
 
@@ -24,6 +29,7 @@ Fine-tunes symbolic-music transformers by reinforcement learning on how the musi
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code: 0, 2 for what the user can mend, 128 + signal when asked to stop."""
+    _write_what_terminals_can_show()
     try:
         options = parser().parse_args(arguments)
         refuse_empty_names(options)
@@ -31,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         return getattr(commands, options.command)(options)
     except UserError as error:
-        print(f"fastsmart: {error}", file=sys.stderr)
+        print(f"fastsmart: {in_one_line(str(error))}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130
@@ -40,11 +46,50 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 141
 
 
+def _write_what_terminals_can_show() -> None:
+    """Where the encoding of the terminal lacks a character, write a question mark and go on."""
+    codecs.register_error("fastsmart", _shown_otherwise)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # none where it is closed, others in notebooks
+            stream.reconfigure(errors="fastsmart")
+
+
+def _shown_otherwise(error: UnicodeError) -> tuple[str | bytes, int]:
+    """A file name's bytes as they are, a question mark for any other character that cannot be written."""
+    assert isinstance(error, UnicodeEncodeError)
+    text = error.object[error.start : error.end]
+    try:
+        return text.encode("ascii", "surrogateescape"), error.end
+    except UnicodeEncodeError:
+        return "?" * len(text), error.end
+
+
+class _Parser(argparse.ArgumentParser):
+    """A parser whose refusals are sentences like all others."""
+
+    def error(self, message: str) -> NoReturn:
+        if len(message) > LONGEST_MESSAGE:
+            message = f"{message[:LONGEST_MESSAGE]}..."
+        raise UserError(f"{message}; {self.prog} --help says what there is")
+
+
+class _Version(argparse.Action):
+    """Print the installed version, which is looked up only when it is asked for."""
+
+    def __init__(self, option_strings: Sequence[str], dest: str, help: str | None = None) -> None:
+        super().__init__(option_strings, dest, nargs=0, help=help)
+
+    def __call__(self, parser: argparse.ArgumentParser, *args: object) -> NoReturn:
+        from importlib.metadata import version
+
+        print(f"fastsmart {version('fastsmart')}")
+        parser.exit()
+
+
 def parser() -> argparse.ArgumentParser:
     """The parser of all commands."""
-    top = argparse.ArgumentParser(
-        prog="fastsmart", description=PROLOGUE, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    top = _Parser(prog="fastsmart", description=PROLOGUE, formatter_class=argparse.RawDescriptionHelpFormatter)
+    top.add_argument("--version", action=_Version, help="say which version this is, and leave")
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _pretrain(commands.add_parser("pretrain", help="train a base policy on a folder of MIDI files"))
     _train(commands.add_parser("train", help="tune a policy on a reward"))
@@ -147,8 +192,18 @@ def _sample(p: argparse.ArgumentParser) -> None:
     whole_option(p, "-n", "--number", within=(1, MOST_AT_ONCE), default=8, help="pieces")
     p.add_argument("--time-signature", action="append", help="such as 4/4; repeatable; default: 4/4")
     real_option(
-        p, "--tempo", nargs=2, within=(0, math.inf), above=True, default=[60, 150], metavar=("LOW", "HIGH"), help="bpm"
+        p,
+        "--tempo",
+        nargs=2,
+        within=(0, math.inf),
+        above=True,
+        metavar=("LOW", "HIGH"),
+        help="bpm; default: from 60 to 150",
     )
+    p.add_argument(
+        "--prompt", help="MIDI file to continue, its notes, metre and tempo kept as the tokens nearest to them"
+    )
+    whole_option(p, "--bars", within=(1, MOST_AT_ONCE), help="of --prompt that are taken; default: all")
     whole_option(
         p, "--max-tokens", within=(1, MOST_AT_ONCE), default=500, help="length; a note costs three to four tokens"
     )
@@ -347,11 +402,11 @@ def _listen(p: argparse.ArgumentParser) -> None:
         "--design", choices=["rating", "ab", "sets"], default="rating", help="a clip at a time, two, or two sets"
     )
     make.add_argument("--policy", action="append", help="label of a policy; repeatable; default: the first two")
-    make.add_argument("--prompts", type=int, help="default 15; 36 for sets")
-    make.add_argument("--set-size", type=int, default=6, metavar="N", help="clips of a set; default 6")
-    make.add_argument("--seconds", type=float, default=10.0, help="of each clip; default 10")
-    make.add_argument("--checks", type=int, default=2, help="attention checks; default 2")
-    make.add_argument("--repeats", type=int, default=2, help="trials that come twice; default 2")
+    whole_option(make, "--prompts", within=(1, MOST_AT_ONCE), help="default 15; 36 for sets")
+    whole_option(make, "--set-size", within=(2, 12), default=6, metavar="N", help="clips of a set; default 6")
+    real_option(make, "--seconds", within=(5, 60), default=10.0, help="of each clip; default 10")
+    whole_option(make, "--checks", within=(0, 1000), default=2, help="attention checks; default 2")
+    whole_option(make, "--repeats", within=(0, 1000), default=2, help="trials that come twice; default 2")
     make.add_argument("--question", default="", help="what is asked of every trial; a rating is from bad to excellent")
     analyse = jobs.add_parser("analyse", help="what the listeners said")
     analyse.description = (

@@ -15,7 +15,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 from fastsmart.audio.settings import RenderSettings
 from fastsmart.errors import UserError
 from fastsmart.grpo.settings import DiversitySettings, LossSettings
-from fastsmart.limits import MOST_AT_ONCE
+from fastsmart.limits import MOST_AT_ONCE, require_kind
 from fastsmart.policy.settings import PolicySettings
 from fastsmart.reward.settings import RewardSettings
 from fastsmart.sampling.settings import SamplingSettings
@@ -40,6 +40,10 @@ class Config:
     diversity: DiversitySettings = field(default_factory=DiversitySettings)
 
     def __post_init__(self) -> None:
+        for section in fields(self):
+            kind = section.default_factory
+            assert isinstance(kind, type)
+            require_kind(getattr(self, section.name), kind, section.name, f"a {kind.__name__}")
         if self.sampling.top_k or self.sampling.top_p < 1.0:
             raise UserError(
                 "sampling.top_k and sampling.top_p must be off (0 and 1.0) in training: the loss takes log-probs over "
@@ -181,7 +185,7 @@ def to_toml(config: Config) -> str:
 def _tables(tree: Mapping[str, Any], name: str) -> Iterator[str]:
     """A table of TOML, and the tables within it."""
     if name:
-        own = [f"{_key(key)} = {_value(value)}\n" for key, value in tree.items() if not isinstance(value, Mapping)]
+        own = [f"{_key(key)} = {toml_value(value)}\n" for key, value in tree.items() if not isinstance(value, Mapping)]
         yield f"[{name}]\n" + "".join(own)
     for key, value in tree.items():
         if isinstance(value, Mapping):
@@ -189,12 +193,15 @@ def _tables(tree: Mapping[str, Any], name: str) -> Iterator[str]:
 
 
 def _key(key: str) -> str:
-    return key if key.isascii() and key.replace("-", "_").isidentifier() else _value(key)
+    return key if key.isascii() and key.replace("-", "_").isidentifier() else toml_value(key)
 
 
-def _value(value: Any) -> str:
+def toml_value(value: Any) -> str:
+    """A value as TOML writes it."""
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{_key(key)} = {toml_value(v)}" for key, v in value.items()) + "}"
     if isinstance(value, list):
-        return "[" + ", ".join(map(_value, value)) + "]"
+        return "[" + ", ".join(map(toml_value, value)) + "]"
     if isinstance(value, str):  # strings of JSON are TOML's, but for one character
         return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
     return repr(value).lower() if isinstance(value, bool) else repr(value)

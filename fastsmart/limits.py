@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from numbers import Integral, Real
 from typing import Any
 
 from fastsmart.errors import UserError
@@ -13,6 +14,18 @@ MOST_STEPS = 10**9
 MOST_AT_ONCE = 10**6  # completions, clips, prompts, tokens
 MOST_THREADS = 1024
 LARGEST_SEED = 2**63 - 1
+
+
+def require_kind(value: object, kinds: type | tuple[type, ...], name: str, wanted: str) -> None:
+    """Raises TypeError naming the argument of the Python face whose value is of another kind than `wanted` says."""
+    numbers = {int: Integral, float: Real}  # numpy's are numbers, too
+    known = tuple(numbers.get(kind, kind) for kind in (kinds if isinstance(kinds, tuple) else (kinds,)))
+    if not isinstance(value, known) or (isinstance(value, bool) and kinds is int):
+        raise TypeError(f"{name} is {_kind(value)}; it must be {wanted}")
+
+
+def _kind(value: object) -> str:
+    return "None" if value is None else f"of type {type(value).__name__}"
 
 
 def require(settings: Any, section: str, limits: Mapping[str, tuple[float, float]]) -> None:

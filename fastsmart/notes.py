@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from fastsmart.errors import UserError
+from fastsmart.limits import require_kind
 from fastsmart.machine.files import atomic_file
 
 if TYPE_CHECKING:
@@ -183,6 +184,9 @@ class NoteBatch:
         """
         import mido
 
+        require_kind(path, (str, Path), "path", "the name of a file")
+        if not 0 <= i < len(self):
+            raise IndexError(f"piece {i} of a batch of {len(self)}")
         scale = MIDI_TICKS_PER_BEAT // self.ticks_per_beat
         if scale * self.ticks_per_beat != MIDI_TICKS_PER_BEAT:
             scale = 1

@@ -69,11 +69,15 @@ def test_sample_render_and_score_work_hand_in_hand(run, checkpoint, tmp_path):
     assert code == 0
     assert soundfile.info(tmp_path / "audio" / "001.wav").samplerate == 48000
 
-    code, out, _ = run("score", songs, "--reward", "consonance")
+    run("render", songs, "--flac")
+    code, out, err = run("score", songs, "--reward", "consonance", "--reward", "typicality")
     lines = [json.loads(line) for line in out.splitlines()]
     assert code == 0
-    assert len(lines) == 6
+    assert [Path(line["path"]).name for line in lines] == ["001.mid", "002.mid", "003.mid"]  # each piece once
+    assert "left out 6 audio files" in err
     assert all(0.0 <= line["consonance"] <= 1.0 for line in lines)
+    _, out, _ = run("score", songs / "001.mid", songs / "001.wav", "--reward", "brightness")
+    assert len(out.splitlines()) == 2  # what is named is scored
 
 
 def test_scores_are_those_of_the_python_face(run, tmp_path):
@@ -218,3 +222,118 @@ def test_pretrain_makes_a_release_that_can_be_sampled(run, tmp_path):
     assert json.loads((out_folder / "release" / "typicality.json").read_text())
     code, _, _ = run("sample", "--policy", out_folder / "release", "--out", tmp_path / "s", "-n", 1, "--max-tokens", 20)
     assert code == 0
+
+
+def test_the_version_is_that_of_the_package(capsys):
+    import fastsmart
+
+    with pytest.raises(SystemExit) as left:
+        main(["--version"])
+    assert left.value.code == 0
+    assert capsys.readouterr().out == f"fastsmart {fastsmart.__version__}\n"
+    assert fastsmart.__version__[0].isdigit()
+
+
+@pytest.mark.parametrize(
+    "arguments", [[], ["tune"], ["sweep"], ["top", "a", "b"], ["listen", "power", "--effect", "x"]]
+)
+def test_what_the_parser_refuses_is_one_sentence_that_names_the_help(run, arguments):
+    code, _, err = run(*arguments)
+    assert code == 2
+    assert one_sentence(err), err
+    assert "--help says what there is" in err
+
+
+def test_a_name_that_breaks_lines_or_steers_a_terminal_stays_in_its_line(run):
+    code, _, err = run("render", "a\nb\x1b[31m.mid")
+    assert code == 2
+    assert one_sentence(err)
+    assert err == "fastsmart: no file a?b?[31m.mid\n"
+
+
+def test_a_terminal_without_the_characters_gets_question_marks_and_names_their_bytes(tmp_path):
+    import os
+
+    odd = os.fsencode(tmp_path) + b"/\xff\xc3\xbc.mid"
+    write_piece(tmp_path / "piece.mid", 0, bars=1)
+    os.rename(tmp_path / "piece.mid", odd)
+    for encoding in ("ascii", "utf-8"):
+        env = os.environ | {"PYTHONIOENCODING": encoding, "LANG": "C"}
+        done = subprocess.run([sys.executable, "-m", "fastsmart", "render", odd], capture_output=True, env=env)
+        assert done.returncode == 0, done.stderr
+        shown = b"??.wav" if encoding == "ascii" else b"\xff\xc3\xbc.wav"
+        assert done.stdout.rstrip().endswith((shown, b"\xff?.wav", b"\xff\xc3\xbc.wav"))
+    old_run = Path(__file__).parent / "run" / "old_run" / "run"
+    env = os.environ | {"PYTHONIOENCODING": "ascii", "LANG": "C"}
+    done = subprocess.run([sys.executable, "-m", "fastsmart", "top", old_run], capture_output=True, env=env)
+    assert done.returncode == 0, done.stderr
+    assert b"held-out reward" in done.stdout
+
+
+def test_a_phrase_is_continued_at_its_tempo(run, checkpoint, tmp_path):
+    import mido
+
+    file = mido.MidiFile(ticks_per_beat=480)
+    track = mido.MidiTrack()
+    file.tracks.append(track)
+    track.append(mido.MetaMessage("time_signature", numerator=3, denominator=4))
+    track.append(mido.MetaMessage("set_tempo", tempo=mido.bpm2tempo(100)))
+    for pitch in (60, 64, 67, 72, 71, 69):  # two bars of 3/4
+        track.append(mido.Message("note_on", note=pitch, velocity=80))
+        track.append(mido.Message("note_off", note=pitch, time=480))
+    file.save(tmp_path / "my.mid")
+    words = ["sample", "--policy", checkpoint, "-n", 2, "--max-tokens", 60, "--prompt", tmp_path / "my.mid"]
+    for bars, kept in (([], 6), (["--bars", 1], 3), (["--bars", 9], 6)):
+        code, out, err = run(*words, "--out", tmp_path / "s", *bars)
+        assert code == 0, err
+        assert "goes on from" in out
+        for name in ("001.mid", "002.mid"):
+            notes = read_midi(tmp_path / "s" / name)
+            began = notes.onset_tick < kept * notes.ticks_per_beat
+            assert [60, 64, 67, 72, 71, 69][:kept] == notes.pitch[began][:kept].tolist()
+            assert abs(notes.tempo_bpm[0] - 100) < 2  # the nearest of the vocabulary's
+            assert notes.meter[0].tolist() == [3, 4]
+
+
+@pytest.mark.parametrize(
+    ("make", "options", "says"),
+    [
+        (lambda path: path.write_text("no music"), [], "my.mid as MIDI"),
+        (lambda path: None, [], "my.mid"),
+        (
+            lambda path: write_piece(path, 0),
+            ["--tempo", "60", "90"],
+            "--tempo and --time-signature are of the openings",
+        ),
+        (lambda path: write_piece(path, 0), ["--max-tokens", "2040"], "take fewer --bars"),
+        (
+            lambda path: write_piece(path, 0),
+            ["--max-tokens", "3000"],
+            "--max-tokens is 3000, and the policy holds 2048",
+        ),
+        (lambda path: path.write_bytes(late_note()), [], "my.mid: it goes on for 4,473,924 beats"),
+        (lambda path: path.write_bytes(late_note()), ["--bars", "2"], "my.mid: no note begins in its first 2 bars"),
+    ],
+)
+def test_a_phrase_that_cannot_be_continued_is_named(run, checkpoint, tmp_path, make, options, says):
+    make(tmp_path / "my.mid")
+    words = ["--policy", checkpoint, "--out", tmp_path / "s", "--prompt", tmp_path / "my.mid"]
+    code, _, err = run("sample", *words, *options)
+    assert code == 2
+    assert one_sentence(err)
+    assert says in err, err
+    assert not list(tmp_path.glob("s/*.mid"))
+    assert "--bars is of" in run("sample", "--policy", checkpoint, "--out", tmp_path / "s", "--bars", "2")[2]
+
+
+def late_note() -> bytes:
+    """A MIDI file of one note after months of rest."""
+    import io
+
+    import mido
+
+    file, sink = mido.MidiFile(ticks_per_beat=60), io.BytesIO()
+    file.tracks.append(mido.MidiTrack([mido.Message("note_on", note=60, time=2**28 - 1)]))
+    file.tracks[0].append(mido.Message("note_off", note=60, time=60))
+    file.save(file=sink)
+    return sink.getvalue()

@@ -82,3 +82,63 @@ def test_the_python_of_readme_calls_what_there_is() -> None:
             inspect.signature(function).bind(*call.args, **{keyword.arg: None for keyword in call.keywords})
             checked += 1
     assert checked >= 6
+
+
+MISUSES = {
+    "name": [lambda p, n: fs.load_reward(None), lambda p, n: fs.load_reward(5)],
+    "it takes no settings": [lambda p, n: fs.load_reward("consonance", foo=3)],
+    "it takes model, prompt": [lambda p, n: fs.load_reward("clap_similarity")],
+    "source": [lambda p, n: fs.load_policy(None), lambda p, n: fs.load_vocabulary(5)],
+    "dtype": [lambda p, n: fs.load_policy("pop909-tiny", dtype="float32")],
+    "device": [lambda p, n: fs.load_policy("pop909-tiny", device="xyz")],
+    "prompts": [lambda p, n: fs.sample(p, ["..."]), lambda p, n: fs.sample(p, None)],
+    "policy": [lambda p, n: fs.sample("pop909-tiny", None), lambda p, n: fs.save_policy(None, "x")],
+    "group": [lambda p, n: fs.sample(p, fs.prompts.bos(p.vocab, 1), group=1.5)],
+    "max_tokens": [lambda p, n: fs.sample(p, fs.prompts.bos(p.vocab, 1), max_tokens="x")],
+    "temperature": [lambda p, n: fs.sample(p, fs.prompts.bos(p.vocab, 1), temperature=None)],
+    "seed": [
+        lambda p, n: fs.sample(p, fs.prompts.bos(p.vocab, 1), seed=-1),
+        lambda p, n: fs.prompts.procedural(p.vocab, 2, seed="a"),
+    ],
+    "notes": [lambda p, n: fs.render("folder"), lambda p, n: fs.render(None), lambda p, n: fs.Clips("x")],
+    "foo": [lambda p, n: fs.render(n, foo=3)],
+    "vocab": [lambda p, n: fs.decode([[1]], vocab=None), lambda p, n: fs.prompts.procedural(None, 2)],
+    "sequence": [lambda p, n: fs.decode("abc", p.vocab), lambda p, n: fs.decode(None, p.vocab)],
+    "max_seconds": [lambda p, n: fs.decode([[1]], p.vocab, max_seconds="x")],
+    "n is": [lambda p, n: fs.prompts.procedural(p.vocab, 1.5), lambda p, n: fs.prompts.bos(p.vocab, None)],
+    "time_signatures": [lambda p, n: fs.prompts.procedural(p.vocab, 2, time_signatures="4/4")],
+    "tempo_range": [
+        lambda p, n: fs.prompts.procedural(p.vocab, 2, tempo_range=5),
+        lambda p, n: fs.prompts.procedural(p.vocab, 2, tempo_range=(60, 90, 120)),
+        lambda p, n: fs.prompts.procedural(p.vocab, 2, tempo_range=(60, "x")),
+    ],
+    "path": [lambda p, n: n.to_midi(0, None)],
+    "folder": [lambda p, n: fs.save_policy(p, None)],
+    "config": [lambda p, n: fs.train(None, "out"), lambda p, n: fs.train({}, "out")],
+    "out": [lambda p, n: fs.train(fs.presets.demo(), None)],
+    "train is": [lambda p, n: fs.Config(train={"steps": 3})],
+}
+
+
+@pytest.mark.parametrize("named", MISUSES)
+def test_a_misused_argument_is_named(named: str, policy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    notes = NoteBatch.empty(1)
+    for misuse in MISUSES[named]:
+        with pytest.raises((TypeError, fs.UserError), match=named) as caught:
+            misuse(policy, notes)
+        assert "\n" not in str(caught.value)
+    assert not list(tmp_path.iterdir())
+
+
+def test_rewards_against_real_pieces_know_those_of_the_shipped_policy() -> None:
+    for name in ("typicality", "presence"):
+        assert fs.load_reward(name).name == name
+
+
+def test_a_run_folder_is_loaded_as_its_newest_checkpoint() -> None:
+    run = ROOT / "tests" / "run" / "old_run" / "run"
+    newest = sorted((run / "checkpoints").glob("step-*"))[-1]
+    loaded, wanted = fs.load_policy(run), fs.load_policy(newest)
+    for (name, a), (_, b) in zip(loaded.named_parameters(), wanted.named_parameters(), strict=True):
+        assert (a == b).all(), name

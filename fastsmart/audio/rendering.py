@@ -6,7 +6,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from fastsmart.audio.fluidsynth import FluidSynthRenderer
 from fastsmart.audio.pool import RenderPool
 from fastsmart.audio.settings import RenderSettings
 from fastsmart.errors import UserError
+from fastsmart.limits import require_kind
 from fastsmart.notes import NoteBatch
 
 LISTENING_RATE_HZ = 48000
@@ -38,8 +39,12 @@ def render(
     progress : called with the number of clips done
     options  : the other fields of `RenderSettings`
 
-    Raises UserError when a setting, FluidSynth or the soundfont cannot be used.
+    Raises UserError when a setting, FluidSynth or the soundfont cannot be used; TypeError naming an argument that is
+    none of these or of another kind.
     """
+    require_kind(notes, NoteBatch, "notes", "a NoteBatch, as decode and read_midi give")
+    if unknown := sorted(options.keys() - {field.name for field in fields(RenderSettings)}):
+        raise TypeError(f"render takes no {unknown[0]}; its options are the fields of RenderSettings")
     settings = RenderSettings(
         str(soundfont), backend, sample_rate=sample_rate, max_seconds=max_seconds, workers=workers, **options
     )

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from fastsmart.errors import UserError
 from fastsmart.machine.files import files_below
 from fastsmart.notes import MIDI_SUFFIXES
+from fastsmart.words import counted
 
 if TYPE_CHECKING:
     from fastsmart.audio import RenderSettings
@@ -86,6 +87,6 @@ def _verify_bank(settings: RenderSettings, options: argparse.Namespace) -> int:
         settings = replace(settings, bank="exact")
     found = fidelity(settings, NoteBatch.concat([clip for _, clip in clips[: options.clips]]))
     for (path, clip), decibels in zip(clips, found, strict=False):
-        print(f"{path}: {int(clip.counts[0])} notes, {decibels:.1f} dB")
-    print(f"{len(found)} clips: minimum {min(found):.1f} dB, median {statistics.median(found):.1f} dB")
+        print(f"{path}: {counted(int(clip.counts[0]), 'note')}, {decibels:.1f} dB")
+    print(f"{counted(len(found), 'clip')}: minimum {min(found):.1f} dB, median {statistics.median(found):.1f} dB")
     return 0

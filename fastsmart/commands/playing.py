@@ -11,12 +11,14 @@ from typing import TYPE_CHECKING, Any
 from fastsmart.errors import UserError
 from fastsmart.machine.files import files_below
 from fastsmart.notes import MIDI_SUFFIXES
+from fastsmart.words import counted
 
 if TYPE_CHECKING:
+    from fastsmart.policy.transformer import Policy
     from fastsmart.tokens.prompts import Prompts
-    from fastsmart.tokens.vocabulary import Vocabulary
 
 AUDIO_SUFFIXES = (".wav", ".flac")
+TEMPI = (60.0, 150.0)  # bpm of what is sampled where nobody says
 SHORTEST_S = 0.01  # of a piece that is scored
 
 
@@ -25,12 +27,15 @@ def sample(options: argparse.Namespace) -> int:
     from fastsmart import sample as draw
     from fastsmart.audio.rendering import is_cut
     from fastsmart.machine.files import make_folder
-    from fastsmart.policy.checkpoints import policy_source
 
-    if options.tempo[0] > options.tempo[1]:
+    if options.prompt and (options.tempo or options.time_signature):
+        raise UserError("--tempo and --time-signature are of the openings that --prompt replaces; leave them out")
+    if options.bars and not options.prompt:
+        raise UserError("--bars is of the MIDI file of --prompt; name one, or leave it out")
+    if options.tempo and options.tempo[0] > options.tempo[1]:
         raise UserError(f"--tempo goes from {options.tempo[0]:g} to {options.tempo[1]:g}; write the lower one first")
-    policy = load_policy(policy_source(options.policy), vocabulary=options.vocabulary)
-    asked = _prompts(policy.vocab, options)
+    policy = load_policy(options.policy, vocabulary=options.vocabulary)
+    asked = _prompts(policy, options)
     out = make_folder(options.out)
     rollout = draw(
         policy,
@@ -51,17 +56,27 @@ def sample(options: argparse.Namespace) -> int:
         if options.wav:
             _render_one(notes, i, path.with_suffix(".wav"), options.soundfont)
         length = f"{notes.end_s[i]:.1f} s{', its audio cut at 60 minutes' if cut else ''}"
-        print(f"{path}  {asked.text(i)}: {int(notes.counts[i])} notes, {length}")
+        begins = f"goes on from {options.prompt}" if options.prompt else asked.text(i)
+        print(f"{path}  {begins}: {counted(int(notes.counts[i]), 'note')}, {length}")
     return 0
 
 
-def _prompts(vocab: Vocabulary, options: argparse.Namespace) -> Prompts:
+def _prompts(policy: Policy, options: argparse.Namespace) -> Prompts:
     """Prompts that `sample` begins with; raises UserError naming the options that no token of the vocabulary meets."""
     from fastsmart import prompts
+    from fastsmart.tokens.phrase import phrase
 
-    metres, tempi = options.time_signature or ["4/4"], tuple(options.tempo)
+    room = policy.size.max_positions - options.max_tokens
+    if room < 1:
+        raise UserError(
+            f"--max-tokens is {options.max_tokens}, and the policy holds {policy.size.max_positions} tokens with the "
+            "prompt; ask for fewer"
+        )
+    if options.prompt:
+        return phrase(options.prompt, policy.vocab, options.number, room, options.bars or 0)
+    metres, tempi = options.time_signature or ["4/4"], tuple(options.tempo or TEMPI)
     try:
-        return prompts.procedural(vocab, options.number, options.seed, metres, tempi)
+        return prompts.procedural(policy.vocab, options.number, options.seed, metres, tempi)
     except UserError as error:
         text = str(error).replace("prompts.tempo_min", "--tempo LOW").replace("prompts.tempo_max", "HIGH")
         raise UserError(text.replace("prompts.time_signatures", "--time-signature")) from error
@@ -115,7 +130,7 @@ def score(options: argparse.Namespace) -> int:
         clap_classes=tuple(options.clap_class),
         clap_class=options.clap_class[0] if options.clap_class else "",
     )
-    files = [str(path) for path, _ in files_below(options.files, MIDI_SUFFIXES + AUDIO_SUFFIXES)]
+    files = _pieces(options.files)
     out, before = Path(options.out) if options.out else None, {}
     if out and out.exists():
         if not options.resume:
@@ -137,6 +152,22 @@ def score(options: argparse.Namespace) -> int:
                 print(json.dumps(line), flush=True)
             show(done, len(files))
     return 2 if failed else 0
+
+
+def _pieces(names: list[str]) -> list[str]:
+    """The files to score: those named, and of folders each piece once, its MIDI file where its audio lies beside it."""
+    found = [path for path, _ in files_below(names, MIDI_SUFFIXES + AUDIO_SUFFIXES)]
+    written = {path.with_suffix("") for path in found if path.suffix.lower() in MIDI_SUFFIXES}
+    named = {Path(name) for name in names}
+    files = [
+        str(path)
+        for path in found
+        if path in named or path.suffix.lower() in MIDI_SUFFIXES or path.with_suffix("") not in written
+    ]
+    if len(files) < len(found):
+        left_out = counted(len(found) - len(files), "audio file")
+        print(f"fastsmart: left out {left_out} of pieces whose MIDI file lies beside", file=sys.stderr)
+    return files
 
 
 def _render_one(notes: Any, i: int, path: Path, soundfont: str) -> None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from fastsmart.errors import UserError
 from fastsmart.machine.files import files_below
+from fastsmart.words import counted
 
 if TYPE_CHECKING:
     from fastsmart.config import Config
@@ -87,7 +88,7 @@ def sweep(options: argparse.Namespace) -> int:
     plan = read_sweep(options.sweep)
     if options.dry_run:
         for number, (name, config) in enumerate(plan.runs.items()):
-            print(f"{number}  {name}: {config.train.steps} steps")
+            print(f"{number}  {name}: {counted(config.train.steps, 'step')}")
         return 0
 
     from fastsmart.machine.progress import stage_bars

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastsmart.errors import UserError
+from fastsmart.words import counted
 
 if TYPE_CHECKING:
     from fastsmart.config import Config
@@ -47,7 +48,8 @@ def pretrain(options: argparse.Namespace) -> int:
     dataset = _encoded(options.midi, out / "dataset", vocab)
     for name, reason in dataset.damaged:
         print(f"left out {name}: {reason}", file=sys.stderr)
-    print(f"{len(dataset)} pieces, {dataset.offsets[-1]:,} tokens, {len(dataset.damaged)} damaged files left out")
+    damaged = counted(len(dataset.damaged), "damaged file")
+    print(f"{counted(len(dataset), 'piece')}, {dataset.offsets[-1]:,} tokens, {damaged} left out")
     try:
         statistics = real_statistics(dataset, settings, options.name)
     except UserError as error:

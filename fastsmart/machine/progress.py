@@ -23,7 +23,7 @@ def bar(label: str) -> Iterator[Callable[[int, int], None]]:
 def stage_bars() -> Iterator[Callable[[str, int, int], None]]:
     """A bar on stderr for each stage that is fed `(stage, done, total)`; where stderr is no terminal, a line when a
     stage ends."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     terminal = sys.stderr.isatty()
     tasks: dict[str, TaskID] = {}
     with Progress(*columns, console=Console(file=sys.stderr), disable=not terminal) as progress:

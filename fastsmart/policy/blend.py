@@ -16,8 +16,8 @@ import torch
 
 from fastsmart.errors import UserError
 from fastsmart.machine.files import atomic_folder, make_folder, os_errors_as_user_errors
-from fastsmart.policy.checkpoints import averaged_policy, policy_source
-from fastsmart.policy.hf_format import load_policy, write_policy
+from fastsmart.policy.checkpoints import averaged_policy
+from fastsmart.policy.hf_format import load_policy, policy_source, write_policy
 from fastsmart.policy.transformer import Policy
 
 BLEND_FILE = "blend.json"

@@ -6,7 +6,6 @@ import copy
 import json
 import math
 import os
-import re
 import shutil
 from collections.abc import Hashable, Mapping
 from contextlib import suppress
@@ -20,11 +19,10 @@ from safetensors.torch import load_file
 
 from fastsmart.errors import UserError
 from fastsmart.machine.files import atomic_folder, os_errors_as_user_errors
-from fastsmart.policy.hf_format import load_policy, save_tensors, write_policy
+from fastsmart.policy.hf_format import STATE_FILE, load_policy, save_tensors, step_folders, step_of, write_policy
 from fastsmart.policy.optimizer import load_optimizer_tensors, moments, optimizer_tensors
 from fastsmart.policy.transformer import Policy
 
-STATE_FILE = "state.json"
 OPTIMIZER_FILE = "optimizer.safetensors"
 PREVIOUS_FILE = "previous.safetensors"
 AVERAGE_FILE = "average.safetensors"
@@ -90,16 +88,13 @@ class Checkpoints:
 
     def all(self) -> list[Path]:
         """Whole checkpoints as far as their names tell, oldest first."""
-        return [path for path in self._folders() if (path / STATE_FILE).is_file() and path not in self.passed_over]
-
-    def _folders(self) -> list[Path]:
-        return sorted((p for p in self.folder.glob("step-*") if re.fullmatch(r"step-\d{1,18}", p.name)), key=_step_of)
+        return [path for path in step_folders(self.folder) if path not in self.passed_over]
 
     @property
     def step(self) -> int:
         """Step of the newest checkpoint; 0 where there is none."""
         found = self.all()
-        return _step_of(found[-1]) if found else 0
+        return step_of(found[-1]) if found else 0
 
     def best(self) -> tuple[Path | None, float]:
         """The best checkpoint and its held-out reward; (None, -inf) where none can be."""
@@ -146,7 +141,7 @@ class Checkpoints:
 
         Damaged ones are `passed_over`. Raises UserError when all are damaged, or it is of a policy of another size.
         """
-        for path in reversed(self._folders()):
+        for path in reversed(step_folders(self.folder, whole=False)):
             if path in self.passed_over:
                 continue
             try:
@@ -211,10 +206,6 @@ def _on_host(policy: Policy) -> Policy:
         return copy.deepcopy(policy).to("cpu")
 
 
-def _step_of(checkpoint: Path) -> int:
-    return int(checkpoint.name.removeprefix("step-"))
-
-
 def _read(checkpoint: Path) -> tuple[Policy, Tensors, Tensors, Tensors, dict[str, Any]]:
     """All of a checkpoint: policy, tensors of the optimizer, weights of the step before, mean weights, record; nothing
     is changed by it. Raises UserError where any of it is damaged."""
@@ -257,7 +248,7 @@ def _record(checkpoint: Path) -> dict[str, Any]:
         record = json.loads((checkpoint / STATE_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(_damaged(checkpoint / STATE_FILE, error)) from error
-    if not isinstance(record, dict) or record.get("step") != _step_of(checkpoint):
+    if not isinstance(record, dict) or record.get("step") != step_of(checkpoint):
         raise UserError(_damaged(checkpoint / STATE_FILE, "it does not say the step its folder is named after"))
     for key in (BEST_KEY, KEPT_KEY):
         if not isinstance(record.get(key, 0.0), int | float):
@@ -280,16 +271,3 @@ def _require(path: Path, tensors: dict[str, torch.Tensor], shapes: dict[str, tor
 
 def _damaged(path: Path, reason: object) -> str:
     return f"{path} is damaged ({reason})"
-
-
-def policy_source(text: str) -> str:
-    """Resolve what a person names as a policy: a run folder stands for its newest checkpoint, all else for itself.
-
-    Raises UserError for a run that has no checkpoint yet.
-    """
-    if (Path(text) / "policy" / "config.json").is_file():  # a pre-training run: its best
-        return str(Path(text) / "policy")
-    found = Checkpoints(Path(text) / "checkpoints").all()
-    if not found and (Path(text) / "config.toml").is_file():
-        raise UserError(f"the run in {text} has no checkpoint yet")
-    return str(found[-1]) if found else text

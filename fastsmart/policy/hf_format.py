@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from importlib import resources
 from pathlib import Path
@@ -12,11 +13,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from fastsmart.errors import UserError
+from fastsmart.limits import require_kind
 from fastsmart.machine.files import atomic_folder, os_errors_as_user_errors
+from fastsmart.policy.device import usable_device
 from fastsmart.policy.transformer import Policy, PolicySize
 from fastsmart.tokens.vocabulary import TOKENIZER_FILE, Vocabulary, load_vocabulary
 
 CONFIG_FILE = "config.json"
+STATE_FILE = "state.json"  # of a run's checkpoint
 WEIGHTS_FILE = "model.safetensors"
 WEIGHTS_INDEX = "model.safetensors.index.json"  # of checkpoints split over several files
 
@@ -26,6 +30,8 @@ def save_policy(policy: Policy, folder: str | Path, dtype: torch.dtype = torch.f
 
     Raises UserError when it cannot be written; what was there before then stays.
     """
+    require_kind(policy, Policy, "policy", "what load_policy gives")
+    require_kind(folder, (str, Path), "folder", "the name of a folder")
     with atomic_folder(folder) as part, os_errors_as_user_errors(Path(folder)):
         write_policy(policy, part, dtype)
 
@@ -50,13 +56,16 @@ def save_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
 def load_policy(
     source: str | Path, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu", vocabulary: str = ""
 ) -> Policy:
-    """A policy in eval mode from a shipped name, a checkpoint folder, or a hub id.
+    """A policy in eval mode from a shipped name, a checkpoint folder, a run folder (its newest), or a hub id.
 
     vocabulary : preset or MidiTok JSON to use when the checkpoint has no tokenizer.json of its own
 
     Raises UserError when there is no such checkpoint, it is not of the Phi-3 layout, a tensor is missing or of the
-    wrong shape, or the vocabulary is of another size than the weights.
+    wrong shape, or the vocabulary is of another size than the weights; TypeError naming the argument.
     """
+    require_kind(source, (str, Path), "source", "the name or the folder of a policy")
+    require_kind(dtype, torch.dtype, "dtype", "one of torch, such as torch.float32")
+    usable_device(str(device), "device")
     locate = _locator(source)
     size = policy_size(source)
     if vocabulary:
@@ -82,6 +91,33 @@ def load_policy(
             raise UserError(f"{source}: tensor {name} is {tuple(tensors[name].shape)}, its config says {shape}")
     policy.adopt({name: tensors[name].to(dtype) for name in expected})
     return policy.to(device=device, dtype=dtype).eval()
+
+
+def policy_source(text: str) -> str:
+    """What a person names as a policy: a run folder stands for its newest checkpoint, all else for itself.
+
+    Raises UserError for a run that has no checkpoint yet.
+    """
+    folder = Path(text)
+    if (folder / CONFIG_FILE).is_file():
+        return text
+    if (folder / "policy" / CONFIG_FILE).is_file():  # a pre-training run: its best
+        return str(folder / "policy")
+    found = step_folders(folder / "checkpoints")
+    if not found and (folder / "config.toml").is_file():
+        raise UserError(f"the run in {text} has no checkpoint yet")
+    return str(found[-1]) if found else text
+
+
+def step_folders(folder: Path, whole: bool = True) -> list[Path]:
+    """The folders `step-000040`, oldest first; of those `whole` only what holds the file that is written last."""
+    found = [path for path in folder.glob("step-*") if re.fullmatch(r"step-\d{1,18}", path.name)]
+    return sorted((path for path in found if not whole or (path / STATE_FILE).is_file()), key=step_of)
+
+
+def step_of(checkpoint: Path) -> int:
+    """The step that a checkpoint's folder is named after."""
+    return int(checkpoint.name.removeprefix("step-"))
 
 
 def policy_size(source: str | Path) -> PolicySize:
@@ -175,7 +211,7 @@ def from_hf_config(config: dict, name: str) -> PolicySize:
 
 def _locator(source: str | Path) -> Callable[[str], Path]:
     """A function from file name to path inside the checkpoint; it raises UserError for a file that is not there."""
-    path = Path(source)
+    path = Path(policy_source(str(source)))
     if not path.is_dir() and str(source) in shipped_policies():
         path = shipped_file(str(source), "")
     if path.is_dir():

@@ -14,6 +14,7 @@ from fastsmart.profiling.analysis import GPU
 from fastsmart.run.trace import RESOURCES
 from fastsmart.study.figures import RULE, SERIES, SOFT
 from fastsmart.study.report import draw, render_page
+from fastsmart.words import counted
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -34,7 +35,7 @@ def write_page(found: dict[str, Any], path: str | Path) -> Path:
         "profile.html",
         "",
         title="Where the time of a step goes",
-        steps=f"{len(found['steps'])} steps of {seconds:.3g} s each under torch's profiler",
+        steps=f"{counted(len(found['steps']), 'step')} of {seconds:.3g} s each under torch's profiler",
         own_cost=f"The step before, without it, took {plain:.3g} s." if plain else "",
         costs=[{"what": c["what"], "share": _share(c), "seconds": _ms(c["share"] * seconds)} for c in found["costs"]],
         timeline=draw(partial(timeline, shown, gaps), "timeline", "What every stage did when, in one step"),

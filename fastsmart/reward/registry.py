@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from difflib import get_close_matches
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 from fastsmart.errors import UserError
+from fastsmart.limits import require_kind
 from fastsmart.reward.base import Reward
 
 # name -> (module, class)
@@ -29,6 +32,7 @@ REWARDS = {
     "warmth": ("descriptors", "Warmth"),
 }
 _REGISTERED: dict[str, Callable[..., Reward]] = {}  # by users, see `register`
+STATISTICS_FILE = "typicality.json"  # beside a base policy
 FROM_STATISTICS = ("presence", "typicality")  # measured against real pieces: they take `statistics`
 
 
@@ -37,11 +41,20 @@ def load_reward(name: str, **settings: Any) -> Reward:
 
     `audiobox` takes `checkpoint` and what else `AudioboxReward` has; `clap_similarity`, `clap_class` and `pam` take
     `model` and their texts; `presence` and `typicality` take `statistics`, the path of the JSON beside the base model;
-    the others take nothing.
+    by default those of the first shipped policy; the others take nothing.
 
-    Raises UserError for an unknown name, and for a checkpoint or statistics file that cannot be read.
+    Raises UserError for an unknown name, and for a checkpoint or statistics file that cannot be read; TypeError naming
+    a setting that the reward does not have or that is missing.
     """
-    return reward_class(name)(**settings)
+    require_kind(name, str, "name", "the name of a reward")
+    make = reward_class(name)
+    if name in FROM_STATISTICS and "statistics" not in settings:
+        settings["statistics"] = shipped_statistics()
+    try:
+        inspect.signature(make).bind(**settings)
+    except TypeError as error:
+        raise TypeError(f"load_reward({name!r}): {error}; it takes {_taken(make)}") from error
+    return make(**settings)
 
 
 def reward_class(name: str) -> Callable[..., Reward]:
@@ -51,6 +64,22 @@ def reward_class(name: str) -> Callable[..., Reward]:
         return _REGISTERED[name]
     module, attribute = REWARDS[name]
     return getattr(import_module(f"fastsmart.reward.{module}"), attribute)
+
+
+def shipped_statistics() -> Path:
+    """The statistics of real pieces of the first shipped policy; raises UserError where none is installed."""
+    from fastsmart.policy.hf_format import shipped_file, shipped_policies
+
+    shipped = shipped_policies()
+    if not shipped:
+        raise UserError(
+            "no policy is shipped with this installation; name the statistics of real pieces to compare with"
+        )
+    return shipped_file(shipped[0], STATISTICS_FILE)
+
+
+def _taken(make: Callable[..., Reward]) -> str:
+    return ", ".join(inspect.signature(make).parameters) or "no settings"
 
 
 def register(reward: type[Reward]) -> type[Reward]:

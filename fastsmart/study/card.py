@@ -21,6 +21,7 @@ from fastsmart.tokens.dataset import TokenDataset
 from fastsmart.tokens.decode import decode
 from fastsmart.tokens.token_batch import TokenBatch
 from fastsmart.tokens.vocabulary import Vocabulary
+from fastsmart.words import counted
 
 CLIPS = 256  # played by the policy and cut from real pieces for the table
 WINDOW_S = 10.0
@@ -47,7 +48,7 @@ def real_statistics(dataset: TokenDataset, settings: PretrainSettings, data: str
     """
     pieces, _ = split_pieces(len(dataset), settings.valid_share, settings.seed)
     notes = decode([dataset.piece(p) for p in pieces], dataset.vocab)
-    return fit_typicality(notes, f"{data or dataset.source}, training split, {len(pieces)} pieces", WINDOW_S)
+    return fit_typicality(notes, f"{data or dataset.source}, training split, {counted(len(pieces), 'piece')}", WINDOW_S)
 
 
 def write_release(
@@ -81,11 +82,11 @@ def write_release(
         played = decode(rollout.sequences(), policy.vocab, WINDOW_S)
         table = _table(rollout, played, cut_windows(real, WINDOW_S), policy.vocab)
         unigram, bigram = result.baselines["unigram"], result.baselines["bigram"]
-        size = policy.size
+        size, layers = policy.size, counted(policy.size.num_layers, "layer")
         card = f"""\
 # {folder.parent.name if folder.name == "release" else folder.name}: a base policy for symbolic piano music
 
-A decoder-only transformer in the Phi-3 layout, {policy.num_parameters:,} parameters ({size.num_layers} layers,
+A decoder-only transformer in the Phi-3 layout, {policy.num_parameters:,} parameters ({layers},
 {size.hidden_size} wide, feed-forward {size.intermediate_size}, {size.num_heads} heads), float16 weights, REMI tokens
 ({len(policy.vocab)}, MidiTok). It plays solo piano, one bar after the other, from a prompt of bar, time signature,
 position and tempo. It is a starting point for fine-tuning, not a composer.

@@ -18,7 +18,6 @@ from fastsmart.music.rarefied import NOTES, TOKENS
 from fastsmart.music.training_set import TrainingSet
 from fastsmart.notes import MIDI_SUFFIXES
 from fastsmart.policy.blend import blend_alpha
-from fastsmart.policy.checkpoints import policy_source
 from fastsmart.policy.device import resolved_device
 from fastsmart.policy.hf_format import load_policy
 from fastsmart.policy.transformer import Policy
@@ -40,6 +39,7 @@ from fastsmart.study.outputs import Outputs, Player, Progress, best_of_counts, n
 from fastsmart.tokens.dataset import TokenDataset, encode_folder
 from fastsmart.tokens.vocabulary import Vocabulary
 
+LONGEST_LABEL = 200  # bytes
 FORBIDDEN = set('/\\:*?"<>|')  # in a label, which is also a file name
 
 
@@ -122,7 +122,7 @@ class OutputStore:
 
     def play(self, label: str, source: str, progress: Progress) -> tuple[PolicyRecord, Policy, Outputs]:
         """Have a policy play the held-out prompts; raises UserError when it cannot be loaded."""
-        policy = load_policy(policy_source(source), device=self.device, vocabulary=self.config.policy.vocabulary)
+        policy = load_policy(source, device=self.device, vocabulary=self.config.policy.vocabulary)
         record = _record(label, source, policy)
         path, mark = outputs_path(self.out, label), self._mark(record)
         outputs = Outputs.load(path, mark)
@@ -183,9 +183,15 @@ def labelled(sources: Sequence[str]) -> list[tuple[str, str]]:
     for label in labels:
         if labels.count(label) > 1:
             raise UserError(f"two policies are called {label!r}; name them apart with --policy LABEL=SOURCE")
-        if not label or label.startswith((".", "best of ")) or set(label) & FORBIDDEN:
+        if not is_label(label):
             raise UserError(f"{label!r} cannot name a policy here; give it another name with --policy LABEL=SOURCE")
     return pairs
+
+
+def is_label(text: str) -> bool:
+    """Whether it can name a policy, and the files of what the policy plays."""
+    usual = text.isprintable() and not set(text) & FORBIDDEN and not text.startswith((".", "best of "))
+    return usual and 0 < len(text.encode()) <= LONGEST_LABEL
 
 
 def best_of_label(n: int) -> str:

@@ -18,6 +18,7 @@ from fastsmart.music.diversity import ROLL_BEATS, ROLL_TICKS, average_roll
 from fastsmart.music.features import features
 from fastsmart.study.evaluation import Evaluation, Metric
 from fastsmart.study.frontier import Frontier, Kind, words
+from fastsmart.words import counted
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -181,12 +182,15 @@ def average_rolls(notes: dict[str, NoteBatch]) -> Figure:
             roll[PIANO[0] : PIANO[1] + 1] / most,
             cmap=colours, vmin=0, vmax=1, aspect="auto", origin="lower", extent=area, interpolation="nearest",
         )  # fmt: skip
-        ax.set_title(f"{label}: {outputs} outputs of at least {ROLL_BEATS} beats", loc="left")
+        ax.set_title(f"{label}: {counted(outputs, 'output')} of at least {ROLL_BEATS} beats", loc="left")
+        if not outputs:
+            ax.text(ROLL_BEATS / 2, sum(PIANO) / 2, f"no output lasts {ROLL_BEATS} beats", ha="center", va="center")
         ax.set(
             yticks=[36, 48, 60, 72, 84], yticklabels=["C2", "C3", "C4", "C5", "C6"], xticks=range(0, ROLL_BEATS + 1, 4)
         )
         picture.set_rasterized(True)
-    axes[-1].set_xlabel(f"beats (in steps of 1/{ROLL_TICKS}); darkest: {most:.0%} of the outputs")
+    darkest = f"; darkest: {most:.0%} of the outputs" if any(n for _, n in rolls.values()) else ""
+    axes[-1].set_xlabel(f"beats (in steps of 1/{ROLL_TICKS}){darkest}")
     return figure
 
 

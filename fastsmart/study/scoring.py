@@ -15,15 +15,15 @@ from fastsmart.audio import AudioBatch, render
 from fastsmart.audio.resample import resample
 from fastsmart.errors import UserError
 from fastsmart.notes import MIDI_SUFFIXES, NoteBatch, read_midi
-from fastsmart.policy.hf_format import shipped_file, shipped_policies
 from fastsmart.reward import Clips, RewardBlend, RewardSettings
-from fastsmart.run.provenance import STATISTICS_FILE
+from fastsmart.reward.registry import FROM_STATISTICS, shipped_statistics
 
 REWARD_RATE_HZ = 16000
 TOGETHER = 16  # MIDI files that are rendered and scored at once
 RATES_HZ = (1_000, 768_000)  # of audio files
 LARGEST_FILTER = 2**25  # taps of a resampling filter; rates with hardly a common divisor need more
 Row = dict[str, Any]
+BEGINNING = '{"path": '  # of every row as it is written
 
 
 class FileScorer:
@@ -46,8 +46,8 @@ class FileScorer:
         max_seconds: float = 10.0,
         device: str = "cpu",
     ) -> None:
-        shipped = shipped_policies()
-        statistics = statistics or (shipped_file(shipped[0], STATISTICS_FILE) if shipped else "")
+        if not statistics and set(FROM_STATISTICS) & settings.terms.keys():
+            statistics = shipped_statistics()
         self.mix = RewardBlend(settings, statistics, device)
         self.soundfont, self.max_seconds = soundfont, max_seconds
 
@@ -146,6 +146,8 @@ def scored_before(path: str | Path, columns: Sequence[str]) -> dict[str, Row]:
     rows: dict[str, Row] = {}
     for number, line in enumerate(lines, 1):
         if not line.endswith("\n"):
+            if not line.startswith(BEGINNING) and not BEGINNING.startswith(line):
+                raise UserError(f"{path} line {number} is no row of fastsmart score; choose another --out")
             break
         try:
             row = json.loads(line)

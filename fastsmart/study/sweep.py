@@ -22,23 +22,28 @@ among them) and report.html. All are judged by the rewards, prompts and soundfon
 from __future__ import annotations
 
 import itertools
+import math
 import tomllib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fastsmart.config import Config, read_config, with_overrides
+from fastsmart.config import Config, read_config, shortened, toml_value, with_overrides
 from fastsmart.errors import UserError
 from fastsmart.machine.files import make_folder, write_atomic
 from fastsmart.presets import load_preset
 from fastsmart.run.display import Display
 from fastsmart.run.folder import RunFolder
-from fastsmart.study.evaluate import OutputStore, evaluate, labelled, require_training_set
+from fastsmart.study.evaluate import FORBIDDEN, OutputStore, evaluate, is_label, labelled, require_training_set
 from fastsmart.study.outputs import Progress
 from fastsmart.study.report import drawn_figures, standalone, write_report
 from fastsmart.trainer.loop import train
 
+MOST_RUNS = 10_000
+LONGEST_VALUE = 40  # characters of a value in the name of a run
+METRES = ("prompts.time_signatures",)  # 3/4 is no path
+UNNAMEABLE = dict.fromkeys([*FORBIDDEN, "="], "-")  # in the name of a policy
 KEYS = ("preset", "config", "set", "prompts", "best_of", "grid", "runs")
 
 
@@ -153,21 +158,51 @@ def _sweep(tree: dict[str, Any], folder: Path) -> Sweep:
     for key, values in grid.items():
         if not isinstance(values, list) or not values:
             raise UserError(f'grid."{key}" must be a list of values')
-    for values in itertools.product(*grid.values()) if grid else ():
-        settings = dict(zip(grid, values, strict=True))
-        name = "_".join(f"{key.split('.')[-1]}-{value}" for key, value in settings.items())
-        runs[name] = with_overrides(common, [f"{key}={value}" for key, value in settings.items()])
+    if (size := math.prod(map(len, grid.values()))) > MOST_RUNS:
+        raise UserError(f"grid makes {size:,} runs; a sweep has at most {MOST_RUNS:,}")
+    named = [list(zip(_names(key, values), values, strict=True)) for key, values in grid.items()]
+    for point in itertools.product(*named) if grid else ():
+        name = "_".join(part for part, _ in point)
+        settings = zip(grid, (value for _, value in point), strict=True)
+        runs[name] = with_overrides(common, [f"{key}={_as_set(value)}" for key, value in settings])
     for k, run in enumerate(tree.get("runs", [])):
         if set(run) != {"name", "set"} or run["name"] in runs:
             raise UserError(f"runs[{k}] needs a name of its own and a list called set, such as ['grpo.beta=0']")
         runs[run["name"]] = with_overrides(common, run["set"])
     if not runs:
         raise UserError("no run to make; add a [grid] or some [[runs]]")
-    labelled([common.policy.source, *(f"{name}=." for name in runs)])  # refuses what cannot be a name
+    for name in runs:
+        if not is_label(name) or "=" in name:
+            raise UserError(f"{shortened(name)!r} cannot name a policy, so not a run; give it another name in [[runs]]")
+    labelled([common.policy.source, *(f"{name}=." for name in runs)])  # refuses the name of the base policy
     for key, least in (("prompts", 2), ("best_of", 0)):
         if key in tree and (not isinstance(tree[key], int) or tree[key] < least):
             raise UserError(f"{key} is {tree[key]!r}; it is a whole number from {least} up")
     return Sweep(common, runs, tree.get("prompts", 200), tree.get("best_of", 4))
+
+
+def _names(key: str, values: list[Any]) -> list[str]:
+    """What each value of a key of the grid adds to the names of its runs: of a path its last part."""
+    last, plain, names = key.split(".")[-1], list[str](), list[str]()
+    for value in values:
+        parts = [Path(v).name if isinstance(v, str) and key not in METRES else v for v in _flat(value)]
+        text = "+".join(str(p).lower() if isinstance(p, bool) else str(p) for p in parts)
+        name = f"{last}-" + "".join(UNNAMEABLE.get(c, c) if c.isprintable() else "-" for c in text)[:LONGEST_VALUE]
+        again = plain.count(name)  # two paths with one last part
+        plain.append(name)
+        names.append(f"{name}.{again + 1}" if again else name)
+    return names
+
+
+def _flat(value: Any) -> list[Any]:
+    if isinstance(value, dict):
+        return [f"{key}-{part}" for key, v in value.items() for part in _flat(v)]
+    return [part for v in value for part in _flat(v)] if isinstance(value, list) else [value]
+
+
+def _as_set(value: Any) -> str:
+    """A value of the grid as --set takes it; a text is read as --set reads it, so that "0.1" is a number, too."""
+    return value if isinstance(value, str) else toml_value(value)
 
 
 def _finished(folder: Path) -> bool:

@@ -25,6 +25,7 @@ import numpy as np
 from numba import njit
 
 from fastsmart.errors import UserError
+from fastsmart.limits import require_kind
 from fastsmart.notes import NoteBatch
 from fastsmart.tokens.token_batch import TokenBatch
 from fastsmart.tokens.vocabulary import Vocabulary, derived
@@ -119,8 +120,13 @@ def decode(
     whoever samples cuts there. With `max_seconds`, notes that start at or after it are left out and the seconds of
     those that ring longer are cut (their `duration_tick` stays musical), so `end_s <= max_seconds`.
 
-    Raises UserError for an id outside the vocabulary, or a `max_seconds` that is not above 0.
+    Raises UserError for an id outside the vocabulary, or a `max_seconds` that is not above 0; TypeError or ValueError
+    naming what are no sequences of ids.
     """
+    require_kind(vocab, Vocabulary, "vocab", "a vocabulary, such as that of a policy, policy.vocab")
+    require_kind(max_seconds, (int, float, type(None)), "max_seconds", "a number of seconds, or None")
+    if isinstance(sequences, str) or not hasattr(sequences, "__iter__"):
+        raise TypeError(f"sequences is of type {type(sequences).__name__}; it must be lists of token ids")
     batch = sequences if isinstance(sequences, TokenBatch) else TokenBatch.pack(sequences)
     limit_s = np.inf if max_seconds is None else float(max_seconds)
     if not limit_s > 0:

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from fastsmart.errors import UserError
-from fastsmart.limits import LARGEST_SEED, MOST_AT_ONCE, require
+from fastsmart.limits import LARGEST_SEED, MOST_AT_ONCE, require, require_kind
 from fastsmart.tokens.dataset import TokenDataset
 from fastsmart.tokens.token_batch import TokenBatch
 from fastsmart.tokens.vocabulary import Vocabulary
@@ -119,9 +119,7 @@ def procedural(
 
     Raises UserError when the vocabulary has no such time signature, or no tempo in the range (bpm, both ends in).
     """
-    low, high = tempo_range or (0.0, 0.0)
-    settings = PromptSettings("procedural", tuple(time_signatures or ()), low, high, seed=seed)
-    return _any_split(settings, vocab, n)
+    return _any_split(_procedural("procedural", time_signatures, tempo_range, seed), vocab, n)
 
 
 def procedural_with_note(
@@ -132,9 +130,7 @@ def procedural_with_note(
     tempo_range: tuple[float, float] | None = None,
 ) -> Prompts:
     """n prompts as `procedural` makes them, each with a first note: a uniformly random Pitch, Velocity and Duration."""
-    low, high = tempo_range or (0.0, 0.0)
-    settings = PromptSettings("procedural-note", tuple(time_signatures or ()), low, high, seed=seed)
-    return _any_split(settings, vocab, n)
+    return _any_split(_procedural("procedural-note", time_signatures, tempo_range, seed), vocab, n)
 
 
 def from_dataset(vocab: Vocabulary, dataset: str | Path, n: int, seed: int = 0) -> Prompts:
@@ -193,8 +189,24 @@ def describe(ids: Sequence[int] | np.ndarray, vocab: Vocabulary) -> str:
     return ", ".join(words)
 
 
+def _procedural(
+    source: str, time_signatures: Sequence[str] | None, tempo_range: tuple[float, float] | None, seed: int
+) -> PromptSettings:
+    """Settings from arguments of Python; raises TypeError naming one that is of another kind."""
+    require_kind(seed, int, "seed", "a whole number")
+    require_kind(time_signatures, (list, tuple, type(None)), "time_signatures", 'a list such as ["3/4"], or None')
+    require_kind(tempo_range, (list, tuple, type(None)), "tempo_range", "two numbers, or None")
+    low, high = (0.0, 0.0) if tempo_range is None else tempo_range if len(tempo_range) == 2 else (None, None)
+    for bpm in (low, high):
+        require_kind(bpm, (int, float), "tempo_range", "two numbers, or None")
+    return PromptSettings(source, tuple(time_signatures or ()), low, high, seed=seed)
+
+
 def _any_split(settings: PromptSettings, vocab: Vocabulary, n: int) -> Prompts:
-    """n random prompts with nothing held out; raises UserError for a number of them that cannot be meant."""
+    """n random prompts with nothing held out; raises UserError for a number of them that cannot be meant, TypeError
+    naming an argument that is of another kind."""
+    require_kind(vocab, Vocabulary, "vocab", "a vocabulary, such as that of a policy, policy.vocab")
+    require_kind(n, int, "n", "a whole number")
     if not 1 <= n <= MOST_AT_ONCE:
         raise UserError(f"{n} prompts were asked for; ask for 1 to {MOST_AT_ONCE:,}")
     (size, opening), added = _openings(settings, vocab), _added_note(settings, vocab)

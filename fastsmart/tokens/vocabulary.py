@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastsmart.errors import UserError
+from fastsmart.limits import require_kind
 
 if TYPE_CHECKING:
     from miditok import REMI
@@ -83,6 +84,7 @@ def load_vocabulary(source: str | Path = "smart") -> Vocabulary:
 
     Raises UserError when nothing of that name is found, or it is not a REMI vocabulary that fastsmart can decode.
     """
+    require_kind(source, (str, Path), "source", "the name of a vocabulary, or a path")
     text, name = _read(source)
     try:
         params = json.loads(text)

@@ -31,6 +31,7 @@ from fastsmart.tokens.token_batch import TokenBatch
 from fastsmart.tokens.vocabulary import Vocabulary
 from fastsmart.trainer.rollout_pipeline import ScoredRollout
 from fastsmart.trainer.rollout_worker import RolloutWorker
+from fastsmart.words import counted
 
 TABLE_FEATURES = (
     "notes",
@@ -213,7 +214,7 @@ def before_after(before: dict, after: dict, steps: int, clips: tuple[HeldOut, He
     openings = before.get("openings")
     on = f"{openings} held-out openings" if openings else "held-out openings"
     lines = [
-        f"{table_heading(steps)}{before['clips']} outputs on {on}",
+        f"{table_heading(steps)}{counted(before['clips'], 'output')} on {on}",
         "",
         f"| | before | after | change, in standard deviations of before{' [interval]' if clips else ''} |",
         "|---|---|---|---|",

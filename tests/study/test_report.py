@@ -153,3 +153,30 @@ def test_the_page_plays_in_a_browser(browser, page, scheme):
     ink, paper = (tab.evaluate(f"getComputedStyle(document.body).{key}") for key in ("color", "backgroundColor"))
     brightness = [np.mean([int(x) for x in re.findall(r"\d+", colour)[:3]]) for colour in (ink, paper)]
     assert (brightness[0] < brightness[1]) == (scheme == "light")
+
+
+def test_titles_of_the_curves_fit_and_the_legend_hides_no_time():
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    from fastsmart.run.curves import curves
+
+    line = {"reward": 1.0, "notes": 9.0, "time": {"step": 3.0, "sample": 2.0, "update": 1.0}, "terms": {}}
+    figure = curves([{**line, "step": step} for step in (1, 2, 3)])
+    FigureCanvasAgg(figure).draw()
+    renderer = figure.canvas.get_renderer()
+    for ax in figure.axes:
+        title = ax.title.get_window_extent(renderer)
+        assert 0 <= title.x0 < title.x1 <= figure.bbox.x1, ax.get_title()
+    (times,) = (ax for ax in figure.axes if ax.get_title() == "seconds per step")
+    highest = times.transData.transform((0, 3.0))[1]
+    assert times.get_legend().get_window_extent(renderer).y0 > highest
+
+
+def test_a_roll_without_outputs_says_so():
+    from fastsmart.music.diversity import ROLL_BEATS
+    from fastsmart.notes import NoteBatch
+    from fastsmart.study.figures import average_rolls
+
+    (ax,) = average_rolls({"short": NoteBatch.empty(3)}).axes
+    assert [text.get_text() for text in ax.texts] == [f"no output lasts {ROLL_BEATS} beats"]
+    assert "darkest" not in ax.get_xlabel()

@@ -139,3 +139,17 @@ def test_a_run_cut_short_goes_on_and_tries_errors_again(run, tmp_path: Path) -> 
     code, _, err = run("score", songs, "--reward", "variety", "--out", out, "--resume")
     assert code == 2
     assert "scored with other rewards" in err
+
+
+@pytest.mark.parametrize("text", ["hello", "{", "[1, 2", '{"paths": '])
+def test_a_strangers_file_without_a_newline_is_left_as_it_is(run, tmp_path: Path, text: str) -> None:
+    write_piece(tmp_path / "a.mid", 0)
+    out = tmp_path / "notes.txt"
+    out.write_text(text)
+    code, _, err = run("score", tmp_path / "a.mid", "--reward", "variety", "--out", out, "--resume")
+    if text == "{":  # where a row may have been torn
+        assert code == 0
+        return
+    assert code == 2
+    assert "notes.txt line 1 is no row of fastsmart score" in err
+    assert out.read_text() == text

@@ -98,3 +98,43 @@ def test_mistakes_are_one_sentence(tmp_path, text, says):
 def test_an_index_beyond_the_runs_is_refused(sweep, tmp_path, capsys):
     assert main(["sweep", str(sweep), "--out", str(tmp_path / "s"), "--index", "3"]) == 2
     assert "runs 0 to 2" in capsys.readouterr().err
+
+
+def test_a_grid_varies_flags_lists_policies_and_soundfonts(tmp_path):
+    (tmp_path / "s.toml").write_text(
+        """
+        [grid]
+        "sampling.cuda_graph" = [true, false]
+        "policy.source" = ["pop909-tiny", "runs/a", "old/a"]
+        "audio.soundfont" = ["/usr/share/x y=1.sf2"]
+        "prompts.time_signatures" = [["4/4"], ["3/4", "6/8"]]
+        "reward.terms" = [{ variety = 1.0 }]
+        "train.betas" = [[0.9, 0.95]]
+        """
+    )
+    runs = read_sweep(tmp_path / "s.toml").runs
+    assert len(runs) == 12
+    name = "cuda_graph-false_source-a.2_soundfont-x y-1.sf2_time_signatures-3-4+6-8_terms-variety-1.0_betas-0.9+0.95"
+    config = runs[name]
+    assert not config.sampling.cuda_graph
+    assert config.policy.source == "old/a"
+    assert config.audio.soundfont == "/usr/share/x y=1.sf2"
+    assert config.prompts.time_signatures == ("3/4", "6/8")
+    assert config.reward.terms == {"variety": 1.0}
+    assert config.train.betas == (0.9, 0.95)
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("[grid]\n" + "\n".join(f"'k{i}' = {list(range(10))}" for i in range(9)), "at most 10,000"),
+        ("[[runs]]\nname = 'a=b'\nset = []", "'a=b' cannot name"),
+        ("[[runs]]\nname = ''\nset = []", "'' cannot name"),
+        (f"[[runs]]\nname = '{'x' * 300}'\nset = []", "cannot name"),
+        ("[grid]\n'train.steps' = [1979-05-27]", "train.steps"),
+    ],
+)
+def test_a_sweep_that_cannot_be_meant_is_named(tmp_path, text, says):
+    (tmp_path / "s.toml").write_text(text)
+    with pytest.raises(UserError, match=rf"s\.toml.*{says}"):
+        read_sweep(tmp_path / "s.toml")

@@ -187,7 +187,8 @@ const what = { rating: "clips", ab: "pairs of clips", sets: "pairs of sets" }[te
 $("count").textContent = `${test.trials.length} ${what} of ${test.seconds} seconds`;
 const total_s = test.trials.reduce(
   (sum, trial) => sum + (trial.check ? test.check_seconds : test.seconds) * (pairs ? 2 : 1) + 5, 0);
-$("minutes").textContent = Math.ceil(total_s / 60);
+const minutes = Math.ceil(total_s / 60);
+$("minutes").textContent = minutes === 1 ? "a minute" : `${minutes} minutes`;
 $("start").onclick = begin;
 if (state && state.study === test.study) ask();
 else show("welcome");
