@@ -16,6 +16,7 @@ from fastsmart.audio.settings import RenderSettings
 from fastsmart.errors import UserError
 from fastsmart.grpo.settings import DiversitySettings, LossSettings
 from fastsmart.limits import MOST_AT_ONCE, require_kind
+from fastsmart.machine.files import read_file
 from fastsmart.policy.settings import PolicySettings
 from fastsmart.reward.settings import RewardSettings
 from fastsmart.sampling.settings import SamplingSettings
@@ -92,7 +93,7 @@ def read_config(path: str | Path, base: Config | None = None) -> Config:
     Raises UserError naming the file and the key, with the nearest valid one for a key that does not exist.
     """
     try:
-        text = Path(path).read_text(encoding="utf-8-sig")  # some editors begin a file with a mark
+        text = read_file(path).decode("utf-8-sig")  # some editors begin a file with a mark
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read {path}: {error}") from error
     try:
@@ -231,6 +232,8 @@ def _coerced(value: Any, hint: Any, name: str) -> Any:
         raise UserError(f"{name} is a number of more than 18 digits; it must be below {WHOLE_BELOW:,}")
     if isinstance(value, str) and (len(value) > MOST_TEXT or "\0" in value):
         raise UserError(f"{name} is {shortened(repr(value))}; write at most {MOST_TEXT:,} characters, none of them NUL")
+    if isinstance(value, str) and not value.isascii() and any("\ud800" <= c <= "\udfff" for c in value):
+        raise UserError(f"{name} is {shortened(repr(value))}, which is no UTF-8; give it another name")
     if isinstance(value, float) and not math.isfinite(value):
         raise UserError(f"{name} is {value}; it must be a finite number")
     shown = shortened(repr(value))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from numbers import Integral, Real
+from pathlib import Path
 from typing import Any
 
 from fastsmart.errors import UserError
@@ -14,6 +15,7 @@ MOST_STEPS = 10**9
 MOST_AT_ONCE = 10**6  # completions, clips, prompts, tokens
 MOST_THREADS = 1024
 LARGEST_SEED = 2**63 - 1
+LONGEST_NAME = 255  # of a file or folder, in the file systems in use
 
 
 def require_kind(value: object, kinds: type | tuple[type, ...], name: str, wanted: str) -> None:
@@ -22,6 +24,13 @@ def require_kind(value: object, kinds: type | tuple[type, ...], name: str, wante
     known = tuple(numbers.get(kind, kind) for kind in (kinds if isinstance(kinds, tuple) else (kinds,)))
     if not isinstance(value, known) or (isinstance(value, bool) and kinds is int):
         raise TypeError(f"{name} is {_kind(value)}; it must be {wanted}")
+
+
+def require_name(value: object, name: str, wanted: str) -> None:
+    """Raises TypeError as `require_kind` for what is no text or path, UserError for a name that no file can have."""
+    require_kind(value, (str, Path), name, wanted)
+    if any(len(part) > LONGEST_NAME for part in str(value).split("/")):
+        raise UserError(f"{name} is {str(value)[:80]!r}..., too long a name for a file; give {wanted}")
 
 
 def _kind(value: object) -> str:

@@ -16,7 +16,7 @@ import numpy as np
 
 from fastsmart.errors import UserError
 from fastsmart.limits import require_kind
-from fastsmart.machine.files import atomic_file
+from fastsmart.machine.files import atomic_file, read_file
 
 if TYPE_CHECKING:
     import mido  # imported where files are read and written: training needs none
@@ -28,6 +28,7 @@ SUSTAIN_CONTROL = 64
 PEDAL_DOWN = 64  # values of the controller from here on
 MIDI_SUFFIXES = (".mid", ".midi", ".kar")
 _KEY_SIGNATURE, _C_MAJOR = re.compile(rb"\xff\x59\x02..", re.DOTALL), b"\xff\x59\x02\0\0"
+LARGEST_BYTES = 8 * 2**20  # of a MIDI file: hours of the densest music; what it holds takes a hundred times the memory
 MAX_DENOMINATOR = 1024  # a time signature beyond it is a damaged byte (the file holds its logarithm), and inaudible
 
 
@@ -303,7 +304,7 @@ def _parse_midi(path: str | Path) -> mido.MidiFile:
     import mido
 
     try:
-        content = Path(path).read_bytes()
+        content = read_file(path, LARGEST_BYTES)
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from error
     try:

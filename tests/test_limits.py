@@ -252,3 +252,16 @@ def test_weights_of_audiobox_that_are_a_text_are_named(tmp_path):
 def test_what_cannot_be_written_comes_with_the_way_out_of_its_cause(tmp_path, error, way_out):
     with pytest.raises(UserError, match=way_out), os_errors_as_user_errors(tmp_path / "x"):
         raise error
+
+
+def test_a_device_is_not_replaced_by_a_file(tmp_path, capsys):
+    """A rename would do so for whoever may write beside it, as root may in /dev."""
+    from fastsmart.machine.files import write_atomic
+
+    (tmp_path / "null").symlink_to("/dev/null")
+    write_piece(tmp_path / "piece.mid", 0)
+    words = ["score", str(tmp_path / "piece.mid"), "--reward", "variety", "--out", str(tmp_path / "null"), "--resume"]
+    refused(capsys, words, "null: it is a device or a pipe")
+    with pytest.raises(UserError, match="it is a device or a pipe"):
+        write_atomic("/dev/null", "text")
+    assert (tmp_path / "null").is_char_device()

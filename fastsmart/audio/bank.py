@@ -321,9 +321,12 @@ def banks_folder() -> Path:
 
 
 def list_banks() -> list[BankInfo]:
-    """The banks on this machine, the one used last first."""
-    folders = sorted(banks_folder().glob("*/bank.json"), key=lambda p: p.parent.stat().st_mtime, reverse=True)
-    return [read_info(path.parent) for path in folders]
+    """The banks on this machine, the one used last first; what is damaged, or goes meanwhile, is left out."""
+    found: list[tuple[float, BankInfo]] = []
+    for path in banks_folder().glob("*/bank.json"):
+        with suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
+            found.append((path.parent.stat().st_mtime, read_info(path.parent)))
+    return [info for _, info in sorted(found, key=lambda pair: pair[0], reverse=True)]
 
 
 def read_info(path: Path) -> BankInfo:

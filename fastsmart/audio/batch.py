@@ -72,7 +72,7 @@ def write_wav(path: str | Path, samples: np.ndarray, sample_rate: int) -> None:
     with atomic_file(path) as part:
         try:
             channels = 1 if samples.ndim == 1 else samples.shape[1]
-            with soundfile.SoundFile(part, "w", sample_rate, channels, "PCM_16", format=kind) as file:
+            with soundfile.SoundFile(os.fsencode(part), "w", sample_rate, channels, "PCM_16", format=kind) as file:
                 for start in range(0, len(samples), CHUNK):
                     # rounded here: libsndfile cuts off, which makes the least negative value half a step too loud
                     steps = np.rint(samples[start : start + CHUNK] * FULL_SCALE)

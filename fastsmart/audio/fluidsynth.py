@@ -21,6 +21,7 @@ Shape letters: T samples, M notes.
 from __future__ import annotations
 
 import ctypes
+import os
 import weakref
 from collections.abc import Sequence
 from contextlib import redirect_stdout
@@ -142,7 +143,7 @@ class FluidSynthRenderer:
         # This synth plays nothing after its set-up. It is kept because the soundfont reads its file through it.
         self._loader = library.new_fluid_synth(self._options)
         self._finalizer = weakref.finalize(self, _free, library, self._options, self._loader)
-        font_id = library.fluid_synth_sfload(self._loader, str(self.soundfont).encode(), 0)
+        font_id = library.fluid_synth_sfload(self._loader, os.fsencode(self.soundfont), 0)
         if font_id < 0:
             raise UserError(f"FluidSynth cannot load the soundfont {self.soundfont}: it may be damaged, choose another")
         if library.fluid_synth_program_select(self._loader, 0, font_id, 0, settings.program) < 0:

@@ -71,7 +71,7 @@ def serve(connection: Connection, memory: mmap.mmap) -> None:
                 index, piece = unpack_task(connection.recv_bytes())
                 connection.send_bytes(REPORT.pack(index, renderer.render_into(block[index], piece)))
         except UserError as error:
-            connection.send_bytes(REPORT.pack(REFUSED, 0) + str(error).encode())
+            connection.send_bytes(REPORT.pack(REFUSED, 0) + str(error).encode("utf-8", "replace"))
     except (EOFError, ConnectionError):
         return
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,7 @@ from fastsmart.words import counted
 
 if TYPE_CHECKING:
     from fastsmart.policy.transformer import Policy
+    from fastsmart.reward import RewardSettings
     from fastsmart.tokens.prompts import Prompts
 
 AUDIO_SUFFIXES = (".wav", ".flac")
@@ -110,11 +112,9 @@ def render(options: argparse.Namespace) -> int:
 
 
 def score(options: argparse.Namespace) -> int:
-    from fastsmart.machine.files import os_errors_as_user_errors, write_atomic
-    from fastsmart.machine.progress import bar
+    from fastsmart.machine.folder_lock import FolderLock
     from fastsmart.policy.device import usable_device
     from fastsmart.reward import RewardSettings
-    from fastsmart.study.scoring import FileScorer, scored_before
 
     if 0 < options.max_seconds < SHORTEST_S:
         raise UserError(
@@ -130,8 +130,18 @@ def score(options: argparse.Namespace) -> int:
         clap_classes=tuple(options.clap_class),
         clap_class=options.clap_class[0] if options.clap_class else "",
     )
-    files = _pieces(options.files)
-    out, before = Path(options.out) if options.out else None, {}
+    out = Path(options.out) if options.out else None
+    with FolderLock(out.parent, "scoring", name=f".{out.name}.lock") if out else nullcontext():
+        return _score(options, settings, _pieces(options.files), out)
+
+
+def _score(options: argparse.Namespace, settings: RewardSettings, files: list[str], out: Path | None) -> int:
+    """Score files into `out`, where nobody else writes, or onto standard output."""
+    from fastsmart.machine.files import os_errors_as_user_errors, write_atomic
+    from fastsmart.machine.progress import bar
+    from fastsmart.study.scoring import FileScorer, scored_before
+
+    before = {}
     if out and out.exists():
         if not options.resume:
             raise UserError(f"{out} exists; go on with it with --resume, or choose another --out")
@@ -151,6 +161,9 @@ def score(options: argparse.Namespace) -> int:
             else:
                 print(json.dumps(line), flush=True)
             show(done, len(files))
+    if failed:
+        told = f"{failed} of {counted(len(files), 'file')} could not be scored; their lines say why"
+        print(f"fastsmart: {told}", file=sys.stderr)
     return 2 if failed else 0
 
 

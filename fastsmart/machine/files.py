@@ -19,6 +19,7 @@ from typing import Any
 
 from fastsmart.errors import UserError
 
+MOST_READ = 64 * 2**20  # bytes of a configuration, a vocabulary, a file of answers
 NAME_KEPT = 48  # characters of a file's name in that of its part: with 4 bytes each still below the usual 255
 
 
@@ -79,6 +80,8 @@ def atomic_file(path: str | Path) -> Iterator[Path]:
     is full or the place cannot be written.
     """
     path = Path(path)
+    if is_special(path):  # a rename would put a file in the place of the device
+        raise UserError(f"cannot write {path}: it is a device or a pipe; name a file")
     # another process or thread may be writing the same; a long name has no room for more
     part = path.with_name(f".{path.name[:NAME_KEPT]}.{os.getpid()}.{threading.get_ident()}.part")
     try:
@@ -252,6 +255,16 @@ def make_folder(path: str | Path) -> Path:
     return path
 
 
+def read_file(path: str | Path, most: int = MOST_READ) -> bytes:
+    """The bytes of a file that someone else may have made; raises OSError where it cannot be read, UserError where it
+    is larger than any of its kind, as a device can be, before memory is taken for it."""
+    with open(path, "rb") as source:
+        content = source.read(most + 1)
+    if len(content) > most:
+        raise UserError(f"{path} is larger than {most / 2**20:g} MiB; name a file of the right kind")
+    return content
+
+
 def cpu_cores() -> int:
     """Processor cores this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -280,6 +293,11 @@ def cache_folder(name: str) -> Path:
     return Path(home) / name
 
 
+def is_special(path: Path) -> bool:
+    """Whether it is a device or a pipe, of which one cannot tell how much there is to read."""
+    return path.exists() and not path.is_file() and not path.is_dir()
+
+
 def files_below(names: Iterable[str], suffixes: tuple[str, ...]) -> list[tuple[Path, Path]]:
     """The files named, and those of the right kind below the folders named, each with its path below the folder.
 
@@ -289,8 +307,11 @@ def files_below(names: Iterable[str], suffixes: tuple[str, ...]) -> list[tuple[P
     for name in names:
         path = Path(name)
         if path.is_dir():
-            found += sorted((p, p.relative_to(path)) for p in path.rglob("*") if p.suffix.lower() in suffixes)
+            below = (p for p in path.rglob("*") if p.suffix.lower() in suffixes)
+            found += sorted((p, p.relative_to(path)) for p in below if not is_special(p))
         elif path.exists():
+            if is_special(path):
+                raise UserError(f"{name} is neither a file nor a folder")
             found.append((path, Path(path.name)))
         else:
             raise UserError(f"no file {name}")

@@ -29,13 +29,14 @@ class FolderLock:
     is looked for, which tells about this machine only.
 
     doing    : what the holder does, for the message: "training"
+    name     : of the lock's file, where it is of one file in the folder only
     patience_s : how long to wait for a holder that cannot be seen to live, as after the crash of another machine
 
     Raises UserError naming the process that holds the folder, and when the folder cannot be written.
     """
 
-    def __init__(self, folder: Path, doing: str, patience_s: float = 0.0) -> None:
-        self.path, self._doing, self._file = folder / LOCK_FILE, doing, -1
+    def __init__(self, folder: Path, doing: str, patience_s: float = 0.0, name: str = LOCK_FILE) -> None:
+        self.path, self._doing, self._file = folder / name, doing, -1
         until, waiting = time.monotonic() + patience_s, False
         while not self._take():
             holder = _holder(self.path)

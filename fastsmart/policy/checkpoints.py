@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from fastsmart.errors import UserError
-from fastsmart.machine.files import atomic_folder, os_errors_as_user_errors
+from fastsmart.machine.files import atomic_folder, os_errors_as_user_errors, read_file
 from fastsmart.policy.hf_format import STATE_FILE, load_policy, save_tensors, step_folders, step_of, write_policy
 from fastsmart.policy.optimizer import load_optimizer_tensors, moments, optimizer_tensors
 from fastsmart.policy.transformer import Policy
@@ -245,7 +245,7 @@ def _weights(path: Path, shapes: Mapping[str, torch.Size]) -> Tensors:
 
 def _record(checkpoint: Path) -> dict[str, Any]:
     try:
-        record = json.loads((checkpoint / STATE_FILE).read_text(encoding="utf-8"))
+        record = json.loads(read_file(checkpoint / STATE_FILE).decode("utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(_damaged(checkpoint / STATE_FILE, error)) from error
     if not isinstance(record, dict) or record.get("step") != step_of(checkpoint):

@@ -24,7 +24,9 @@ def usable_device(name: str, key: str) -> torch.device:
             raise RuntimeError("it holds no numbers")
     except (RuntimeError, AssertionError, NotImplementedError, ValueError, ImportError) as error:
         reason = str(error).splitlines()[0]
-        raise UserError(f"{key} is {name!r}, which does not work here: {reason}; write cpu or cuda") from error
+        raise UserError(
+            f"{key} is {name[:80]!r}, which does not work here: {reason[:300]}; write cpu or cuda"
+        ) from error
     return device
 
 

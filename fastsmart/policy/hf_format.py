@@ -13,8 +13,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from fastsmart.errors import UserError
-from fastsmart.limits import require_kind
-from fastsmart.machine.files import atomic_folder, os_errors_as_user_errors
+from fastsmart.limits import require_kind, require_name
+from fastsmart.machine.files import atomic_folder, os_errors_as_user_errors, read_file
 from fastsmart.policy.device import usable_device
 from fastsmart.policy.transformer import Policy, PolicySize
 from fastsmart.tokens.vocabulary import TOKENIZER_FILE, Vocabulary, load_vocabulary
@@ -63,7 +63,8 @@ def load_policy(
     Raises UserError when there is no such checkpoint, it is not of the Phi-3 layout, a tensor is missing or of the
     wrong shape, or the vocabulary is of another size than the weights; TypeError naming the argument.
     """
-    require_kind(source, (str, Path), "source", "the name or the folder of a policy")
+    require_name(source, "source", "the name or the folder of a policy")
+    require_name(vocabulary, "vocabulary", "a preset or a MidiTok JSON")
     require_kind(dtype, torch.dtype, "dtype", "one of torch, such as torch.float32")
     usable_device(str(device), "device")
     locate = _locator(source)
@@ -124,7 +125,7 @@ def policy_size(source: str | Path) -> PolicySize:
     """The size of the policy that `load_policy` would load, from its config.json; raises UserError as that does."""
     path = _locator(source)(CONFIG_FILE)
     try:
-        return from_hf_config(json.loads(path.read_text(encoding="utf-8")), str(path))
+        return from_hf_config(json.loads(read_file(path).decode("utf-8")), str(path))
     except KeyError as error:
         raise UserError(f"{path} is not a Phi-3 configuration: it has no {error}; copy or save it again") from error
     except (ValueError, TypeError, AttributeError, OverflowError, RecursionError, OSError) as error:
@@ -233,7 +234,7 @@ def _locator(source: str | Path) -> Callable[[str], Path]:
 def _weight_files(index: Path) -> list[str]:
     """The files over which an index says the weights are split, all of them beside it."""
     try:
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        names = sorted(set(json.loads(read_file(index).decode("utf-8"))["weight_map"].values()))
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OSError) as error:
         raise UserError(f"{index} is damaged: {error}; copy or save it again") from error
     for name in names:

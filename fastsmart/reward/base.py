@@ -31,6 +31,8 @@ class Clips:
     def __post_init__(self) -> None:
         if isinstance(self.notes, str) or not hasattr(self.notes, "__len__"):
             raise TypeError(f"notes is of type {type(self.notes).__name__}; it must be what decode or read_midi gives")
+        if self.audio is not None and not hasattr(self.audio, "lengths"):
+            raise TypeError(f"audio is of type {type(self.audio).__name__}; it must be what render gives, or None")
         if self.audio is not None and len(self.audio) != len(self.notes):
             raise ValueError(f"{len(self.notes)} clips of notes but {len(self.audio)} of audio")
 

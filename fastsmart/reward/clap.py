@@ -136,7 +136,7 @@ class Clap:
             raise UserError(f"CLAP needs transformers ({error}); pip install 'fastsmart[clap]'") from error
         try:
             self.model = cast(Any, ClapModel).from_pretrained(str(model))
-            self.tokenizer = AutoTokenizer.from_pretrained(str(model))
+            self.tokenizer = AutoTokenizer.from_pretrained(str(model), trust_remote_code=False)
             self.extractor = ClapFeatureExtractor.from_pretrained(str(model))
         except (OSError, ValueError, KeyError, RuntimeError) as error:
             reason = " ".join(str(error).split()[:30])

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from fastsmart.errors import UserError
+from fastsmart.machine.files import read_file
 from fastsmart.music.features import features
 from fastsmart.music.windows import cut_windows
 from fastsmart.notes import NoteBatch
@@ -82,10 +83,10 @@ class TypicalityStats:
         """Read what `save` wrote; raises UserError naming the file when it is missing, broken or of another kind."""
         remedy = "make it anew with fit_typicality, or use the file that came with the base model"
         try:
-            content = json.loads(Path(path).read_text(encoding="utf-8"))
+            content = json.loads(read_file(path).decode("utf-8"))
         except OSError as error:
             raise UserError(f"cannot read the statistics of real pieces {path}: {error.strerror}") from error
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise UserError(f"{path} is not JSON ({error}); {remedy}") from error
         if not isinstance(content, dict) or content.get("format") != FORMAT:
             raise UserError(f"{path} does not hold statistics of real pieces ({FORMAT!r}); {remedy}")

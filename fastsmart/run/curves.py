@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastsmart.machine.files import os_errors_as_user_errors
+from fastsmart.machine.files import atomic_file
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -25,8 +25,8 @@ def plot_curves(lines: list[dict[str, Any]], path: Path) -> None:
     except ImportError:
         return
     if figure:
-        with os_errors_as_user_errors(path):
-            figure.savefig(path, dpi=110)
+        with atomic_file(path) as part:
+            figure.savefig(part, format="png", dpi=110)
 
 
 def curves(lines: list[dict[str, Any]]) -> Figure | None:

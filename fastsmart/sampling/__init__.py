@@ -76,7 +76,7 @@ def sample(
     if not 0 <= seed <= LARGEST_SEED:
         raise UserError(f"seed is {seed}; it must be from 0 to {LARGEST_SEED:,}")
     prompts = prompts if isinstance(prompts, TokenBatch) else prompts.tokens
-    settings = SamplingSettings(engine, group, max_tokens, temperature, top_k, top_p)
+    settings = SamplingSettings(engine, group, max_tokens, float(temperature), top_k, float(top_p))
     sampler = make_engine(settings, policy, completions=len(prompts) * group)
     try:
         return Rollout.gather(sampler.stream(prompts, settings, (seed,)), prompts, group)

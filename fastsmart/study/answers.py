@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from fastsmart.errors import UserError
+from fastsmart.machine.files import read_file
 from fastsmart.study.listening import DESIGNS, RATINGS
 
 NO_PREFERENCE = "none"
@@ -223,7 +224,7 @@ def _plain(text: str) -> str:
 def _json(file: str | Path, otherwise: str) -> dict[str, Any]:
     """A JSON object; raises UserError saying what the file is not."""
     try:
-        tree = json.loads(Path(file).read_text(encoding="utf-8"))
+        tree = json.loads(read_file(file).decode("utf-8"))
     except OSError as error:
         raise UserError(f"cannot read {file}: {error.strerror or error}; check the name") from error
     except (ValueError, RecursionError) as error:

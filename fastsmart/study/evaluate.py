@@ -31,6 +31,7 @@ from fastsmart.study.evaluation import (
     Metric,
     PolicyRecord,
     clips_csv,
+    is_label,
     metrics_csv,
     outputs_path,
 )
@@ -38,9 +39,6 @@ from fastsmart.study.measures import Ruler, against, best_of_point, measure
 from fastsmart.study.outputs import Outputs, Player, Progress, best_of_counts, named_soundfonts
 from fastsmart.tokens.dataset import TokenDataset, encode_folder
 from fastsmart.tokens.vocabulary import Vocabulary
-
-LONGEST_LABEL = 200  # bytes
-FORBIDDEN = set('/\\:*?"<>|')  # in a label, which is also a file name
 
 
 def evaluate(
@@ -186,12 +184,6 @@ def labelled(sources: Sequence[str]) -> list[tuple[str, str]]:
         if not is_label(label):
             raise UserError(f"{label!r} cannot name a policy here; give it another name with --policy LABEL=SOURCE")
     return pairs
-
-
-def is_label(text: str) -> bool:
-    """Whether it can name a policy, and the files of what the policy plays."""
-    usual = text.isprintable() and not set(text) & FORBIDDEN and not text.startswith((".", "best of "))
-    return usual and 0 < len(text.encode()) <= LONGEST_LABEL
 
 
 def best_of_label(n: int) -> str:

@@ -19,8 +19,9 @@ from typing import Any
 
 import numpy as np
 
-from fastsmart.config import Config, read_config
+from fastsmart.config import Config, read_config, shortened
 from fastsmart.errors import UserError
+from fastsmart.machine.files import read_file
 from fastsmart.machine.text_table import text_table
 from fastsmart.music.bootstrap import LEVEL, Estimate, basis
 from fastsmart.music.diversity import RAREFIED, prompt_numbers
@@ -32,6 +33,8 @@ from fastsmart.trainer.evaluate import TABLE_FEATURES
 
 EVALUATION_FILE = "evaluation.json"
 OUTPUTS_FOLDER = "outputs"
+LONGEST_LABEL = 200  # bytes
+FORBIDDEN = set('/\\:*?"<>|')  # in a label, which is also a file name
 
 
 @dataclass(frozen=True)
@@ -140,7 +143,7 @@ class Evaluation:
         """Raises UserError when the folder holds no complete evaluation."""
         path = Path(path)
         try:
-            tree = json.loads((path / EVALUATION_FILE).read_text(encoding="utf-8"))
+            tree = json.loads(read_file(path / EVALUATION_FILE).decode("utf-8"))
             policies = [PolicyRecord(**p) for p in tree.pop("policies")]
             metrics = [
                 Metric(
@@ -150,9 +153,20 @@ class Evaluation:
                 )
                 for m in tree.pop("metrics")
             ]
-        except (OSError, ValueError, KeyError, TypeError) as error:
+            for label in (p.label for p in policies):
+                if not isinstance(label, str) or not is_label(label):
+                    raise ValueError(f"{shortened(repr(label))} cannot name a policy")
+            if not policies or not isinstance(tree, dict):
+                raise ValueError("it has no policies")
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise UserError(f"{path} is not an evaluation ({error}); make one with: fastsmart evaluate") from error
         return Evaluation(path, read_config(path / CONFIG_FILE), load_vocabulary(path), policies, metrics, tree)
+
+
+def is_label(text: str) -> bool:
+    """Whether it can name a policy, and the files of what the policy plays."""
+    usual = text.isprintable() and not set(text) & FORBIDDEN and not text.startswith((".", "best of "))
+    return usual and 0 < len(text.encode()) <= LONGEST_LABEL
 
 
 def outputs_path(out: Path, label: str) -> Path:

@@ -19,6 +19,7 @@ from fastsmart.audio.loudness import loudness_lufs
 from fastsmart.audio.rendering import LISTENING_RATE_HZ
 from fastsmart.errors import UserError
 from fastsmart.machine.files import make_folder, write_atomic
+from fastsmart.machine.folder_lock import FolderLock
 from fastsmart.music.diversity import prompt_numbers
 from fastsmart.study.evaluation import Evaluation
 from fastsmart.study.outputs import Progress
@@ -120,9 +121,16 @@ def make_test(
     if settings.design != "rating" and len(labels) != 2:
         raise UserError(f"a test of pairs compares two policies, not {len(labels)}; name two with --policy")
     out = make_folder(out)
-    if (out / KEY_FILE).exists():
-        raise UserError(f"{out} already holds a listening test, whose key would be lost; choose another --out")
+    with FolderLock(out, "making a listening test"):
+        if (out / KEY_FILE).exists():
+            raise UserError(f"{out} already holds a listening test, whose key would be lost; choose another --out")
+        return _make_test(evaluation, out, settings, labels, progress)
 
+
+def _make_test(
+    evaluation: Evaluation, out: Path, settings: ListeningSettings, labels: list[str], progress: Progress
+) -> tuple[Path, Path]:
+    """`make_test`, with nobody else in the folder."""
     prompts, passed_over = _long_enough(evaluation, labels, settings)
     sounds = [s for label in labels for s in _clips(evaluation, label, prompts, settings.seconds, progress)]
     tones = list(range(1, len(RATINGS) + 1)) if settings.checks else []

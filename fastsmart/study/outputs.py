@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,7 +12,7 @@ import numpy as np
 from fastsmart.audio import find_soundfont
 from fastsmart.config import Config
 from fastsmart.errors import UserError
-from fastsmart.machine.files import os_errors_as_user_errors
+from fastsmart.machine.files import atomic_file
 from fastsmart.notes import NoteBatch
 from fastsmart.policy.device import resolved_dtype
 from fastsmart.policy.transformer import Policy
@@ -25,6 +26,7 @@ from fastsmart.trainer.rollout_pipeline import Progress
 from fastsmart.trainer.rollout_worker import RolloutWorker
 
 CLIPS_AT_ONCE = 256  # played together: memory for their audio
+LARGEST_BYTES = 4 * 2**30  # of what a policy played, unpacked: a million outputs of a thousand tokens
 
 
 @dataclass(frozen=True)
@@ -59,11 +61,8 @@ class Outputs:
         for font, scores in self.scores.items():
             arrays |= {f"total/{font}": scores.total}
             arrays |= {f"term/{font}/{term}": values for term, values in scores.terms.items()}
-        part = path.with_name(f".{path.name}")
-        with os_errors_as_user_errors(path):
-            with open(part, "wb") as sink:
-                np.savez_compressed(sink, **arrays)  # type: ignore[arg-type]
-            part.replace(path)
+        with atomic_file(path) as part, open(part, "wb") as sink:
+            np.savez_compressed(sink, **arrays)  # type: ignore[arg-type]
 
     @staticmethod
     def load(path: Path, fingerprint: str | None = None) -> Outputs | None:
@@ -74,6 +73,7 @@ class Outputs:
         if not path.is_file():
             return None
         try:
+            _require_size(path)
             with np.load(path, allow_pickle=False) as file:
                 arrays = {name: file[name] for name in file.files}
             if fingerprint is not None and str(arrays["fingerprint"]) != fingerprint:
@@ -86,9 +86,16 @@ class Outputs:
                 start = f"term/{font}/"
                 terms = {name.removeprefix(start): a for name, a in arrays.items() if name.startswith(start)}
                 scores[font] = Scores(terms, arrays[f"total/{font}"])
-        except (OSError, ValueError, KeyError, EOFError) as error:
+        except Exception as error:  # numpy, zipfile and zlib name a damaged byte in a dozen ways
             raise UserError(f"{path} is damaged ({error}); delete it and evaluate again") from error
         return Outputs(prompts, completions, scores)
+
+
+def _require_size(path: Path) -> None:
+    """Raises ValueError for an archive that would grow beyond reason when it is unpacked."""
+    with zipfile.ZipFile(path) as archive:
+        if sum(member.file_size for member in archive.infolist()) > LARGEST_BYTES:
+            raise ValueError(f"it unpacks to more than {LARGEST_BYTES / 2**30:g} GiB")
 
 
 class Player:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator, Sequence
 from math import gcd
 from pathlib import Path
@@ -118,7 +119,7 @@ def read_audio(path: str | Path, sample_rate: int = REWARD_RATE_HZ) -> AudioBatc
     Raises UserError naming the file when it cannot be read, is empty, or holds samples that are not finite.
     """
     try:
-        samples, rate = soundfile.read(str(path), dtype="float32", always_2d=True)
+        samples, rate = soundfile.read(os.fsencode(path), dtype="float32", always_2d=True)
     except (OSError, soundfile.LibsndfileError) as error:
         raise UserError(f"{path} is not a readable WAV or FLAC file: {error}") from error
     if len(samples) == 0:

@@ -31,11 +31,12 @@ from typing import Any
 
 from fastsmart.config import Config, read_config, shortened, toml_value, with_overrides
 from fastsmart.errors import UserError
-from fastsmart.machine.files import make_folder, write_atomic
+from fastsmart.machine.files import make_folder, read_file, write_atomic
 from fastsmart.presets import load_preset
 from fastsmart.run.display import Display
 from fastsmart.run.folder import RunFolder
-from fastsmart.study.evaluate import FORBIDDEN, OutputStore, evaluate, is_label, labelled, require_training_set
+from fastsmart.study.evaluate import OutputStore, evaluate, labelled, require_training_set
+from fastsmart.study.evaluation import FORBIDDEN, is_label
 from fastsmart.study.outputs import Progress
 from fastsmart.study.report import drawn_figures, standalone, write_report
 from fastsmart.trainer.loop import train
@@ -60,7 +61,7 @@ class Sweep:
 def read_sweep(path: str | Path) -> Sweep:
     """A sweep from its TOML file; raises UserError naming the file and the key that is wrong."""
     try:
-        tree = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+        tree = tomllib.loads(read_file(path).decode("utf-8-sig"))
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read {path}: {error}") from error
     except tomllib.TOMLDecodeError as error:

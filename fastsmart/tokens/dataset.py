@@ -19,9 +19,9 @@ from typing import Any
 import numpy as np
 
 from fastsmart.errors import UserError
-from fastsmart.machine.files import atomic_folder, cpu_cores, os_errors_as_user_errors
+from fastsmart.machine.files import atomic_folder, cpu_cores, is_special, os_errors_as_user_errors
 from fastsmart.machine.workers import start_worker
-from fastsmart.notes import MIDI_SUFFIXES
+from fastsmart.notes import LARGEST_BYTES, MIDI_SUFFIXES
 from fastsmart.tokens.vocabulary import Vocabulary, load_vocabulary
 
 DRUMLESS_PROGRAM = 0  # every voice is read as a piano
@@ -64,7 +64,7 @@ class TokenDataset:
             ids = np.memmap(folder / "tokens.bin", np.uint16, "r")
             files, damaged = tuple(record["files"]), tuple((name, reason) for name, reason in record["damaged"])
             whole = len(ids) == offsets[-1] and len(offsets) == len(files) + 1
-        except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
+        except (OSError, ValueError, KeyError, TypeError, IndexError, MemoryError, RecursionError) as error:
             raise UserError(
                 f"{folder} is not an encoded dataset ({error}); make one with: fastsmart pretrain --midi DIR"
             ) from error
@@ -90,7 +90,8 @@ def encode_folder(
     Raises UserError when there is no MIDI file below `midi`, none could be read, or `out` cannot be written.
     """
     midi, out = Path(midi), Path(out)
-    files = sorted(str(p.relative_to(midi)) for p in midi.rglob("*") if p.suffix.lower() in MIDI_SUFFIXES)
+    found = (p for p in midi.rglob("*") if p.suffix.lower() in MIDI_SUFFIXES and not is_special(p))
+    files = sorted(str(p.relative_to(midi)) for p in found)
     if not files:
         raise UserError(f"no MIDI files ({', '.join(MIDI_SUFFIXES)}) below {midi}")
     workers = min(workers or cpu_cores(), len(files))
@@ -126,7 +127,12 @@ def encode_midi(path: str | Path, vocab: Vocabulary) -> np.ndarray:
 
     score: Any  # symusic's stubs cannot tell that a score read from a file is in ticks
     try:
+        size = Path(path).stat().st_size
+        if size > LARGEST_BYTES:
+            raise UserError(f"{path} is larger than {LARGEST_BYTES / 2**20:g} MiB; name a file of the right kind")
         score = Score(str(path))
+    except UserError:
+        raise
     except Exception as error:  # symusic raises bare RuntimeError and friends for every kind of damage
         raise UserError(f"{path} is not a readable MIDI file: {error}") from error
     piano = Track("piano", DRUMLESS_PROGRAM, False)

@@ -23,9 +23,9 @@ def main() -> None:
         try:
             message = HEADER.pack(True) + encode_midi(path, vocab).tobytes()
         except UserError as error:
-            message = HEADER.pack(False) + str(error).encode()
+            message = HEADER.pack(False) + str(error).encode("utf-8", "replace")
         except Exception as error:  # whatever MidiTok trips over is that file's fault, and named
-            message = HEADER.pack(False) + f"{path}: {type(error).__name__}: {error}".encode()
+            message = HEADER.pack(False) + f"{path}: {type(error).__name__}: {error}".encode("utf-8", "replace")
         pipe.send_bytes(message)
 
 

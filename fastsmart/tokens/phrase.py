@@ -32,7 +32,7 @@ def phrase(path: str | Path, vocab: Vocabulary, n: int, longest: int, bars: int 
     where = f"its first {bars} bars" if bars > 1 else "its first bar" if bars else "it"
     onset_beats = notes.onset_tick / notes.ticks_per_beat
     within = onset_beats < BEATS_A_BAR * (min(bars, longest) or longest)
-    if not within.any():
+    if not len(onset_beats) or (bars and not within.any()):
         raise UserError(f"cannot continue {path}: no note begins in {where}")
     if not bars and not within.all():
         raise UserError(

@@ -195,6 +195,8 @@ def _procedural(
     """Settings from arguments of Python; raises TypeError naming one that is of another kind."""
     require_kind(seed, int, "seed", "a whole number")
     require_kind(time_signatures, (list, tuple, type(None)), "time_signatures", 'a list such as ["3/4"], or None')
+    for signature in time_signatures or ():
+        require_kind(signature, str, "time_signatures", 'a list such as ["3/4"], or None')
     require_kind(tempo_range, (list, tuple, type(None)), "tempo_range", "two numbers, or None")
     low, high = (0.0, 0.0) if tempo_range is None else tempo_range if len(tempo_range) == 2 else (None, None)
     for bpm in (low, high):

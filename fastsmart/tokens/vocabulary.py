@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import tempfile
 from dataclasses import dataclass
 from functools import cached_property
@@ -11,11 +12,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastsmart.errors import UserError
-from fastsmart.limits import require_kind
+from fastsmart.limits import require_name
+from fastsmart.machine.files import read_file
 
 if TYPE_CHECKING:
     from miditok import REMI
 
+LARGEST_BYTES = 4 * 2**20  # of a MidiTok JSON
+LARGEST_NUMBER = 10_000  # of its settings; MIDI's own largest is 8192
 TOKENIZER_FILE = "tokenizer.json"  # the name MidiTok gives it, beside a checkpoint
 PRESETS = ("smart",)
 # Token types the decoder knows; a vocabulary with any other type is refused rather than decoded wrongly.
@@ -84,23 +88,27 @@ def load_vocabulary(source: str | Path = "smart") -> Vocabulary:
 
     Raises UserError when nothing of that name is found, or it is not a REMI vocabulary that fastsmart can decode.
     """
-    require_kind(source, (str, Path), "source", "the name of a vocabulary, or a path")
+    require_name(source, "source", "the name of a vocabulary, or a path")
     text, name = _read(source)
     try:
         params = json.loads(text)
-    except json.JSONDecodeError as error:
+        too_large = _too_large(params.get("config")) if isinstance(params, dict) else ""
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{name} is not a MidiTok JSON file: {error}") from error
-    if not isinstance(params, dict) or "config" not in params:
+    if not isinstance(params, dict) or not isinstance(params.get("config"), dict):
         raise UserError(f"{name} is not a MidiTok JSON file: it has no 'config' entry")
+    if too_large:
+        raise UserError(f"{name} asks for a vocabulary beyond reason: {too_large}")
     if params.get("tokenization") != "REMI":
         raise UserError(f"{name} holds a {params.get('tokenization')} tokenizer; fastsmart decodes REMI")
     if params.get("model") is not None or params.get("has_bpe"):
         raise UserError(f"{name} has merged tokens (BPE, Unigram or WordPiece); fastsmart decodes plain REMI")
     try:
         tokens = _tokens(text)
-    except (TypeError, ValueError, KeyError, AttributeError) as error:
-        raise UserError(f"{name} is not a tokenizer MidiTok can build: {error}") from error
-    special = {t.split("_")[0] for t in params["config"].get("special_tokens", [])}
+        special = {t.split("_")[0] for t in params["config"].get("special_tokens", [])}
+    except Exception as error:  # MidiTok checks little of what it reads, and fails in many ways
+        reason = f"{type(error).__name__}: {error}"
+        raise UserError(f"{name} is not a tokenizer MidiTok can build: {reason}") from error
     unknown = {t.split("_")[0] for t in tokens} - set(MUSIC_TYPES) - special
     missing = {"PAD", "BOS", "EOS", "Bar", "Position", "Pitch", "Velocity", "Duration"} - {
         t.split("_")[0] for t in tokens
@@ -109,6 +117,22 @@ def load_vocabulary(source: str | Path = "smart") -> Vocabulary:
         problem = f"token types {sorted(unknown)} that" if unknown else f"no {sorted(missing)}, which"
         raise UserError(f"{name} has {problem} fastsmart does not support; use plain piano REMI as preset 'smart' does")
     return Vocabulary(tokens, text)
+
+
+def _too_large(config: Any) -> str:
+    """The first number or list of a tokenizer's settings that would build tokens for ever; "" where there is none."""
+    if isinstance(config, dict):
+        for key, part in config.items():
+            if any(len(digits) > 4 for digits in re.findall(r"\d+", key)):  # beats are keys, such as 0_4
+                return f"{key[:40]} is a key"
+            if said := _too_large(part):
+                return f"{key[:40]} is {said}"
+    if isinstance(config, dict | list) and len(config) > LARGEST_NUMBER:
+        return f"a list of {len(config):,}"
+    if isinstance(config, list):
+        return next((said for part in config if (said := _too_large(part))), "")
+    is_number = isinstance(config, int | float)
+    return str(config)[:40] if is_number and not abs(config) <= LARGEST_NUMBER else ""
 
 
 def derived(description: str) -> dict[str, Any] | None:
@@ -148,7 +172,7 @@ def _read(source: str | Path) -> tuple[str, str]:
     if path.is_dir():
         path = path / TOKENIZER_FILE
     if path.is_file():
-        return path.read_text(encoding="utf-8", errors="replace"), str(path)
+        return read_file(path, LARGEST_BYTES).decode("utf-8", errors="replace"), str(path)
     if path.parent == Path() or path.is_absolute() or str(source).count("/") != 1 or path.suffix == ".json":
         raise UserError(
             f"no vocabulary {source}: give a preset ({', '.join(PRESETS)}), a MidiTok JSON file or a hub id"
@@ -156,4 +180,4 @@ def _read(source: str | Path) -> tuple[str, str]:
     from fastsmart.machine.hub import fetch
 
     path = fetch(str(source), TOKENIZER_FILE)
-    return path.read_text(encoding="utf-8"), f"{source}/{TOKENIZER_FILE}"
+    return read_file(path, LARGEST_BYTES).decode("utf-8", errors="replace"), f"{source}/{TOKENIZER_FILE}"

@@ -134,3 +134,21 @@ def test_a_velocity_above_127_is_the_loudest_as_read_midi_has_it(tmp_path, vocab
     assert encoded.tolist() != whole.tolist()
     damaged, loudest = (read_midi(tmp_path / f"{name}.mid") for name in ("damaged", "loudest"))
     np.testing.assert_array_equal(damaged.velocity, loudest.velocity)
+
+
+def test_devices_and_pipes_below_a_folder_are_passed_over(tmp_path, vocab):
+    (tmp_path / "midi").mkdir()
+    write_piece(tmp_path / "midi" / "a.mid", 0)
+    (tmp_path / "midi" / "zero.mid").symlink_to("/dev/zero")
+    os.mkfifo(tmp_path / "midi" / "pipe.mid")
+    dataset = encode_folder(tmp_path / "midi", tmp_path / "out", vocab, 1)
+    assert dataset.files == ("a.mid",)
+
+
+def test_offsets_that_promise_a_billion_pieces_are_refused(tmp_path, vocab):
+    write_piece(tmp_path / "a.mid", 0)
+    encode_folder(tmp_path, tmp_path / "out", vocab, 1)
+    with open(tmp_path / "out" / "offsets.npy", "wb") as sink:
+        np.lib.format.write_array_header_1_0(sink, {"descr": "<i8", "fortran_order": False, "shape": (10**15,)})
+    with pytest.raises(UserError, match="is not an encoded dataset"):
+        TokenDataset.open(tmp_path / "out")
