@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import codecs
+import errno
 import io
 import math
 import sys
@@ -39,11 +40,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"fastsmart: {in_one_line(str(error))}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        return 130
     except BrokenPipeError:  # the reader of our output has left, as `head` does
         sys.stderr.close()
         return 141
+    except OSError as error:
+        if error.errno != errno.ENAMETOOLONG:
+            raise
+        print(f"fastsmart: {in_one_line(str(error.filename)[:80])}... is too long a name for a file", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
 
 
 def _write_what_terminals_can_show() -> None:
@@ -107,6 +113,7 @@ def parser() -> argparse.ArgumentParser:
     _listen(commands.add_parser("listen", help="a blind listening test: make it, analyse it, plan it"))
     _sweep(commands.add_parser("sweep", help="several runs, and the frontier of reward and diversity they draw"))
     commands.add_parser("doctor", help="what this machine has, what is missing, and the command that mends it")
+    commands.add_parser("selfcheck", help="whether all stages compute here what they should, in two minutes")
     return top
 
 

@@ -1,6 +1,6 @@
 """The bodies of the subcommands: each reads its options, calls the job and says what came of it."""
 
-from fastsmart.commands.machine import bank, doctor
+from fastsmart.commands.machine import bank, doctor, selfcheck
 from fastsmart.commands.playing import render, sample, score
 from fastsmart.commands.studying import evaluate, frontier, listen, report, sweep
 from fastsmart.commands.training import bench, blend, pretrain, profile, top, train
@@ -19,6 +19,7 @@ __all__ = [
     "report",
     "sample",
     "score",
+    "selfcheck",
     "sweep",
     "top",
     "train",

@@ -22,6 +22,12 @@ def doctor(options: argparse.Namespace) -> int:
     return examine()
 
 
+def selfcheck(options: argparse.Namespace) -> int:
+    from fastsmart.selfcheck import check
+
+    return check()
+
+
 def bank(options: argparse.Namespace) -> int:
     from fastsmart.audio.bank import list_banks
 
