@@ -24,8 +24,20 @@ def fetch(repository: str, name: str) -> Path:
     Raises UserError when the repository or file does not exist, or the network does not answer.
     """
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import (
+        EntryNotFoundError,
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+    )
+    from huggingface_hub.utils import validate_repo_id
 
+    try:
+        validate_repo_id(repository)
+    except HFValidationError as error:
+        raise UserError(
+            f"{repository} is no file or folder here, and cannot be the name of a hub repository"
+        ) from error
     if not _reachable():  # the library itself would first try again for half a minute
         path = cached(repository, name)
         if path:
