@@ -1,0 +1,422 @@
+"""SIGKILL at random instants of every command that writes, until each ends as if nobody had disturbed it.
+
+    python bench/kills.py --kills 200 --out bench/results/kills.json
+    python bench/kills.py --kills 20 --job score --job evaluate
+
+Each job is run once in peace. Then the same command is started in one folder again and again and killed, with all of
+its children, after a random time below that of the run in peace; every few kills it is let through, and what it leaves
+is compared: metrics, weights, tables, lines. A start that refuses to go on (exit code 2) must say so in one sentence;
+then a fresh folder is tried. After each such folder the command is also run where no file may grow beyond some size,
+which is what a full disk is to it, on a read-only disk (where this is run by root), and twice at once in one folder.
+Processes are forked from one that has imported fastsmart, so that most of them are killed at work, not at start.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import fcntl
+import hashlib
+import json
+import os
+import random
+import resource
+import shutil
+import signal
+import sys
+import tempfile
+import time
+import traceback
+from collections import Counter
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+import fastsmart  # noqa: F401  # isort: skip  # before torch: OpenMP's threads then wait politely
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # the tensors are small, and much runs side by side
+
+import torch
+from results import write_result
+
+from fastsmart import commands  # noqa: F401  # imported before the forks
+from fastsmart.cli import main as command_line
+from fastsmart.policy.hf_format import save_policy
+from fastsmart.study.evaluation import EVALUATION_FILE
+from fastsmart.study.sweep import run_sweep  # noqa: F401  # brings everything that trains and evaluates
+
+PATIENCE_S = 1200.0  # after which a command is said to hang
+EACH = 6  # kills of a folder, at most, before it is let through
+SMALL = [
+    *("sampling.group=4", "sampling.max_tokens=40", "reward.terms={variety=1, filled_beats=1}", "train.steps=6"),
+    *("prompts.source=procedural", "train.prompts=2", "train.eval_prompts=4", "train.eval_every=2"),
+    *("train.save_every=1", "train.listen=0", "train.threads=1", "audio.workers=1"),
+]
+EVALUATE = [  # with outputs of five seconds, to be listened to
+    *("evaluate", "--policy", "a=pop909-tiny", "--policy", "b=pop909-tiny", "-n", "6", "--best-of", "0"),
+    *("--set", "sampling.max_tokens=150", "--set", "prompts.source=procedural", "--set", "prompts.tempo_max=70"),
+    *("--set", "prompts.tempo_min=50", "--set", "reward.terms={variety=1}"),
+]
+PIPE_BYTES = 2**20
+PIPELINES = ("off", "overlap", "one-step-off")
+
+
+class LostError(RuntimeError):
+    """What a disturbed command has lost, or where it failed."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """A command, and what of its folder must come out the same.
+
+    command : arguments to begin in a folder, or to go on there
+    result  : what is compared, once it has ended
+    """
+
+    command: Callable[[Path], list[str]]
+    result: Callable[[Path], Any]
+
+
+def jobs(base: Path) -> dict[str, Job]:
+    """Every command that writes; `base` holds their input."""
+    tiny, songs = str(base / "tiny"), str(base / "songs")
+    sets = [word for text in [*SMALL, f"policy.source={tiny}"] for word in ("--set", text)]
+    found = {
+        f"train {mode}": Job(
+            lambda out, mode=mode: ["train", *sets, "--async", mode, "--out", str(out), "--resume=auto"], _metrics
+        )
+        for mode in PIPELINES
+    }
+    few = ["-n", "6", "--best-of", "2"]
+    policies = ["--policy", tiny, "--policy", f"b={base / 'other'}"]
+    rewards = ["--reward", "variety", "--reward", "typicality"]
+    test = [str(base / "evaluation"), "--prompts", "2", "--seconds", "5"]
+    sounds = ["--soundfont", str(base / "font.sf2"), "--workers", "1"]
+    return found | {
+        "pretrain": Job(lambda out: _pretraining(songs, out), lambda out: _hashed(out / "policy/model.safetensors")),
+        "evaluate": Job(
+            lambda out: ["evaluate", *policies, *sets, *few, "--out", str(out)],
+            lambda out: [(out / name).read_text() for name in ("metrics.csv", "clips.csv")],
+        ),
+        "sweep": Job(
+            lambda out: ["sweep", str(base / "sweep.toml"), "--out", str(out)],
+            lambda out: (out / "evaluation" / "metrics.csv").read_text(),
+        ),
+        "score": Job(
+            lambda out: ["score", songs, *rewards, "--resume", "--out", str(out / "scores.jsonl")],
+            lambda out: sorted((out / "scores.jsonl").read_text().splitlines()),
+        ),
+        "render": Job(lambda out: ["render", songs, *sounds, "--out", str(out)], lambda out: _files(out, "*.wav")),
+        "sample": Job(
+            lambda out: ["sample", "--policy", tiny, "-n", "6", "--max-tokens", "60", "--out", str(out)],
+            lambda out: _files(out, "*.mid"),
+        ),
+        "bank build": Job(lambda out: ["bank", "build", *sounds, "--max-seconds", "0.5"], _bank_holds),
+        "listen make": Job(lambda out: ["listen", "make", *test, "--out", str(out)], _test_holds),
+    }
+
+
+def _pretraining(songs: str, out: Path) -> list[str]:
+    sizes = ["--layers", "1", "--hidden", "16", "--ffn", "32", "--heads", "2", "--length", "64", "--batch", "4"]
+    words = [
+        "pretrain",
+        "--midi",
+        songs,
+        "--out",
+        str(out),
+        *sizes,
+        "--steps",
+        "12",
+        "--eval-every",
+        "3",
+        "--threads",
+        "1",
+    ]
+    return [*words, "--resume"] if any(out.glob("checkpoints/step-*")) else words
+
+
+def _files(out: Path, pattern: str) -> dict[str, str]:
+    """Hash of every file by its name, those that a reader would not see as whole included."""
+    return {path.name: _hashed(path) for path in out.glob(pattern)}
+
+
+def _test_holds(out: Path) -> tuple[int, int]:
+    """Clips and trials of a listening test, whose names are random; its page is there."""
+    key = json.loads((out / "key.json").read_text())
+    assert all(clip in (out / "page" / "listen.html").read_text() for clip in key["clips"])
+    return len(key["clips"]), len(key["trials"])
+
+
+def _bank_holds(out: Path) -> list[list[str]]:
+    """The notes that the index holds, each once, whatever their order."""
+    (index,) = out.glob("bank/*/index.jsonl")
+    lines = [json.loads(line) for line in index.read_text().splitlines() if line.strip()]
+    return sorted([str(line["key"]), str(line["velocities"]), str(line["length"])] for line in lines)
+
+
+def _metrics(run: Path) -> list[dict]:
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in line.items() if key not in ("time", "health")} for line in lines]
+
+
+def _hashed(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def prepare(base: Path) -> None:
+    """Small policies, songs, a soundfont, a sweep and an evaluation."""
+    sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "helpers"))
+    from tiny_policy import make_policy
+    from tiny_soundfont import write_soundfont
+    from token_sources import write_piece
+
+    from fastsmart.tokens.vocabulary import load_vocabulary
+
+    vocab = load_vocabulary("smart")
+    small = {"hidden_size": 16, "intermediate_size": 32, "num_layers": 1}
+    for seed, name in enumerate(("tiny", "other")):
+        save_policy(make_policy(vocab, seed, **small), base / name)
+    (base / "songs").mkdir()
+    for seed in range(24):
+        write_piece(base / "songs" / f"{seed:02d}.mid", seed)
+    write_soundfont(base / "font.sf2")
+    sets = [*SMALL, f"policy.source={base / 'tiny'}", "train.steps=2"]
+    (base / "sweep.toml").write_text(
+        f"prompts = 4\nbest_of = 0\nset = {json.dumps(sets)}\n[grid]\n'grpo.beta' = [0, 0.5]\n"
+    )
+
+
+def make_read_only(folder: Path) -> bool:
+    """Let this process, and no other, find a folder on a read-only disk; whether it may do so (root may)."""
+    libc, place = ctypes.CDLL(None, use_errno=True), os.fsencode(folder)
+    private, bind, read_only = 0x44000, 0x1000, 0x21  # MS_REC | MS_PRIVATE, MS_BIND, MS_REMOUNT | MS_RDONLY
+    return not (
+        libc.unshare(0x20000)  # CLONE_NEWNS
+        or libc.mount(None, b"/", None, private, None)
+        or libc.mount(place, place, None, bind, None)
+        or libc.mount(None, place, None, bind | read_only, None)
+    )
+
+
+class Started:
+    """A command in a forked process that leads a group of its own.
+
+    cache     : the command's cache folder, which is also what it writes into
+    largest   : bytes that a file of it may have: what is longer finds the disk full
+    read_only : the folder is on a read-only disk to it; exit code 0 where that cannot be arranged
+    """
+
+    def __init__(self, words: list[str], cache: Path, largest: int | None = None, read_only: bool = False) -> None:
+        self.said_fd, sink = os.pipe()  # no file, which a full disk would cut
+        fcntl.fcntl(sink, fcntl.F_SETPIPE_SZ, PIPE_BYTES)
+        self.pid = os.fork()
+        if not self.pid:
+            self._run(words, cache, sink, largest, read_only)
+        os.close(sink)
+
+    def _run(self, words: list[str], cache: Path, sink: int, largest: int | None, read_only: bool) -> NoReturn:
+        code = 70
+        try:
+            os.setpgid(0, 0)
+            os.environ["FASTSMART_CACHE"] = str(cache)
+            for stream in (1, 2):
+                os.dup2(sink, stream)
+            sys.stdout, sys.stderr = (os.fdopen(os.dup(stream), "w") for stream in (1, 2))
+            if largest is not None:
+                resource.setrlimit(resource.RLIMIT_FSIZE, (largest, largest))
+            if read_only and not make_read_only(cache):
+                os._exit(0)
+            code = command_line(words)
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
+
+    def ended(self, within_s: float) -> tuple[int | None, str]:
+        """Exit code (negative for a signal) and what was said, if it ends by itself in that time; else it is killed,
+        with its children, and its exit code is None."""
+        until, code = time.monotonic() + within_s, None
+        while time.monotonic() < until:
+            done, status = os.waitpid(self.pid, os.WNOHANG)
+            if done:
+                code = os.waitstatus_to_exitcode(status)
+                break
+            time.sleep(0.002)
+        with suppress(ProcessLookupError):
+            os.killpg(self.pid, signal.SIGKILL)
+        if code is None:
+            os.waitpid(self.pid, 0)
+        os.set_blocking(self.said_fd, False)
+        with suppress(BlockingIOError), os.fdopen(self.said_fd, "rb", buffering=0) as said:
+            return code, (said.read(PIPE_BYTES) or b"").decode("utf-8", "replace")[-3000:]
+        return code, ""
+
+
+def apart(call: Callable[[], None]) -> None:
+    """Run something in a forked process."""
+    pid = os.fork()
+    if not pid:
+        try:
+            call()
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)
+        os._exit(0)
+    if os.waitpid(pid, 0)[1]:
+        raise LostError("the input could not be made")
+
+
+@dataclass
+class Disturbed:
+    """A job, what it leaves in peace, and what has been done to it. Raises LostError where anything was lost."""
+
+    name: str
+    job: Job
+    folder: Path
+    chance: random.Random
+    seconds: float = 0.0
+    expected: Any = None
+
+    def in_peace(self) -> None:
+        """Run it once undisturbed."""
+        out, began = self._fresh("peace"), time.monotonic()
+        code, said = self._run(out, PATIENCE_S)
+        if code != 0:
+            raise LostError(f"{self.name} fails in peace, exit code {code}: {said}")
+        self.seconds, self.expected = time.monotonic() - began, self.job.result(out)
+
+    def killed(self, most: int) -> Counter[str]:
+        """Start it again and again in one folder, kill it up to so many times, then let it through."""
+        counts: Counter[str] = Counter()
+        out, planned = self._fresh("killed"), self.chance.randint(1, most)
+        while planned:
+            code, said = self._run(out, self.chance.uniform(0.0, 1.05 * self.seconds))
+            if code is None:
+                counts["kills"] += 1
+                planned -= 1
+            elif code == 0:
+                break
+            else:
+                counts["refusals"] += self._refused(code, said)
+                out = self._fresh("killed")
+        self._through(out, counts)
+        return counts
+
+    def on_a_full_disk(self) -> Counter[str]:
+        """Start it where no file may grow beyond some size, then let it through."""
+        counts = Counter({"full disks": 1})
+        out, largest = self._fresh("full"), self.chance.choice((0, 50, 400, 3000, 20_000, 200_000))
+        code, said = self._run(out, PATIENCE_S, largest)
+        if code not in (0, 2) or "Traceback" in said:
+            raise LostError(f"{self.name} on a disk that holds files of {largest} bytes, exit code {code}: {said}")
+        self._through(out, counts)
+        return counts
+
+    def on_a_read_only_disk(self) -> Counter[str]:
+        """Start it where its folder cannot be written."""
+        out = self._fresh("read-only")
+        code, said = Started(self.job.command(out), out, read_only=True).ended(PATIENCE_S)
+        if code == 0 and not any(out.iterdir()):
+            return Counter()  # this machine cannot arrange it
+        self._refused(code, said)
+        return Counter({"read-only disks": 1})
+
+    def twice_at_once(self) -> Counter[str]:
+        """Start it twice in one folder: one may be refused, and what comes out is what one alone leaves."""
+        counts = Counter({"two at once": 1})
+        out = self._fresh("twice")
+        for twin in [Started(self.job.command(out), out) for _ in range(2)]:
+            code, said = twin.ended(PATIENCE_S)
+            if code != 0:
+                counts["refusals"] += self._refused(code, said)
+        self._through(out, counts)
+        return counts
+
+    def _fresh(self, name: str) -> Path:
+        shutil.rmtree(self.folder / name, ignore_errors=True)
+        (self.folder / name).mkdir(parents=True)
+        return self.folder / name
+
+    def _run(self, out: Path, within_s: float, largest: int | None = None) -> tuple[int | None, str]:
+        return Started(self.job.command(out), out, largest).ended(within_s)
+
+    def _refused(self, code: int | None, said: str) -> int:
+        if code != 2 or said.count("fastsmart: ") != 1 or "Traceback" in said:
+            raise LostError(f"{self.name} cannot go on, exit code {code}: {said}")
+        return 1
+
+    def _through(self, out: Path, counts: Counter[str]) -> None:
+        """Let it end, in a fresh folder where it refuses to go on in this one, and compare."""
+        code, said = self._run(out, PATIENCE_S)
+        if code != 0 and not (self._ended(out) and code == 2):
+            counts["refusals"] += self._refused(code, said)
+            out = self._fresh("anew")
+            code, said = self._run(out, PATIENCE_S)
+            if code != 0:
+                raise LostError(f"{self.name} fails in a fresh folder, exit code {code}: {said}")
+        counts["let through"] += 1
+        if (found := self.job.result(out)) != self.expected:
+            difference = f"{str(found)[:1500]}\ninstead of\n{str(self.expected)[:1500]}"
+            raise LostError(f"{self.name} ends otherwise:\n{difference}")
+
+    def _ended(self, out: Path) -> bool:
+        """Whether all is there already, so that the command has a reason to refuse."""
+        try:
+            return self.job.result(out) == self.expected
+        except (OSError, ValueError, AssertionError):
+            return False
+
+
+def disturb(name: str, job: Job, folder: Path, kills: int, chance: random.Random) -> dict[str, Any]:
+    """Kill a job so many times, and after each folder of kills try a full disk and two at once."""
+    disturbed, counts = Disturbed(name, job, folder, chance), Counter[str]()
+    disturbed.in_peace()
+    while counts["kills"] < kills:
+        counts += disturbed.killed(min(EACH, kills - counts["kills"]))
+        counts += disturbed.on_a_full_disk()
+        counts += disturbed.on_a_read_only_disk()
+        counts += disturbed.twice_at_once()
+    return {"seconds in peace": round(disturbed.seconds, 1), **counts}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--kills", type=int, default=200, help="over all jobs")
+    parser.add_argument("--job", action="append", help="repeatable; default: all")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", default="", help="JSON file of the counts")
+    options = parser.parse_args()
+    chance, found = random.Random(options.seed), dict[str, dict[str, Any]]()
+    with tempfile.TemporaryDirectory() as folder:
+        base = Path(folder) / "base"
+        base.mkdir()
+        apart(lambda: prepare(base))  # the threads of a parent that has computed do not live on in its forks
+        known = jobs(base)
+        chosen = options.job or list(known)
+        if {"listen make"} & set(chosen):
+            code, said = Started([*EVALUATE, "--out", str(base / "evaluation")], base).ended(PATIENCE_S)
+            assert code == 0, said
+            assert (base / "evaluation" / EVALUATION_FILE).is_file()
+        for i, name in enumerate(chosen):
+            share = options.kills * (i + 1) // len(chosen) - options.kills * i // len(chosen)
+            try:
+                found[name] = disturb(name, known[name], Path(folder) / f"job-{i}", share, chance)
+            except LostError as error:
+                found[name] = {"lost": str(error)}
+            print(f"{name}: {found[name]}", flush=True)
+            if options.out:
+                write_result(options.out, {"seed": options.seed, "torch": torch.__version__, "jobs": found})
+    total = Counter[str]()
+    for counts in found.values():
+        total.update({key: count for key, count in counts.items() if isinstance(count, int)})
+    lost = [name for name, counts in found.items() if "lost" in counts]
+    print(f"{'lost in ' + ', '.join(lost) if lost else 'nothing lost'}: {dict(total)}")
+    return 1 if lost else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
