@@ -16,6 +16,7 @@ from fastsmart.errors import UserError
 from fastsmart.limits import LARGEST_SEED, MOST_AT_ONCE, MOST_STEPS, MOST_THREADS
 from fastsmart.words import in_one_line
 
+LONGEST_SENTENCE = 2000  # characters
 LONGEST_MESSAGE = 300  # characters of what argparse says, which quotes what was given
 PROLOGUE = """\
 Fine-tunes symbolic-music transformers by reinforcement learning on how the music sounds.
@@ -38,7 +39,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         return getattr(commands, options.command)(options)
     except UserError as error:
-        print(f"fastsmart: {in_one_line(str(error))}", file=sys.stderr)
+        sentence = in_one_line(str(error))
+        if len(sentence) > LONGEST_SENTENCE:  # it quotes a damaged file
+            sentence = f"{sentence[:LONGEST_SENTENCE]}..."
+        print(f"fastsmart: {sentence}", file=sys.stderr)
         return 2
     except BrokenPipeError:  # the reader of our output has left, as `head` does
         sys.stderr.close()

@@ -251,6 +251,15 @@ def test_a_name_that_breaks_lines_or_steers_a_terminal_stays_in_its_line(run):
     assert err == "fastsmart: no file a?b?[31m.mid\n"
 
 
+def test_a_sentence_that_quotes_a_damaged_file_has_an_end(run, tmp_path):
+    record = {"policies": [{"x" * 20_000: 1}], "metrics": []}
+    (tmp_path / "evaluation.json").write_text(json.dumps(record))
+    code, _, err = run("listen", "make", tmp_path, "--out", tmp_path / "t")
+    assert code == 2
+    assert one_sentence(err)
+    assert len(err) < 2100
+
+
 def test_a_terminal_without_the_characters_gets_question_marks_and_names_their_bytes(tmp_path):
     import os
 
