@@ -4,12 +4,36 @@ from __future__ import annotations
 
 import argparse
 import math
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NoReturn
 
 from fastsmart.errors import UserError
 
+LONGEST_MESSAGE = 300  # characters of what argparse says, which quotes what was given
 NAMES = ("files", "answers", "policy", "midi", "evaluation", "run", "source", "sweep", "key", "prompt")
 NEED_OUT = ("pretrain", "bench", "profile", "sample", "evaluate", "sweep")  # the others know what to do without
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser whose refusals are sentences like all others."""
+
+    def error(self, message: str) -> NoReturn:
+        if len(message) > LONGEST_MESSAGE:
+            message = f"{message[:LONGEST_MESSAGE]}..."
+        raise UserError(f"{message}; {self.prog} --help says what there is")
+
+
+class Version(argparse.Action):
+    """Print the installed version, which is looked up only when it is asked for."""
+
+    def __init__(self, option_strings: Sequence[str], dest: str, help: str | None = None) -> None:
+        super().__init__(option_strings, dest, nargs=0, help=help)
+
+    def __call__(self, parser: argparse.ArgumentParser, *args: object) -> NoReturn:
+        from importlib.metadata import version
+
+        print(f"fastsmart {version('fastsmart')}")
+        parser.exit()
 
 
 def whole_option(

@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 import argparse
-import codecs
 import errno
-import io
 import math
 import sys
 from collections.abc import Sequence
-from typing import NoReturn
 
-from fastsmart.arguments import alphas, real_option, refuse_empty_names, whole_option
+from fastsmart.arguments import Parser, Version, alphas, real_option, refuse_empty_names, whole_option
 from fastsmart.errors import UserError
 from fastsmart.limits import LARGEST_SEED, MOST_AT_ONCE, MOST_STEPS, MOST_THREADS
-from fastsmart.words import in_one_line
+from fastsmart.words import in_one_line, write_what_terminals_can_show
 
 LONGEST_SENTENCE = 2000  # characters
-LONGEST_MESSAGE = 300  # characters of what argparse says, which quotes what was given
 PROLOGUE = """\
 Fine-tunes symbolic-music transformers by reinforcement learning on how the music sounds.
 
@@ -31,7 +27,7 @@ Fine-tunes symbolic-music transformers by reinforcement learning on how the musi
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code: 0, 2 for what the user can mend, 128 + signal when asked to stop."""
-    _write_what_terminals_can_show()
+    write_what_terminals_can_show()
     try:
         options = parser().parse_args(arguments)
         refuse_empty_names(options)
@@ -56,50 +52,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 130
 
 
-def _write_what_terminals_can_show() -> None:
-    """Where the encoding of the terminal lacks a character, write a question mark and go on."""
-    codecs.register_error("fastsmart", _shown_otherwise)
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # none where it is closed, others in notebooks
-            stream.reconfigure(errors="fastsmart")
-
-
-def _shown_otherwise(error: UnicodeError) -> tuple[str | bytes, int]:
-    """A file name's bytes as they are, a question mark for any other character that cannot be written."""
-    assert isinstance(error, UnicodeEncodeError)
-    text = error.object[error.start : error.end]
-    try:
-        return text.encode("ascii", "surrogateescape"), error.end
-    except UnicodeEncodeError:
-        return "?" * len(text), error.end
-
-
-class _Parser(argparse.ArgumentParser):
-    """A parser whose refusals are sentences like all others."""
-
-    def error(self, message: str) -> NoReturn:
-        if len(message) > LONGEST_MESSAGE:
-            message = f"{message[:LONGEST_MESSAGE]}..."
-        raise UserError(f"{message}; {self.prog} --help says what there is")
-
-
-class _Version(argparse.Action):
-    """Print the installed version, which is looked up only when it is asked for."""
-
-    def __init__(self, option_strings: Sequence[str], dest: str, help: str | None = None) -> None:
-        super().__init__(option_strings, dest, nargs=0, help=help)
-
-    def __call__(self, parser: argparse.ArgumentParser, *args: object) -> NoReturn:
-        from importlib.metadata import version
-
-        print(f"fastsmart {version('fastsmart')}")
-        parser.exit()
-
-
 def parser() -> argparse.ArgumentParser:
     """The parser of all commands."""
-    top = _Parser(prog="fastsmart", description=PROLOGUE, formatter_class=argparse.RawDescriptionHelpFormatter)
-    top.add_argument("--version", action=_Version, help="say which version this is, and leave")
+    top = Parser(prog="fastsmart", description=PROLOGUE, formatter_class=argparse.RawDescriptionHelpFormatter)
+    top.add_argument("--version", action=Version, help="say which version this is, and leave")
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _pretrain(commands.add_parser("pretrain", help="train a base policy on a folder of MIDI files"))
     _train(commands.add_parser("train", help="tune a policy on a reward"))
