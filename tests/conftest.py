@@ -51,3 +51,10 @@ def checkpoint(policy: Policy, tmp_path: Path) -> Path:
 @pytest.fixture(scope="session")
 def soundfont() -> Path:
     return find_soundfont()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Let peers warn: tests of tests/peers and tests/bench run other people's packages, whose warnings are not ours."""
+    for item in items:
+        if item.path.relative_to(Path(__file__).parent).parts[0] in ("peers", "bench"):
+            item.add_marker(pytest.mark.filterwarnings("default"))

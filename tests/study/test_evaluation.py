@@ -70,11 +70,11 @@ def test_an_evaluation_is_whole_and_reads_back(two):
         for e in metric.values.values():
             assert np.isnan(e.value) or e.low - 1e-6 <= e.value <= e.high + 1e-6, metric.name
         assert list(metric.changes) == ["p1", "best of 3"]
-    rows = list(csv.DictReader((folder / "e" / "clips.csv").open()))
+    rows = list(csv.DictReader((folder / "e" / "clips.csv").read_text().splitlines()))
     assert len(rows) == 3 * N
     mean = np.mean([float(r["variety on notes"]) for r in rows if r["policy"] == "p1"])
     assert found.metric("reward", "variety").values["p1"].value == pytest.approx(mean, rel=1e-4)
-    table = list(csv.DictReader((folder / "e" / "metrics.csv").open()))
+    table = list(csv.DictReader((folder / "e" / "metrics.csv").read_text().splitlines()))
     assert len(table) == 3 * len(found.metrics)
 
 
