@@ -114,8 +114,8 @@ def smart_released() -> Config:
 
 def h200() -> Config:
     """The released script's steps of 64 completions as one NVIDIA H200 likes them: scoring in float16, updates in one
-    piece, the next batch drawn while the policy learns (so the loss has a ratio). docs/scaling.md has what to expect;
-    not measured on a GPU.
+    piece, the next batch drawn while the policy learns (so the loss has a ratio). docs/scaling.md has what to expect.
+    The stages were measured on an H100, this preset as a whole was not.
 
     On several GPUs give each its 64 completions: train.prompts = 8 times their number.
     """
