@@ -378,7 +378,7 @@ def _lines(raw: bytes) -> Iterator[dict[str, Any]]:
     for text in raw.splitlines():
         try:
             line = json.loads(text)
-        except ValueError:  # empty, or cut by a crash
+        except (ValueError, RecursionError):  # empty, or cut by a crash
             continue
         if isinstance(line, dict) and {"key", "velocities", "length", "offset", "checksum"} <= line.keys():
             yield line

@@ -72,5 +72,5 @@ def blend_alpha(folder: str | Path) -> float | None:
     """The alpha of a checkpoint of `write_blends`; None for any other policy."""
     try:
         return float(json.loads((Path(folder) / BLEND_FILE).read_text(encoding="utf-8"))["alpha"])
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
         return None

@@ -237,7 +237,7 @@ def _checked(content: dict[str, Any], path: str | Path, remedy: str) -> Typicali
         values = {field.name: content[field.name] for field in fields(TypicalityStats)}
         location, scatter = np.array(values["location"], np.float64), np.array(values["scatter"], np.float64)
         numbers = [float(v) for k, v in values.items() if k not in ("provenance", "location", "scatter")]
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise UserError(f"{path} lacks a number it should hold ({error}); {remedy}") from error
     if location.shape != (f,) or scatter.shape != (f, f):
         raise UserError(f"{path} holds {location.shape} and {scatter.shape} numbers for {f} features; {remedy}")

@@ -153,7 +153,7 @@ def scored_before(path: str | Path, columns: Sequence[str]) -> dict[str, Row]:
         try:
             row = json.loads(line)
             known, complete = str(row["path"]), "error" in row or set(columns) <= set(row)
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
             raise UserError(f"{path} line {number} is no row of fastsmart score; choose another --out") from error
         if not complete:
             raise UserError(f"{path} line {number} was scored with other rewards; choose another --out")

@@ -158,7 +158,7 @@ def _read_safetensors(path: Path) -> Weights:
         with safetensors.safe_open(path, framework="pt") as file:
             state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, it is no dict
             random = _RANDOM in (file.metadata() or {})
-    except (OSError, ValueError, KeyError, TypeError, safetensors.SafetensorError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError, safetensors.SafetensorError) as error:
         raise UserError(f"cannot read Audiobox weights from {path} and {beside.name} beside it ({error})") from error
     return _checked(path, state, config, target, random)
 
