@@ -144,7 +144,7 @@ def test_the_forward_for_gpus_agrees_too(small: Path, upstream: Callable, render
         from fastsmart.reward.audiobox.weights import read_weights
 
         weights = encoder_weights(read_weights(small).state)
-        reward.encoder = gpu.BatchEncoder(weights, torch.device("cpu"), torch.float32, 3)
+        reward.encoder = gpu.BatchEncoder(weights, torch.device("cpu"), torch.float32, 3, reward.heads)
     np.testing.assert_allclose(ours(reward, audio), expected, atol=2e-5 if dtype == "float32" else 0.02)
 
 
