@@ -110,6 +110,8 @@ def look_at(
                         rest, under_way = rest[1:], ""
         finally:
             end_all(process)
+            if process.stdout:
+                process.stdout.close()
         if rest:  # it died, or was silent for too long, in this check
             why = f"its process ended with {process.returncode}: {said[-300:]}"
             tell({"check": under_way or rest[0], "ok": False, "error": why}, sink)
