@@ -66,7 +66,8 @@ def test_operators_of_every_thread_are_there_and_add_up_to_the_stages(profiled):
     assert all(row["seconds"] > -1e-6 for row in rows)
     for stage in ("sample", "score", "update"):
         seconds = sum(row["seconds"] for row in rows if row["stage"] == stage)
-        assert seconds == pytest.approx(found["stages"][stage]["seconds"], rel=0.02)
+        # or 5 ms: a thread that loses its core between the two clocks of a span is in one of them only
+        assert seconds == pytest.approx(found["stages"][stage]["seconds"], rel=0.02, abs=0.005)
     assert all(0 <= share <= 1 for share in found["idle"].values())
     busy = (1 - found["idle"]["trainer"]) * found["step_s"]
     assert busy == pytest.approx(found["stages"]["update"]["seconds"], rel=1e-6)
