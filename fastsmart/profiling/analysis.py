@@ -16,9 +16,9 @@ from typing import Any
 from fastsmart.run.trace import LANES, RESOURCES
 
 Key = tuple[str, str, str]  # stage, phase, operator or kind of operator
-UPDATE, ELSEWHERE, GPU, NOBODY = "update", "between stages", "GPU", "all"
+UPDATE, RENDER, ELSEWHERE, GPU, NOBODY = "update", "render", "between stages", "GPU", "all"
 OUTSIDE = "outside of torch's operators"  # Python, numpy, numba
-NOT_HERE = {"render": "render worker processes", "wait": "waiting for the batch"}
+NOT_HERE = {RENDER: "render worker processes", "wait": "waiting for the batch"}
 SHORTEST_GAP_S = 1e-3
 LARGEST = 3  # costs that are named
 # Kinds of operators, by what their names contain; the first that fits. What fits none computes element by element.
@@ -187,7 +187,11 @@ def tallied(profiled: ProfiledSteps) -> Tally:
 
 
 class Places:
-    """Stage of a thread at any time: of spans that overlap, the one that began last. `seconds` spent in each."""
+    """Stage of a thread at any time: of spans that overlap, the one that began last. `seconds` spent in each.
+
+    Rendering is the pool's work, and its span may begin while the thread that will collect the clips still samples:
+    there the thread is in what it does itself.
+    """
 
     def __init__(self, spans: Sequence[Interval]) -> None:
         cuts = sorted({time for span in spans for time in (span.start_s, span.end_s)})
@@ -199,9 +203,10 @@ class Places:
             while ordered and ordered[0].start_s <= start:
                 opened.append(ordered.pop(0))
             opened = [span for span in opened if span.end_s > start]
-            self.stages.append(opened[-1].name if opened else ELSEWHERE)
-            if opened:
-                self.seconds[opened[-1].name] += end - start
+            own = [span for span in opened if span.name != RENDER] or opened
+            self.stages.append(own[-1].name if own else ELSEWHERE)
+            if own:
+                self.seconds[own[-1].name] += end - start
 
     def at(self, time_s: float) -> str:
         found = bisect_right(self.starts, time_s) - 1

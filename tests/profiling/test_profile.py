@@ -66,8 +66,7 @@ def test_operators_of_every_thread_are_there_and_add_up_to_the_stages(profiled):
     assert all(row["seconds"] > -1e-6 for row in rows)
     for stage in ("sample", "score", "update"):
         seconds = sum(row["seconds"] for row in rows if row["stage"] == stage)
-        # or 5 ms: a thread that loses its core between the two clocks of a span is in one of them only
-        assert seconds == pytest.approx(found["stages"][stage]["seconds"], rel=0.02, abs=0.005)
+        assert seconds == pytest.approx(found["stages"][stage]["seconds"], rel=0.02)
     assert all(0 <= share <= 1 for share in found["idle"].values())
     busy = (1 - found["idle"]["trainer"]) * found["step_s"]
     assert busy == pytest.approx(found["stages"]["update"]["seconds"], rel=1e-6)
@@ -158,3 +157,15 @@ def test_own_times_phases_gaps_and_kernels_by_hand():
     ]
     scoring = next(g for g in found["gaps"] if g["resource"] == "scorer")
     assert (scoring["seconds"], scoring["meanwhile"]) == (pytest.approx(7.0), ["update"])
+
+
+def test_a_render_span_takes_no_time_from_what_its_thread_does_meanwhile():
+    """The pool renders from 1 s on; the thread that collects the clips at 4 s has sampled until 3."""
+    spans = [
+        (Interval("sample", 0.0, 3.0), "sampler", 1),
+        (Interval("render", 1.0, 4.0), "renderer", 1),
+        (Interval("score", 4.0, 5.0), "scorer", 1),
+    ]
+    found = summary(ProfiledSteps([Interval("step 1", 0.0, 5.0)], spans, [], []))
+    seconds = {row["stage"]: row["seconds"] for row in found["operators"]}
+    assert seconds == {"sample": 3.0, "render": 1.0, "score": 1.0}
