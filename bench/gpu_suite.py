@@ -133,8 +133,12 @@ def parts(device: str, quick: bool) -> list[Part]:
 
 
 def tests(marked: str, which: Sequence[str]) -> tuple[str, ...]:
-    """What pytest is called with: names as they pass, one that cannot be imported stops no other."""
-    words = ["-P", "-m", "pytest", "-v", "-rfE", "--tb=short", "-p", "no:cacheprovider"]
+    """What pytest is called with: names as they pass, one that cannot be imported stops no other.
+
+    A warning is an error where the versions are ours; here they are the machine's, and an option of a plugin may be
+    unknown (pytest-timeout's is).
+    """
+    words = ["-P", "-m", "pytest", "-v", "-rfE", "--tb=short", "-W", "default", "-p", "no:cacheprovider"]
     words += ["--continue-on-collection-errors", "-m", marked]
     if find_spec("xdist"):
         words += ["-n", str(min(AT_ONCE, os.cpu_count() or 1)), "--dist", "worksteal"]
