@@ -61,7 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     options.add_argument("--outputs", type=int, default=100, help="of the shipped policy; 100")
     options.add_argument("--whole", type=float, default=60.0, metavar="S", help="seconds of a file at most; 60")
     options.add_argument("--soundfont", action="append", help="repeatable; default: the one that is found")
-    options.add_argument("--out", default="", help="JSON file for the result")
+    options.add_argument("--out", default="", help="JSON file for the result, written after each soundfont")
     given = options.parse_args(arguments)
     real, unreadable = real_pieces(given.folders, given.pieces)
     sets = {"real": real, "outputs": own_pieces(given.outputs), "chords": chords()}
@@ -76,8 +76,8 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
             "clips": clips(sets, font),
         }
         print(Path(font).name, found, flush=True)
-    if given.out:
-        write_result(given.out, figures)
+        if given.out:
+            write_result(given.out, figures)
     return figures
 
 
@@ -131,10 +131,12 @@ def files(sets: dict[str, Pieces], font: str, whole_s: float) -> dict[str, Any]:
     with FluidSynthRenderer(listening_settings(RenderSettings(font), whole_s)) as renderer:
         for name, pieces in sets.items():
             faults: list[str] = []
-            for piece in pieces:
+            for number, piece in enumerate(pieces):
                 end_s = min(float(piece.end_s[0]), whole_s)
                 onsets = piece.onset_s[piece.onset_s < end_s]
-                faults += audible_faults(renderer.render_stereo(piece, 0), renderer.settings.sample_rate, onsets, end_s)
+                heard = renderer.render_stereo(piece, 0)
+                told = audible_faults(heard, renderer.settings.sample_rate, onsets, end_s)
+                faults += [f"{number}: {fault}" for fault in told]
             found[name] = counted(faults, len(pieces))
     return found
 
@@ -190,7 +192,7 @@ def clip_faults(heard: Sequence[np.ndarray], windows: Pieces) -> list[str]:
 
 def counted(faults: Sequence[str], number: int) -> dict[str, Any]:
     kinds = Counter(kind for fault in faults for kind, words in KINDS.items() if words in fault)
-    return {"number": number, "faults": len(faults), "kinds": {kind: kinds[kind] for kind in KINDS}}
+    return {"number": number, "faults": len(faults), "kinds": {kind: kinds[kind] for kind in KINDS}, "told": [*faults]}
 
 
 if __name__ == "__main__":
