@@ -16,8 +16,6 @@ from __future__ import annotations
 import argparse
 import ctypes
 import fcntl
-import hashlib
-import json
 import os
 import random
 import resource
@@ -39,153 +37,26 @@ import fastsmart  # noqa: F401  # isort: skip  # before torch: OpenMP's threads 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the tensors are small, and much runs side by side
 
 import torch
+from kills_jobs import Job, jobs, prepare
 from results import write_result
 
 from fastsmart import commands  # noqa: F401  # imported before the forks
 from fastsmart.cli import main as command_line
-from fastsmart.policy.hf_format import save_policy
 from fastsmart.study.evaluation import EVALUATION_FILE
 from fastsmart.study.sweep import run_sweep  # noqa: F401  # brings everything that trains and evaluates
 
 PATIENCE_S = 1200.0  # after which a command is said to hang
 EACH = 6  # kills of a folder, at most, before it is let through
-SMALL = [
-    *("sampling.group=4", "sampling.max_tokens=40", "reward.terms={variety=1, filled_beats=1}", "train.steps=6"),
-    *("prompts.source=procedural", "train.prompts=2", "train.eval_prompts=4", "train.eval_every=2"),
-    *("train.save_every=1", "train.listen=0", "train.threads=1", "audio.workers=1"),
-]
 EVALUATE = [  # with outputs of five seconds, to be listened to
     *("evaluate", "--policy", "a=pop909-tiny", "--policy", "b=pop909-tiny", "-n", "6", "--best-of", "0"),
     *("--set", "sampling.max_tokens=150", "--set", "prompts.source=procedural", "--set", "prompts.tempo_max=70"),
     *("--set", "prompts.tempo_min=50", "--set", "reward.terms={variety=1}"),
 ]
 PIPE_BYTES = 2**20
-PIPELINES = ("off", "overlap", "one-step-off")
 
 
 class LostError(RuntimeError):
     """What a disturbed command has lost, or where it failed."""
-
-
-@dataclass(frozen=True)
-class Job:
-    """A command, and what of its folder must come out the same.
-
-    command : arguments to begin in a folder, or to go on there
-    result  : what is compared, once it has ended
-    """
-
-    command: Callable[[Path], list[str]]
-    result: Callable[[Path], Any]
-
-
-def jobs(base: Path) -> dict[str, Job]:
-    """Every command that writes; `base` holds their input."""
-    tiny, songs = str(base / "tiny"), str(base / "songs")
-    sets = [word for text in [*SMALL, f"policy.source={tiny}"] for word in ("--set", text)]
-    found = {
-        f"train {mode}": Job(
-            lambda out, mode=mode: ["train", *sets, "--async", mode, "--out", str(out), "--resume=auto"], _metrics
-        )
-        for mode in PIPELINES
-    }
-    few = ["-n", "6", "--best-of", "2"]
-    policies = ["--policy", tiny, "--policy", f"b={base / 'other'}"]
-    rewards = ["--reward", "variety", "--reward", "typicality"]
-    test = [str(base / "evaluation"), "--prompts", "2", "--seconds", "5"]
-    sounds = ["--soundfont", str(base / "font.sf2"), "--workers", "1"]
-    return found | {
-        "pretrain": Job(lambda out: _pretraining(songs, out), lambda out: _hashed(out / "policy/model.safetensors")),
-        "evaluate": Job(
-            lambda out: ["evaluate", *policies, *sets, *few, "--out", str(out)],
-            lambda out: [(out / name).read_text() for name in ("metrics.csv", "clips.csv")],
-        ),
-        "sweep": Job(
-            lambda out: ["sweep", str(base / "sweep.toml"), "--out", str(out)],
-            lambda out: (out / "evaluation" / "metrics.csv").read_text(),
-        ),
-        "score": Job(
-            lambda out: ["score", songs, *rewards, "--resume", "--out", str(out / "scores.jsonl")],
-            lambda out: sorted((out / "scores.jsonl").read_text().splitlines()),
-        ),
-        "render": Job(lambda out: ["render", songs, *sounds, "--out", str(out)], lambda out: _files(out, "*.wav")),
-        "sample": Job(
-            lambda out: ["sample", "--policy", tiny, "-n", "6", "--max-tokens", "60", "--out", str(out)],
-            lambda out: _files(out, "*.mid"),
-        ),
-        "bank build": Job(lambda out: ["bank", "build", *sounds, "--max-seconds", "0.5"], _bank_holds),
-        "listen make": Job(lambda out: ["listen", "make", *test, "--out", str(out)], _test_holds),
-    }
-
-
-def _pretraining(songs: str, out: Path) -> list[str]:
-    sizes = ["--layers", "1", "--hidden", "16", "--ffn", "32", "--heads", "2", "--length", "64", "--batch", "4"]
-    words = [
-        "pretrain",
-        "--midi",
-        songs,
-        "--out",
-        str(out),
-        *sizes,
-        "--steps",
-        "12",
-        "--eval-every",
-        "3",
-        "--threads",
-        "1",
-    ]
-    return [*words, "--resume"] if any(out.glob("checkpoints/step-*")) else words
-
-
-def _files(out: Path, pattern: str) -> dict[str, str]:
-    """Hash of every file by its name, those that a reader would not see as whole included."""
-    return {path.name: _hashed(path) for path in out.glob(pattern)}
-
-
-def _test_holds(out: Path) -> tuple[int, int]:
-    """Clips and trials of a listening test, whose names are random; its page is there."""
-    key = json.loads((out / "key.json").read_text())
-    assert all(clip in (out / "page" / "listen.html").read_text() for clip in key["clips"])
-    return len(key["clips"]), len(key["trials"])
-
-
-def _bank_holds(out: Path) -> list[list[str]]:
-    """The notes that the index holds, each once, whatever their order."""
-    (index,) = out.glob("bank/*/index.jsonl")
-    lines = [json.loads(line) for line in index.read_text().splitlines() if line.strip()]
-    return sorted([str(line["key"]), str(line["velocities"]), str(line["length"])] for line in lines)
-
-
-def _metrics(run: Path) -> list[dict]:
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in line.items() if key not in ("time", "health")} for line in lines]
-
-
-def _hashed(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
-def prepare(base: Path) -> None:
-    """Small policies, songs, a soundfont, a sweep and an evaluation."""
-    sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "helpers"))
-    from tiny_policy import make_policy
-    from tiny_soundfont import write_soundfont
-    from token_sources import write_piece
-
-    from fastsmart.tokens.vocabulary import load_vocabulary
-
-    vocab = load_vocabulary("smart")
-    small = {"hidden_size": 16, "intermediate_size": 32, "num_layers": 1}
-    for seed, name in enumerate(("tiny", "other")):
-        save_policy(make_policy(vocab, seed, **small), base / name)
-    (base / "songs").mkdir()
-    for seed in range(24):
-        write_piece(base / "songs" / f"{seed:02d}.mid", seed)
-    write_soundfont(base / "font.sf2")
-    sets = [*SMALL, f"policy.source={base / 'tiny'}", "train.steps=2"]
-    (base / "sweep.toml").write_text(
-        f"prompts = 4\nbest_of = 0\nset = {json.dumps(sets)}\n[grid]\n'grpo.beta' = [0, 0.5]\n"
-    )
 
 
 def make_read_only(folder: Path) -> bool:

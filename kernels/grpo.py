@@ -322,16 +322,8 @@ def _shipped() -> list[Shipped]:
     tensors = ("logprob", "entropy", "sampler_logprobs", "reference", "advantage", "grad_logprob", "grad_entropy")
     types = dict.fromkeys(tensors, "*fp32") | {"offsets": "*i64", "ends": "*i64", "sums": "*fp64", "peaks": "*fp64"}
     plain = Objective(False, False, False, False, 0.8, 1.2, 0.0, 0.04, "k3", False, 20.0, 0.0, 0.0, False, 0.0, 20.0)
-    full = plain._replace(
-        GSPO=True,
-        PER_SEQUENCE=True,
-        TRUNCATE=3.0,
-        KL_RATIO=True,
-        MASK_LOW=-0.7,
-        MASK_HIGH=0.7,
-        SEQUENCE_MASK=True,
-        BONUS=0.01,
-    )
+    full = plain._replace(GSPO=True, PER_SEQUENCE=True, TRUNCATE=3.0, KL_RATIO=True, BONUS=0.01)
+    full = full._replace(MASK_LOW=-0.7, MASK_HIGH=0.7, SEQUENCE_MASK=True)
     given = {"WITH_REFERENCE": True, "WITH_ENTROPY": True} | LAYOUT
     return [
         Shipped("objective, bnpo", _objective, types, plain._asdict() | given),
