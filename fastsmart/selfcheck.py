@@ -117,7 +117,7 @@ def scoring() -> Iterator[Finding]:
 
 
 def sampling() -> Iterator[Finding]:
-    """What the shipped policy plays with a fixed seed."""
+    """Tokens that the shipped policy plays with a fixed seed."""
     policy = load_policy("pop909-tiny")
     rollout = sample(policy, procedural(policy.vocab, 4, 0, ["4/4"]), 2, 64, seed=0)
     logprobs = [rollout.logprobs[i, : rollout.lengths[i]].mean() for i in range(len(rollout))]

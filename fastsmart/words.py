@@ -23,7 +23,7 @@ def _is_half(character: str) -> bool:
 
 
 def write_what_terminals_can_show() -> None:
-    """Where the encoding of the terminal lacks a character, write a question mark and go on."""
+    """Write a question mark for a character that the encoding of the terminal lacks, and go on."""
     codecs.register_error("fastsmart", _shown_otherwise)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # none where it is closed, others in notebooks

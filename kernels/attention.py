@@ -44,7 +44,7 @@ def gated_attention(
 
 
 def gates(raw: Tensor, gate: Tensor) -> Tensor:
-    """How much of the relative bias a query takes (WavLM eq. 4-6): [..., H] from the two raw gates [..., 2 H]."""
+    """Share of the relative bias that a query takes (WavLM eq. 4-6): [..., H] from the two raw gates [..., 2 H]."""
     a, b = raw.unflatten(-1, (-1, 2)).sigmoid().unbind(-1)
     return a * (b * gate - 1.0) + 2.0
 

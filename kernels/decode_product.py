@@ -22,7 +22,7 @@ MOST_ROWS = 128  # beyond which a library's products win
 
 @dataclass(frozen=True)
 class Tile:
-    """What one program computes: `rows` x `columns` outputs, from `depth` inputs at a time, in `shares` of them."""
+    """Work of one program: `rows` x `columns` outputs, from `depth` inputs at a time, in `shares` of them."""
 
     rows: int
     columns: int

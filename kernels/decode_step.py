@@ -62,7 +62,7 @@ def attend_next(
 
 
 def _attention_warps(itemsize: int) -> int:
-    """Of a program: few, which leave room for the next kernel while this one ends; 1 to 8 were tried on an H100."""
+    """Warps of a program: few leave room for the next kernel while this one ends; 1 to 8 were tried on an H100."""
     return 2 if itemsize == 2 else 4
 
 

@@ -139,7 +139,7 @@ def _surrogate(ratio, adv, LOW: tl.constexpr, HIGH: tl.constexpr, TRUNCATE: tl.c
 
 @jit
 def _within(log_ratio, kept, MASK_LOW: tl.constexpr, MASK_HIGH: tl.constexpr):
-    """Which of the kept tokens stay in the policy term."""
+    """Mask of the kept tokens that stay in the policy term."""
     within = kept
     if MASK_LOW != 0.0:
         within = within & (log_ratio >= MASK_LOW)
@@ -150,13 +150,13 @@ def _within(log_ratio, kept, MASK_LOW: tl.constexpr, MASK_HIGH: tl.constexpr):
 
 @jit
 def _load(values, place, kept):
-    """As float64, 0 for a token that is not kept: what it holds may be infinite."""
+    """Values as float64, 0 for a token that is not kept: what it holds may be infinite."""
     return tl.load(values + place, mask=kept, other=0.0).to(tl.float64)
 
 
 @jit
 def _tokens(logprob, sampler_logprobs, place, end):
-    """Of a block of tokens: which count, their log-prob, and by how much it is above the sampler's."""
+    """Block of tokens: which count, their log-prob, and by how much it is above the sampler's."""
     sampler = tl.load(sampler_logprobs + place, mask=place < end, other=float("nan")).to(tl.float64)
     kept = tl.abs(sampler) < float("inf")  # false for NaN too
     now = _load(logprob, place, kept)

@@ -160,7 +160,7 @@ def _slopes(grads: tuple[Tensor | None, ...], like: Tensor) -> Slopes:
 
 
 def _padded(weight: Tensor, multiple: int) -> Tensor:
-    """With rows of zeros up to a multiple."""
+    """Pad with rows of zeros up to a multiple."""
     more = -len(weight) % multiple
     return F.pad(weight, (0, 0, 0, more)) if more else weight
 

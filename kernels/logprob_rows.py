@@ -18,7 +18,7 @@ BACKWARD_TILE = 2048  # logits of a program; twice as many take 160 registers a 
 
 
 class Rows(NamedTuple):
-    """What the backward pass needs to know of each row, [R, 1] each.
+    """Numbers that the backward pass needs of each row, [R, 1] each.
 
     The largest tempered logit and the log of the sum of exp(logit − peak) are apart: beside a peak of 1e4 their sum has
     lost the digits of log 2, and probabilities made from it are wrong by 1e-4.
@@ -227,7 +227,7 @@ def _tile(vocabulary: int, elements: int) -> dict[str, int]:
 
 
 def triton_forward(logits: Tensor, work: Tensor, ids: Tensor, temperature: float, rows: Rows, keep: bool) -> None:
-    """As `rows_forward`, but the logits stay what they are: `work` is `logits`."""
+    """Run `rows_forward` on a GPU, which leaves the logits what they are: `work` is `logits`."""
     r, v = logits.shape
     if v <= WHOLE_ROW:
         tile = _tile(v, WHOLE_ROW)
@@ -241,7 +241,7 @@ def triton_forward(logits: Tensor, work: Tensor, ids: Tensor, temperature: float
 def triton_backward(
     work: Tensor, out: Tensor, ids: Tensor, temperature: float, rows: Rows, slopes: Slopes, kept: bool
 ) -> None:
-    """As `rows_backward`, from logits in either case."""
+    """Run `rows_backward` on a GPU, from logits in either case."""
     r, v = work.shape
     tile = _tile(v, BACKWARD_TILE)
     stride = work.stride(0)

@@ -19,7 +19,7 @@ FRAMES = 8  # of a program that regroups
 
 
 class Blocks(NamedTuple):
-    """How the product is cut: rows and columns of a program, numbers of a step of its loop."""
+    """Cut of the product: rows and columns of a program, numbers of a step of its loop."""
 
     rows: int
     columns: int

@@ -23,7 +23,7 @@ MAX_LOG_RATIO = 20.0
 
 @dataclass(frozen=True)
 class LossSettings:
-    """Which loss, and how far one step may go; the defaults are the SMART paper's (TRL 0.16.1), except that `ratio`
+    """Loss of a step, and how far it may go; the defaults are the SMART paper's (TRL 0.16.1), except that `ratio`
     was "one" there.
 
     loss : what each token weighs, and where the ratio is clipped
@@ -110,7 +110,7 @@ class LossSettings:
 
 @dataclass(frozen=True)
 class DiversitySettings:
-    """What holds against the collapse that reward alone brings. With the defaults every part is off.
+    """Parts that hold against the collapse that reward alone brings. With the defaults every part is off.
 
     Four parts, each by itself or together (docs/diversity.md): advantages within strata, which take the pressure off
     the shares of keys and registers; a witness that pulls the batch towards a diverse target; a controller that chooses

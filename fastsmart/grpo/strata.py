@@ -27,7 +27,7 @@ def stratum_design(labels: Sequence[np.ndarray]) -> np.ndarray:
 
 
 def stratified_advantages(reward: np.ndarray, labels: Sequence[np.ndarray], between: float, unit: float) -> np.ndarray:
-    """How much better each clip is than its like, in units of `unit`; float64 [N].
+    """Reward of each clip above that of its like, in units of `unit`; float64 [N].
 
     The part of the reward that the labels do not explain (least squares on their indicators), scaled by
     n / (n - rank) for the degrees of freedom the fit has used, plus `between` times the part they explain, centred:

@@ -105,7 +105,7 @@ class _Product(torch.autograd.Function):
 
 
 def _matrices(policy: Policy) -> list[Tensor]:
-    """Those that `hidden` multiplies with, in its order."""
+    """Matrices that `hidden` multiplies with, in its order."""
     return [
         weight
         for layer in policy.model.layers

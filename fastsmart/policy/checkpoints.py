@@ -187,7 +187,7 @@ class Checkpoints:
 
 
 def best_of(evaluated: Mapping[Name, tuple[float, float | None]], floor: float) -> Name | None:
-    """Which of several evaluated policies is the best: of those that keep the floor the one with most reward, the first
+    """Name of the best of several evaluated policies: of those that keep the floor the one with most reward, the first
     where several have as much; None where none keeps it, or no reward is known.
 
     evaluated : held-out reward, and diversity as a share of the untrained policy's (None = not measured, which passes)

@@ -95,7 +95,7 @@ def load_policy(
 
 
 def policy_source(text: str) -> str:
-    """What a person names as a policy: a run folder stands for its newest checkpoint, all else for itself.
+    """Resolve what a person names as a policy: a run folder stands for its newest checkpoint, all else for itself.
 
     Raises UserError for a run that has no checkpoint yet.
     """

@@ -29,7 +29,7 @@ def clip_roughness_on_device(audio: DeviceAudio) -> np.ndarray:
 
 
 def _roughness(clips: Tensor, lengths: Tensor, window: Tensor, sample_rate: int) -> Tensor:
-    """Of clips float32 [N, T], zero (or NaN) after their lengths int64 [N]; float32 [N]."""
+    """Roughness of clips float32 [N, T], zero (or NaN) after their lengths int64 [N]; float32 [N]."""
     size = len(window)
     half = size // 2
     frames = 1 + max(-(-(clips.shape[1] - size) // half), 0)

@@ -151,7 +151,7 @@ class GraphBatch:
 
 
 class _Look:
-    """What the host sees of the tokens: on a GPU a copy in pinned memory, made while the next are drawn.
+    """Tokens as the host sees them: on a GPU a copy in pinned memory, made while the next are drawn.
 
     count : tokens of each row seen, of which `known` were seen before; 0 = none
     """

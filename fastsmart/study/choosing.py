@@ -39,7 +39,7 @@ CURVE = (
 def reweighting(
     outputs: Outputs, notes: NoteBatch, embedded: Sequence[np.ndarray] | None = None, sizes: Sizes = SIZES
 ) -> dict[str, list[dict[str, float]]]:
-    """By measure, the points of the re-weighting frontier of N outputs with these notes; none of fewer than `FEWEST`.
+    """Points of the re-weighting frontier by measure, of N outputs with these notes; none of fewer than `FEWEST`.
 
     embedded : similarities [K, K] of the token excerpts' embeddings, one for each of the R (see `Embedding`)
 
@@ -106,7 +106,7 @@ def weighted_value(similar: np.ndarray, weights: np.ndarray, apart: np.ndarray |
 
 
 def choosing_tables(evaluation: Evaluation) -> list[dict[str, Any]]:
-    """What an evaluation says about choosing, as tables: `caption`, `head` and `rows` of cells; empty where nothing."""
+    """Tables of what an evaluation says about choosing: `caption`, `head` and `rows` of cells; empty where nothing."""
     tables, first = [], evaluation.labels[0]
     if curve := evaluation.record["best_of"]:
         known = [(title, name) for title, name in CURVE if name in curve[0]["diversity"]]

@@ -70,7 +70,7 @@ class Embedding:
 
     @staticmethod
     def fit(states: np.ndarray) -> Embedding:
-        """From `excerpt_states` [K, R, D] of the base's outputs."""
+        """Fit to the `excerpt_states` [K, R, D] of the base's outputs."""
         rows = states.reshape(-1, states.shape[-1])
         centre = rows.mean(axis=0) if len(rows) else np.zeros(states.shape[-1])
         _, axes = np.linalg.eigh((rows - centre).T @ (rows - centre))

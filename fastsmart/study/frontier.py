@@ -92,11 +92,11 @@ class Frontier:
 
     @property
     def base(self) -> Point:
-        """What all others are compared with."""
+        """The point that all others are compared with."""
         return self.points[0]
 
     def retained(self, point: Point, measure: str) -> Retained:
-        """What a point has of the full policy's gain, NaN where that is none, and of the base's diversity."""
+        """Shares that a point has of the full policy's gain, NaN where that is none, and of the base's diversity."""
         base = self.base
         whole = self.full.reward.value - base.reward.value
         gain = (point.reward.value - base.reward.value) / whole if whole > 0 else UNKNOWN
@@ -215,7 +215,7 @@ def words(measure: str) -> str:
 
 
 def known_measures(evaluation: Evaluation) -> tuple[str, ...]:
-    """Those of `MEASURES` that an evaluation has; one made before there were any has effective outputs, whole ones."""
+    """Measures of `MEASURES` that an evaluation has; in an older one that is effective outputs, whole ones."""
     known = {m.name for m in evaluation.metrics if m.group == "diversity" and np.isfinite(_of_first(m))}
     return tuple(name for name in MEASURES if name in known) or ("effective_outputs",)
 

@@ -50,7 +50,7 @@ class Ruler:
 
     @staticmethod
     def fit(outputs: Outputs, training: TrainingSet | None = None, base: Policy | None = None) -> Ruler:
-        """From the outputs of the first policy; `base` is that policy."""
+        """Fit to the outputs of the first policy; `base` is that policy."""
         reward = next(iter(outputs.scores.values())).total
         known = reward[np.isfinite(reward)]
         good_from = float(np.median(known)) if len(known) else float("inf")
@@ -159,7 +159,7 @@ def best_of_point(k: int, outputs: Outputs, vocab: Vocabulary, config: Config, r
 
 
 def against(played: Mapping[str, Outputs], other: Outputs) -> dict[str, dict[str, float]]:
-    """By label, how much more reward the outputs have than the `other` ones, on the first soundfont."""
+    """Reward of the outputs above that of the `other` ones by label, on the first soundfont."""
     weights = resample_weights(prompt_numbers(other.prompts), BOOTSTRAP_SEED)
 
     def draws(outputs: Outputs) -> Draws:

@@ -183,7 +183,7 @@ def _sweep(tree: dict[str, Any], folder: Path) -> Sweep:
 
 
 def _names(key: str, values: list[Any]) -> list[str]:
-    """What each value of a key of the grid adds to the names of its runs: of a path its last part."""
+    """Texts that the values of a key of the grid add to the names of its runs: of a path its last part."""
     last, plain, names = key.split(".")[-1], list[str](), list[str]()
     for value in values:
         parts = [Path(v).name if isinstance(v, str) and key not in METRES else v for v in _flat(value)]

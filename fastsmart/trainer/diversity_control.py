@@ -142,7 +142,7 @@ class DiversityControl:
 
     @property
     def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps."""
+        """State that a checkpoint keeps."""
         return asdict(self.controller)
 
     def advantages(self, batch: Batch) -> tuple[torch.Tensor, dict[str, float]]:

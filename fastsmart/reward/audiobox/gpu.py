@@ -78,7 +78,7 @@ class BatchEncoder:
         return torch.cat([self.forward(*_padded(batch, 0)) for batch in self._batches(windows)])
 
     def rate(self, windows: Sequence[np.ndarray | Tensor]) -> Tensor:
-        """What the heads make of the means of the same windows."""
+        """Rate the means of the same windows by the heads."""
         assert self.heads is not None
         if self.replays:
             return torch.cat([self._recorded(batch)[1] for batch in self._batches(windows)])

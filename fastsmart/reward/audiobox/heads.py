@@ -87,7 +87,7 @@ def stacked(perceptrons: list[list[tuple[Tensor, Tensor]]]) -> list[tuple[Tensor
 
 
 def _rate_together(x: Tensor, modules: list[tuple[Tensor, Tensor]]) -> Tensor:
-    """What `Heads._rate` makes of each axis, of all of them: [B, 4] from [4, B, D]."""
+    """Ratings of all axes at once, each as `Heads._rate` gives it: [B, 4] from [4, B, D]."""
     for i, (weight, bias) in enumerate(modules):
         if weight.dim() == 2:
             x = F.gelu(F.layer_norm(x, x.shape[-1:], eps=NORM_EPS) * weight[:, None] + bias)
