@@ -56,11 +56,15 @@ def test_nothing_needs_triton_on_a_cpu(tmp_path):
     assert 'kernel "triton" needs the triton package' in run.stdout
 
 
-def test_every_kernel_compiles_without_spills(tmp_path):
-    """For sm_80, sm_90 and sm_100, by the ptxas of Triton's wheel: those of every kernel file."""
+@pytest.mark.parametrize(
+    "architecture",
+    [pytest.param("sm_80", marks=pytest.mark.slow), "sm_90", pytest.param("sm_100", marks=pytest.mark.slow)],
+)
+def test_every_kernel_compiles_without_spills(tmp_path, architecture):
+    """By the ptxas of Triton's wheel: those of every kernel file."""
     pytest.importorskip("triton")
     run = subprocess.run(
-        [sys.executable, "-P", "-m", "fastsmart.kernels.aot"],
+        [sys.executable, "-P", "-m", "fastsmart.kernels.aot", architecture],
         capture_output=True,
         text=True,
         env=os.environ | {"TRITON_CACHE_DIR": str(tmp_path)},
@@ -68,7 +72,7 @@ def test_every_kernel_compiles_without_spills(tmp_path):
     )
     assert run.returncode == 0, run.stdout + run.stderr
     rows = [line.rsplit(maxsplit=4) for line in run.stdout.splitlines()[1:]]
-    assert {architecture for _, architecture, *_ in rows} == {"sm_80", "sm_90", "sm_100"}
+    assert {named for _, named, *_ in rows} == {architecture}
     assert len({name for name, *_ in rows}) >= 8
     for name, _, registers, spills, _ in rows:
         assert 0 < int(registers) <= 255
@@ -105,7 +109,7 @@ def test_attention_reads_vectors(tmp_path):
         from fastsmart.kernels import aot, attention
         shipped = attention.SHIPPED[0]
         for case in (shipped, dataclasses.replace(shipped, aligned=())):
-            for architecture in ("sm_80", "sm_90", "sm_100"):
+            for architecture in ("sm_80", "sm_90"):
                 ptx = aot.compiled(case, architecture).asm["ptx"]
                 vectors = sum("cp.async" in line and "0x10" in line for line in ptx.splitlines())
                 print(architecture, vectors, ptx.count("ld.global.b16"))
@@ -115,8 +119,8 @@ def test_attention_reads_vectors(tmp_path):
         [sys.executable, "-P", "-c", script], capture_output=True, text=True, cwd=tmp_path, env=environment, check=True
     )
     counts = [tuple(map(int, line.split()[1:])) for line in run.stdout.splitlines()]
-    assert all(vectors >= 8 and single <= 8 for vectors, single in counts[:3]), run.stdout
-    assert all(not vectors and single > 100 for vectors, single in counts[3:]), run.stdout
+    assert all(vectors >= 8 and single <= 8 for vectors, single in counts[:2]), run.stdout
+    assert all(not vectors and single > 100 for vectors, single in counts[2:]), run.stdout
 
 
 def test_a_kernel_that_spills_fails(tmp_path):
