@@ -262,8 +262,10 @@ def _pair_tile(pairs: int) -> dict[str, int]:
 def _shipped(kind: str) -> list[Shipped]:
     """The paper's policy, D 512, E 64, F 2,048, in one dtype of products; and a D of 2,048."""
     floats = ("x", "weight", "total", "scale", "grad_total", "grad_x", "partial", "cos", "sin")
-    others = ("more", "normed", "grad_normed", "grad_more", "qkv", "out", "gate_up", "grad")
-    others += ("grad_q", "grad_k", "grad_v")
+    others = (
+        *("more", "normed", "grad_normed", "grad_more", "qkv", "out", "gate_up", "grad"),
+        *("grad_q", "grad_k", "grad_v"),
+    )
     strides = tuple(f"{name}_{of}" for name in "qkv" for of in ("row", "step", "head"))
     numbers = ("rows", "width", "tiles", "tokens", "positions", "qkv_heads", "heads", "kv_heads", "half", *strides)
     types = dict.fromkeys(floats, "*fp32") | dict.fromkeys(others, f"*{kind}") | dict.fromkeys(numbers, "i32")
