@@ -9,32 +9,13 @@ fastest along (Arabi et al. 2026, arXiv 2609.34929)
 policy, negative for one the policy produces too often. The second mean is taken over clips of other groups, never the
 clip itself: its own similarity of 1 would pull every estimate towards concentration.
 
-The kernel is histogram intersection, k(x, y) = sum over bins of the smaller share: 1 for equal histograms, 0 for
-disjoint ones, positive semidefinite (Barla et al. 2003). Shape letters: N clips, M clips of a pool, J clips of the
-target, B bins.
+The kernel is histogram intersection (`fastsmart.music.likeness`). Shape letters: N clips, M clips of a pool, J clips of
+the target.
 """
 
 from __future__ import annotations
 
-import numba
 import numpy as np
-
-
-@numba.njit(cache=True, nogil=True, fastmath={"reassoc", "contract"})
-def _intersections(a: np.ndarray, b: np.ndarray, out: np.ndarray) -> None:
-    for i in range(len(a)):
-        for j in range(len(b)):
-            total = np.float32(0.0)
-            for k in range(a.shape[1]):
-                total += min(a[i, k], b[j, k])
-            out[i, j] = total
-
-
-def intersection(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Histogram intersection of every row of a [N, B] with every row of b [M, B], float32 [N, M]."""
-    out = np.empty((len(a), len(b)), np.float32)
-    _intersections(np.ascontiguousarray(a, np.float32), np.ascontiguousarray(b, np.float32), out)
-    return out
 
 
 def witness(

@@ -1,9 +1,9 @@
 """What choosing alone can do: how diverse the first policy's own outputs can be, weighted for a wanted mean reward.
 
 Best of n chooses one output a prompt, by its reward. Here outputs are weighted freely, and of all weights that reach a
-mean reward the most diverse are found (`fastsmart.grpo.target`): without any training, and of the outputs there are.
-Nothing that only chooses among them does better, so a policy above these points plays what the first one does not. The
-optimum is of these very outputs, which makes it a little better than choosing among new ones would be.
+mean reward the most diverse are found (`fastsmart.music.reweighting`): without any training, and of the outputs there
+are. Nothing that only chooses among them does better, so a policy above these points plays what the first one does not.
+The optimum is of these very outputs, which makes it a little better than choosing among new ones would be.
 
 A weighting has a value for a measure that is a mean over pairs of outputs. The Vendi score is none: of few outputs that
 weigh much it says how few they are. Shape letters: N outputs, K of them long enough to be compared, R excerpts of each.
@@ -16,10 +16,10 @@ from typing import Any
 
 import numpy as np
 
-from fastsmart.grpo.target import capped_best, most_diverse
 from fastsmart.machine.text_table import text_table
 from fastsmart.music.diversity import prompt_numbers
 from fastsmart.music.rarefied import SIZES, Sizes, excerpt_similarities
+from fastsmart.music.reweighting import capped_best, most_diverse
 from fastsmart.notes import NoteBatch
 from fastsmart.study.evaluation import Evaluation, estimate
 from fastsmart.study.outputs import Outputs

@@ -21,10 +21,10 @@ from fastsmart.grpo.advantages import group_advantages
 from fastsmart.grpo.control import Controller
 from fastsmart.grpo.settings import DiversitySettings
 from fastsmart.grpo.strata import stratified_advantages
-from fastsmart.grpo.target import most_diverse
-from fastsmart.grpo.witness import gated, intersection, witness
+from fastsmart.grpo.witness import gated, witness
 from fastsmart.machine.files import write_atomic
-from fastsmart.music.histograms import BINS
+from fastsmart.music.likeness import likeness, split_rows
+from fastsmart.music.reweighting import most_diverse
 from fastsmart.sampling import Rollout
 from fastsmart.sampling.rollout import RandomStream
 from fastsmart.tokens.prompts import make_prompts
@@ -38,12 +38,6 @@ CAP = 16.0  # a base clip may weigh at most so many times its share in the targe
 FEWEST_NOTES = 16  # of a clip that may be in the target or earn anything for being rare
 DIATONIC = np.array([1, 0, 1, 0, 1, 1, 0, 1, 0, 1, 0, 1], np.float64)  # the major scale on pitch class 0
 TERCILES = (1 / 3, 2 / 3)
-
-
-def split_rows(rows: np.ndarray) -> dict[str, np.ndarray]:
-    """The histograms by name again, float32 [N, B + 1] each."""
-    edges = np.cumsum([bins + 1 for bins in BINS.values()])[:-1]
-    return dict(zip(BINS, np.split(rows, edges, axis=1), strict=True))
 
 
 def calibrate(config: Config, worker: RolloutWorker, folder: Path, step: int) -> dict[str, np.ndarray]:
@@ -103,7 +97,7 @@ class DiversityControl:
         self.controller = Controller(**state) if state else Controller(settings.weight, None, settings.weight)
         rows = split_rows(base["rows"])
         self.edges = {name: np.quantile(_centre(rows[name]), TERCILES) for name in ("register", "dynamics")}
-        similar = _similar(rows, rows)
+        similar = likeness(rows, rows)
         apart = ~np.eye(len(reward), dtype=bool)
         self.base_diversity = 1.0 - float(similar[apart].mean())
         self.spread = float(similar.mean(1).std()) or 1.0
@@ -154,7 +148,7 @@ class DiversityControl:
         assert batch.rows is not None  # gathered wherever there is a control
         rows, reward = split_rows(batch.rows), batch.scores.total.astype(np.float64)
         advantage = self._of_reward(reward, rows, batch.group)
-        similar = _similar(rows, rows)
+        similar = likeness(rows, rows)
         apart = batch.group[:, None] != batch.group[None, :]
         if not apart.any():
             apart = ~np.eye(len(reward), dtype=bool)
@@ -164,7 +158,7 @@ class DiversityControl:
         weight = self.controller.weight if self.settings.floor > 0 else self.settings.weight
         if weight > 0:
             good = (np.nan_to_num(reward, nan=-np.inf) >= self.bar) & (batch.notes >= FEWEST_NOTES)
-            value = gated(witness(_similar(rows, self.target), self.target_weights, similar, apart), good)
+            value = gated(witness(likeness(rows, self.target), self.target_weights, similar, apart), good)
             advantage = (advantage + weight * (value - value.mean()) / self.spread) / (1.0 + weight)
         advantage[~np.isfinite(reward)] = 0.0
         return torch.from_numpy(advantage).float(), {"kept": kept, "weight": weight}
@@ -190,11 +184,6 @@ def diversity_control(
     if not config.diversity.active:
         return None
     return DiversityControl(config.diversity, calibrate(config, worker, folder, step), state)
-
-
-def _similar(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> np.ndarray:
-    """Mean intersection over the histograms of every two clips, float64 [N, M]."""
-    return np.asarray(np.mean([intersection(a[name], b[name]) for name in BINS], axis=0, dtype=np.float64))
 
 
 def _key(pitch_class: np.ndarray) -> np.ndarray:

@@ -7,7 +7,8 @@ import pytest
 import torch
 from scipy.spatial.distance import cdist
 
-from fastsmart.grpo.witness import gated, intersection, witness
+from fastsmart.grpo.witness import gated, witness
+from fastsmart.music.likeness import intersection
 
 KERNEL = np.array([[1.0, 0.5, 0.1], [0.5, 1.0, 0.3], [0.1, 0.3, 1.0]])
 TARGET = np.array([0.2, 0.3, 0.5])

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from made_notes import made
 
-from fastsmart.grpo.target import capped_best
 from fastsmart.music.bootstrap import resample_weights
 from fastsmart.music.rarefied import COMPARED, Sizes, excerpt_similarities, rarefied_diversity
+from fastsmart.music.reweighting import capped_best
 from fastsmart.reward import Scores
 from fastsmart.study import choosing
 from fastsmart.study.choosing import CAP, MEAN_DISTANCE, POINTS, reweighting, weighted_value

@@ -14,8 +14,9 @@ from small_run import SYMBOLIC, comparable, config_for
 from fastsmart import UserError, train
 from fastsmart.grpo.settings import DiversitySettings
 from fastsmart.music.histograms import BINS
+from fastsmart.music.likeness import split_rows
 from fastsmart.trainer import diversity_control
-from fastsmart.trainer.diversity_control import DiversityControl, split_rows
+from fastsmart.trainer.diversity_control import DiversityControl
 from fastsmart.trainer.micro_batch import micro_batches
 from fastsmart.trainer.rehearsal import rehearse
 from fastsmart.trainer.update import completion_logprobs

@@ -1,4 +1,4 @@
-"""The target of the witness: the most diverse re-weighting of a base policy's clips at a wanted mean reward.
+"""The most diverse re-weighting of a base policy's clips at a wanted mean reward.
 
     minimise q' K q   subject to   sum q = 1,   0 <= q_j <= cap / J,   q . r >= wanted
 

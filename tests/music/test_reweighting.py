@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from scipy.optimize import minimize
 
-from fastsmart.grpo.target import capped_best, most_diverse, project
-from fastsmart.grpo.witness import intersection
+from fastsmart.music.likeness import intersection
+from fastsmart.music.reweighting import capped_best, most_diverse, project
 
 
 def problem(n: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
