@@ -48,6 +48,7 @@ from fastsmart.presets import smart_paper
 from fastsmart.reward.audiobox import make_random_weights
 from fastsmart.tokens.prompts import PromptSettings, make_prompts
 from fastsmart.tokens.vocabulary import load_vocabulary
+from fastsmart.trainer.grpo import Grpo
 from fastsmart.trainer.trainer import Trainer
 
 PEERS = ("public", "public-without-checkpointing")
@@ -168,6 +169,7 @@ class OwnStep:
 
     def __init__(self, config: Config, folder: Path) -> None:
         self.trainer = Trainer(config, Checkpoints(folder), Ranks())
+        self.trainer.algorithm = self.grpo = Grpo(self.trainer, folder)
         self.cores = affinity()  # of this thread while it trains: on a GPU one core, which the next contender takes too
         self.trainer.worker.rejoin_cores()
 
@@ -179,7 +181,7 @@ class OwnStep:
 
     @property
     def notes(self) -> NoteBatch:
-        return self.trainer.scored.notes
+        return self.grpo.scored.notes
 
     def close(self) -> None:
         self.trainer.worker.close()

@@ -92,19 +92,20 @@ def metrics(step: int, batch: Batch, advantage: torch.Tensor, change: Update) ->
 
 
 def timing(
-    seconds: dict[str, float], idle: dict[str, float], total: float, scored: ScoredRollout, clips: int
+    seconds: dict[str, float], idle: dict[str, float], total: float, scored: ScoredRollout | None, clips: int
 ) -> dict[str, Any]:
     """Seconds of the step and of each stage on this rank, idle shares of its resources, and the rates people ask for.
 
     Stages that run side by side add up to more than the step. `tokens_per_s` is the rate of this rank's sampler,
     `clips_per_s` that of all ranks' steps with their `clips`. `gpu_mixed` of this rank's clips were mixed on its GPU.
+    A step that has sampled nothing (`scored` None) has the rates 0.
     """
     return {
         "step": total,
         **seconds,
-        "tokens_per_s": int(scored.rollout.lengths.sum()) / max(scored.sample_s, 1e-9),
+        "tokens_per_s": int(scored.rollout.lengths.sum()) / max(scored.sample_s, 1e-9) if scored else 0.0,
         "clips_per_s": clips / max(total, 1e-9),
-        "gpu_mixed": scored.gpu_mixed,
+        "gpu_mixed": scored.gpu_mixed if scored else 0,
         "idle": idle,
     }
 

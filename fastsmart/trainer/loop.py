@@ -20,7 +20,7 @@ from fastsmart.run.display import Display
 from fastsmart.run.folder import RunFolder
 from fastsmart.run.provenance import provenance
 from fastsmart.run.recorder import Recorder
-from fastsmart.trainer.diversity_control import diversity_control
+from fastsmart.trainer.algorithms import make_algorithm
 from fastsmart.trainer.evaluate import evaluate_held_out
 from fastsmart.trainer.outcome import MAX_SKIPPED, Run, finish, finished_run, give_up, tuned_policy
 from fastsmart.trainer.parity import check_engine, health_warning, unhealthy
@@ -83,7 +83,8 @@ def _train(folder: RunFolder, display: Display | None, ranks: Ranks) -> Run:
                 trainer.sync_weights()
                 warning = health_warning(worker.engine, trainer.policy, config, change, trainer.dtype)
                 recorder.note(f"step {step}: {warning}")
-            if recorder.better(reward, kept) or (settings.save_every and step % settings.save_every == 0):
+            due = trainer.algorithm.ends_round or (settings.save_every and step % settings.save_every == 0)
+            if recorder.better(reward, kept) or due:
                 recorder.save(trainer.snapshot(reward, kept))
             if trainer.skipped >= MAX_SKIPPED:
                 give_up(recorder, trainer)
@@ -107,7 +108,7 @@ def open_run(folder: RunFolder, ranks: Ranks, display: Display | None = None) ->
             recorder.start(done, provenance(config, trainer.reference, trainer.statistics, worker.renders_with))
             sampler, version = trainer.sampler_weights()
             check_engine(worker.engine, sampler, config, version, trainer.dtype)
-            trainer.control = diversity_control(config, worker, folder.path, done, trainer.saved_control)
+            trainer.algorithm = make_algorithm(trainer, folder.path)
             yield trainer, recorder
 
 

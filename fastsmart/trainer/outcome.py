@@ -70,8 +70,7 @@ def give_up(recorder: Recorder, trainer: Trainer) -> None:
     path = recorder.folder.path / "failed" / f"step-{trainer.steps_done:06d}-rank-{trainer.ranks.rank}.npz"
     with os_errors_as_user_errors(path):
         path.parent.mkdir(exist_ok=True)
-        terms = {f"term_{name}": values for name, values in trainer.scored.scores.terms.items()}
-        arrays: dict[str, Any] = {**vars(trainer.scored.rollout), **terms, "advantage": trainer.advantage.numpy()}
+        arrays: dict[str, Any] = trainer.algorithm.evidence()
         np.savez(path, **arrays)
     raise UserError(
         f"the gradient was not finite {MAX_SKIPPED} steps in a row, so nothing has been learnt since step "

@@ -23,10 +23,12 @@ LIMITS = {
 class TrainSettings:
     """The training loop."""
 
+    algorithm: Literal["grpo"] = "grpo"
+    """How a step learns: "grpo" = from the advantages of completions it has sampled itself."""
     steps: int = 200
-    """Optimizer batches; each samples its own prompts."""
+    """Optimizer batches; of "grpo" each samples its own prompts."""
     prompts: int = 8
-    """Prompts a step; completions a step = prompts x sampling.group."""
+    """Prompts sampled side by side, of "grpo" those of a step; completions at once = prompts x sampling.group."""
     iterations: int = 1
     """Optimizer steps on each batch of completions."""
     micro_batch: int = 16

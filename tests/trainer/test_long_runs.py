@@ -25,7 +25,7 @@ from fastsmart.policy.checkpoints import Checkpoints, Snapshot
 from fastsmart.policy.hf_format import load_policy
 from fastsmart.policy.optimizer import make_optimizer
 from fastsmart.run.display import Silent
-from fastsmart.trainer import trainer
+from fastsmart.trainer import grpo
 
 
 class AtStep(Silent):
@@ -43,13 +43,13 @@ class AtStep(Silent):
 
 def poison(monkeypatch, *steps):
     """The advantages of these steps are infinite, and so the gradient is not finite."""
-    honest, count = trainer.advantages, iter(range(1, 100))
+    honest, count = grpo.advantages, iter(range(1, 100))
 
     def advantages(batch, config):
         advantage = honest(batch, config)
         return advantage * float("inf") if next(count) in steps else advantage
 
-    monkeypatch.setattr(trainer, "advantages", advantages)
+    monkeypatch.setattr(grpo, "advantages", advantages)
 
 
 def weights(run, step):

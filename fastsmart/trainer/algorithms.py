@@ -1,0 +1,17 @@
+"""The training algorithms by the name that train.algorithm gives them; none of them knows another."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from fastsmart.trainer.algorithm import Algorithm
+from fastsmart.trainer.grpo import Grpo
+from fastsmart.trainer.trainer import Trainer
+
+ALGORITHMS: dict[str, Callable[[Trainer, Path], Algorithm]] = {"grpo": Grpo}
+
+
+def make_algorithm(trainer: Trainer, folder: Path) -> Algorithm:
+    """The algorithm of a trainer whose engine holds the policy; `folder` is the run's."""
+    return ALGORITHMS[trainer.settings.algorithm](trainer, folder)

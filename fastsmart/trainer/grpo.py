@@ -1,0 +1,128 @@
+"""Group-relative policy optimisation: each step samples a batch, scores it, and learns from its advantages."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from fastsmart.config import Config
+from fastsmart.grpo.advantages import group_advantages, normalised_sum
+from fastsmart.trainer.algorithm import StepResult
+from fastsmart.trainer.batch import Batch, metrics
+from fastsmart.trainer.diversity_control import diversity_control
+from fastsmart.trainer.micro_batch import micro_batches
+from fastsmart.trainer.rehearsal import rehearse
+from fastsmart.trainer.rollout_pipeline import Progress, ScoredRollout
+from fastsmart.trainer.trainer import Trainer
+from fastsmart.trainer.update import Update, reference_logprobs, update
+
+MISMATCH_STATS = ("token_mult_prob_error", "mismatch_k3", "logprob_gap_max")
+_CONTROL_KEY = "diversity_control"
+
+
+class Grpo:
+    """An `Algorithm`: the step of GRPO and of the losses beside it (see `fastsmart.grpo.settings.LossSettings`).
+
+    folder : of the run, where the calibration of [diversity] lies
+
+    scored    : this rank's completions of the last step
+    advantage : theirs, float32 [n]
+    control   : what keeps the outputs different from each other; None = nothing
+    """
+
+    ends_round = False
+    scored: ScoredRollout
+    advantage: torch.Tensor
+
+    def __init__(self, trainer: Trainer, folder: Path) -> None:
+        self.trainer, saved = trainer, trainer.record.get(_CONTROL_KEY)
+        self.control = diversity_control(trainer.config, trainer.worker, folder, trainer.steps_done, saved)
+
+    def step(self, progress: Progress | None = None) -> StepResult:
+        trainer = self.trainer
+        self.scored = trainer.scheduler.next(trainer.steps_done, trainer.policy, progress)
+        prompts, with_rows = trainer.settings.prompts, self.control is not None
+        batch = Batch.gather(self.scored, prompts, trainer.ranks, with_rows=with_rows)
+        advantage, about = self._advantages(batch)
+        self.advantage = advantage[batch.mine.start : batch.mine.stop]
+        with trainer.worker.trace("update"):
+            change = self._learn(batch)
+        line = metrics(trainer.steps_done + 1, batch, advantage, change) | about
+        return StepResult(change, line, self.scored, len(advantage))
+
+    @property
+    def state(self) -> dict[str, Any]:
+        return {} if self.control is None else {_CONTROL_KEY: self.control.state}
+
+    def evidence(self) -> dict[str, np.ndarray]:
+        terms = {f"term_{name}": values for name, values in self.scored.scores.terms.items()}
+        return {**vars(self.scored.rollout), **terms, "advantage": self.advantage.numpy()}
+
+    def _advantages(self, batch: Batch) -> tuple[torch.Tensor, dict[str, Any]]:
+        """Advantage of each completion of all ranks, float32 [N], and what the line of metrics says about it."""
+        if self.control is None:
+            return advantages(batch, self.trainer.config), {}
+        with self.trainer.worker.trace("diversity"):
+            advantage, about = self.control.advantages(batch)
+        return advantage, {"diversity": about}
+
+    def _learn(self, batch: Batch) -> Update:
+        """Take the optimizer steps of a batch, of whose completions `scored` and `advantage` are this rank's.
+
+        The statistics are those of the last, but how far sampler and trainer are apart is measured at the first, before
+        which the two hold the same policy.
+        """
+        trainer, settings = self.trainer, self.trainer.settings
+        temperature, loss = trainer.config.sampling.temperature, trainer.config.grpo
+        trainer.previous = copy.deepcopy(trainer.policy) if settings.pipeline == "one-step-off" else None
+        batches = list(micro_batches(self.scored.rollout, settings.micro_batch, trainer.device))
+        ref_logprobs = reference_logprobs(trainer.reference, batches, temperature, trainer.dtype, loss.kernel)
+        mismatch: dict[str, float] = {}
+        for _ in range(settings.iterations):
+            self._rehearse()
+            change = update(
+                trainer.policy,
+                trainer.optimizer,
+                batches,
+                ref_logprobs,
+                self.advantage,
+                loss,
+                temperature=temperature,
+                learning_rate=trainer.learning_rate,
+                max_grad_norm=settings.max_grad_norm,
+                dtype=trainer.dtype,
+                lengths=torch.from_numpy(batch.lengths),
+                ranks=trainer.ranks,
+                trace=trainer.worker.trace,
+            )
+            mismatch = mismatch or {name: change.stats[name] for name in MISMATCH_STATS}
+            if change.skipped:
+                break
+        return replace(change, stats=change.stats | mismatch)
+
+    def _rehearse(self) -> None:
+        """Add the gradient of the clips that this step rehearses, this rank's share of them."""
+        if self.control is None or not self.control.settings.rehearse:
+            return
+        trainer, settings = self.trainer, self.control.settings
+        drawn = self.control.rehearsal(trainer.settings.seed, trainer.steps_done)
+        mine = trainer.ranks.share(len(drawn))
+        size = trainer.settings.micro_batch
+        batches = list(micro_batches(drawn.select(mine), size, trainer.device)) if mine else []
+        temperature, kernel = trainer.config.sampling.temperature, trainer.config.grpo.kernel
+        tokens, weight = int(drawn.lengths.sum()), settings.rehearse_weight
+        rehearse(trainer.policy, batches, tokens, weight, temperature, trainer.dtype, kernel)
+
+
+def advantages(batch: Batch, config: Config) -> torch.Tensor:
+    """Advantage of each completion of all ranks, float32 [N], from the sum of its scores as reward.normalize has it."""
+    signal, group = torch.from_numpy(batch.scores.total), torch.from_numpy(batch.group)
+    if config.reward.normalize == "group":
+        terms = {name: torch.from_numpy(values) for name, values in batch.scores.terms.items()}
+        signal = normalised_sum(terms, config.reward.terms, group)
+    return group_advantages(signal, group, config.train.advantage_scale)
