@@ -66,6 +66,14 @@ def moments(name: str, shape: torch.Size) -> dict[str, torch.Size]:
     return {f"{name}.{moment}": shape for moment in _MOMENTS} | {f"{name}.step": torch.Size([1])}
 
 
+@torch.no_grad()
+def forget_moments(optimizer: torch.optim.Optimizer) -> None:
+    """Put an AdamW back to where it was before its first step."""
+    for state in optimizer.state.values():
+        for value in state.values():
+            value.zero_()
+
+
 def optimizer_tensors(optimizer: torch.optim.Optimizer, policy: Policy) -> dict[str, Tensor]:
     """The optimizer's state as tensors named `<parameter>.<moment>`; empty before its first step."""
     tensors: dict[str, Tensor] = {}

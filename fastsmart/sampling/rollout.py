@@ -5,7 +5,7 @@ Shape letters: P prompts, G completions a prompt, N = P x G completions, L token
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import TYPE_CHECKING, Protocol
@@ -28,6 +28,7 @@ class RandomStream(IntEnum):
     BEST_OF = 2
     PARITY = 3
     CALIBRATE = 4
+    ROUND = 5
 
 
 @dataclass(frozen=True)
@@ -72,9 +73,9 @@ class Rollout:
         """Prompt and completion i in one, int32."""
         return np.concatenate([self.prompt_ids[i, : self.prompt_lengths[i]], self.ids[i, : self.lengths[i]]])
 
-    def select(self, chosen: range) -> Rollout:
-        """The completions of the given numbers."""
-        part = slice(chosen.start, chosen.stop)
+    def select(self, chosen: range | np.ndarray) -> Rollout:
+        """The completions of the given numbers, in this order."""
+        part = np.asarray(chosen, np.int64)
         return Rollout(
             self.prompt_ids[part],
             self.prompt_lengths[part],
@@ -83,6 +84,29 @@ class Rollout:
             self.logprobs[part],
             self.group[part],
             self.version,
+        )
+
+    @staticmethod
+    def concat(parts: Sequence[Rollout]) -> Rollout:
+        """The completions of all in order, whose prompts are different ones, drawn by one policy version."""
+        (version,) = {part.version for part in parts}
+        prompts = np.cumsum([0] + [int(part.group[-1]) + 1 for part in parts])
+
+        def wide(name: str) -> np.ndarray:
+            tables = [getattr(part, name) for part in parts]
+            width = max(table.shape[1] for table in tables)
+            return np.concatenate([np.pad(table, ((0, 0), (0, width - table.shape[1]))) for table in tables])
+
+        return Rollout(
+            wide("prompt_ids"),
+            np.concatenate([part.prompt_lengths for part in parts]),
+            wide("ids"),
+            np.concatenate([part.lengths for part in parts]),
+            wide("logprobs"),
+            np.concatenate([part.group + before for part, before in zip(parts, prompts, strict=False)]).astype(
+                np.int32
+            ),
+            version,
         )
 
     def sequences(self) -> TokenBatch:

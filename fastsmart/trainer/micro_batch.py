@@ -43,34 +43,38 @@ class MicroBatch:
 
 def micro_batches(rollout: Rollout, size: int, device: torch.device) -> Iterator[MicroBatch]:
     """The rollout in micro-batches of `size` completions of like length, longest first, so that little is padding."""
-    total = rollout.prompt_lengths + rollout.lengths
-    order = np.argsort(-total, kind="stable")
+    order = np.argsort(-(rollout.prompt_lengths + rollout.lengths), kind="stable")
     for start in range(0, len(order), size):
-        chosen = order[start : start + size]
-        width = int(total[chosen].max()) - 1
-        rows = np.zeros((len(chosen), width), np.int64)
-        for row, i in zip(rows, chosen, strict=True):
-            row[: total[i] - 1] = rollout.sequence(int(i))[:-1]
-        lengths = rollout.lengths[chosen].astype(np.int64)
-        sequence = np.repeat(np.arange(len(chosen)), lengths)
-        offsets = np.concatenate([[0], np.cumsum(lengths)])
-        step = np.arange(len(sequence)) - offsets[sequence]
-        begins = np.arange(len(chosen)) * width + rollout.prompt_lengths[chosen] - 1
-        ids, sampler_logprobs = rollout.ids[chosen][sequence, step], rollout.logprobs[chosen][sequence, step]
-        numbers = (rows.ravel(), begins[sequence] + step, ids, sequence, offsets, begins)
-        flat = uploaded(np.concatenate(numbers).astype(np.int64, copy=False), device)  # one copy for all
-        parts = flat.split([len(part) for part in numbers])
-        yield MicroBatch(
-            rows=parts[0].view(rows.shape),
-            gather_index=parts[1],
-            ids=parts[2],
-            sequence=parts[3],
-            offsets=parts[4],
-            begins=parts[5],
-            sampler_logprobs=uploaded(sampler_logprobs, device),
-            completions=torch.from_numpy(chosen),
-            lengths=torch.from_numpy(lengths),
-        )
+        yield packed(rollout, order[start : start + size], device)
+
+
+def packed(rollout: Rollout, chosen: np.ndarray, device: torch.device) -> MicroBatch:
+    """The completions of these numbers, int64 [B], as one micro-batch, in this order."""
+    total = rollout.prompt_lengths + rollout.lengths
+    width = int(total[chosen].max()) - 1
+    rows = np.zeros((len(chosen), width), np.int64)
+    for row, i in zip(rows, chosen, strict=True):
+        row[: total[i] - 1] = rollout.sequence(int(i))[:-1]
+    lengths = rollout.lengths[chosen].astype(np.int64)
+    sequence = np.repeat(np.arange(len(chosen)), lengths)
+    offsets = np.concatenate([[0], np.cumsum(lengths)])
+    step = np.arange(len(sequence)) - offsets[sequence]
+    begins = np.arange(len(chosen)) * width + rollout.prompt_lengths[chosen] - 1
+    ids, sampler_logprobs = rollout.ids[chosen][sequence, step], rollout.logprobs[chosen][sequence, step]
+    numbers = (rows.ravel(), begins[sequence] + step, ids, sequence, offsets, begins)
+    flat = uploaded(np.concatenate(numbers).astype(np.int64, copy=False), device)  # one copy for all
+    parts = flat.split([len(part) for part in numbers])
+    return MicroBatch(
+        rows=parts[0].view(rows.shape),
+        gather_index=parts[1],
+        ids=parts[2],
+        sequence=parts[3],
+        offsets=parts[4],
+        begins=parts[5],
+        sampler_logprobs=uploaded(sampler_logprobs, device),
+        completions=torch.from_numpy(chosen),
+        lengths=torch.from_numpy(lengths),
+    )
 
 
 def uploaded(values: np.ndarray | Tensor, device: torch.device) -> Tensor:

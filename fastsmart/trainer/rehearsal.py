@@ -24,12 +24,17 @@ def rehearse(
     temperature: float,
     dtype: torch.dtype,
     kernel: str = "auto",
-) -> None:
+) -> torch.Tensor:
     """Add the gradient of weight x mean -log p, nats a token, to what the policy's parameters hold.
 
     batches : of the clips that this rank rehearses
     tokens  : completion tokens of the clips of all ranks; gradients add up over ranks
+
+    Gives the sum of these batches' log-probs, a float64 scalar on the policy's device.
     """
+    total = torch.zeros((), dtype=torch.float64, device=policy.device)
     for batch in batches:
         likelihood = completion_logprobs(policy, batch, temperature, dtype, kernel).logprob.sum()
         (-weight / tokens * likelihood).backward()
+        total += likelihood.detach()
+    return total

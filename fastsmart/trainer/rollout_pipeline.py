@@ -58,6 +58,17 @@ class ScoredRollout:
     sample_s: float
     gpu_mixed: int = 0
 
+    @staticmethod
+    def concat(parts: Sequence[ScoredRollout]) -> ScoredRollout:
+        """The completions of all in order, whose prompts are different ones."""
+        return ScoredRollout(
+            Rollout.concat([part.rollout for part in parts]),
+            NoteBatch.concat([part.notes for part in parts]),
+            Scores.concat([part.scores for part in parts]),
+            sum(part.sample_s for part in parts),
+            sum(part.gpu_mixed for part in parts),
+        )
+
 
 class RolloutPipeline:
     """Decodes, renders and scores the completions of one batch at a time.

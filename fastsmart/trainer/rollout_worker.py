@@ -126,12 +126,24 @@ class RolloutWorker:
 
         As many at a time as a step has; `progress` is told of each such batch anew.
         """
+        return self._in_batches(split, 0, count, group, (self.config.train.seed, stream), progress)
+
+    def generate_round(self, number: int, count: int, progress: Progress | None = None) -> Iterator[ScoredRollout]:
+        """`sampling.group` completions of each of the `count` training prompts of a round, as `generate_split` does."""
+        seed = (self.config.train.seed, RandomStream.ROUND, number)
+        return self._in_batches("train", number * count, count, self.config.sampling.group, seed, progress)
+
+    def _in_batches(
+        self, split: str, first: int, count: int, group: int, seed: tuple[int, ...], progress: Progress | None
+    ) -> Iterator[ScoredRollout]:
+        """The completions of prompts `first` to `first + count - 1` of a split, numbered from 0."""
         config, share = self.config, self.ranks.share(count)
         settings = replace(config.sampling, group=group)
         at_once = max(1, self.batch // group)
         for start in range(share.start, share.stop, at_once):
-            prompts = make_prompts(config.prompts, self.vocab, split, start, min(at_once, share.stop - start))
-            yield self.generate(prompts, settings, (config.train.seed, stream), progress, start * group)
+            n = min(at_once, share.stop - start)
+            prompts = make_prompts(config.prompts, self.vocab, split, first + start, n)
+            yield self.generate(prompts, settings, seed, progress, start * group)
 
     @property
     def renders_with(self) -> str:

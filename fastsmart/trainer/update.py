@@ -9,6 +9,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.profiler import record_function
@@ -129,6 +130,52 @@ def update(
             loss.backward()
         total = stats if total is None else total.merge(stats)
     assert total is not None  # a rollout holds at least one completion
+    numbers = _stepped(policy, optimizer, learning_rate, max_grad_norm, ranks, trace)
+    total, norm, top = _told(total, numbers)  # the step's only wait for the device
+    with trace("reduce"):
+        total = over_ranks(total, ranks)
+    _require_finite(top)
+    return Update(total.means(len(lengths)), norm, learning_rate, not math.isfinite(norm))
+
+
+def step_on_gradients(
+    policy: Policy,
+    optimizer: torch.optim.Optimizer,
+    sums: Tensor,
+    *,
+    learning_rate: float,
+    max_grad_norm: float,
+    ranks: Ranks,
+    trace: Trace,
+) -> tuple[list[float], Update]:
+    """One optimizer step on the gradients that the policy's parameters hold, added up over the ranks.
+
+    sums : float64 [K], statistics of this rank, which are added up over the ranks too
+
+    Gives these K numbers, and the update without `stats`. A gradient that is not finite changes nothing. A rank that
+    had nothing to learn from holds no gradients, which count as zeros. Raises UserError as `update` does.
+    """
+    for parameter in policy.parameters():
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+    numbers = _stepped(policy, optimizer, learning_rate, max_grad_norm, ranks, trace)
+    *mine, norm, top = torch.cat([sums, numbers]).tolist()
+    with trace("reduce"):
+        total = ranks.gather(np.array([mine], np.float64), ranks.world).sum(0)
+    _require_finite(top)
+    return total.tolist(), Update({}, norm, learning_rate, not math.isfinite(norm))
+
+
+def _stepped(
+    policy: Policy,
+    optimizer: torch.optim.Optimizer,
+    learning_rate: float,
+    max_grad_norm: float,
+    ranks: Ranks,
+    trace: Trace,
+) -> Tensor:
+    """Step on the gradients and drop them; gives their norm before clipping, and the largest weight after the step,
+    float64 [2] on the policy's device."""
     with trace("reduce"):
         ranks.all_reduce_gradients(policy.parameters())
     grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), max_grad_norm)
@@ -137,17 +184,18 @@ def update(
     tops = torch._foreach_norm([p.detach() for p in policy.parameters()], math.inf)
     optimizer.zero_grad(set_to_none=True)
     policy.eval()
-    total, norm, top = _told(total, grad_norm, torch.stack(tops).amax())  # the step's only wait for the device
-    with trace("reduce"):
-        total = over_ranks(total, ranks)
+    return torch.stack([grad_norm.double(), torch.stack(tops).amax().double()])
+
+
+def _require_finite(top: float) -> None:
+    """Raises UserError where the largest weight is no number."""
     if not math.isfinite(top):
         raise UserError("the weights are no longer finite; lower train.learning_rate and start again")
-    return Update(total.means(len(lengths)), norm, learning_rate, not math.isfinite(norm))
 
 
-def _told(stats: LossStats, grad_norm: Tensor, top: Tensor) -> tuple[LossStats, float, float]:
+def _told(stats: LossStats, scalars: Tensor) -> tuple[LossStats, float, float]:
     """The same on the CPU, in one transfer."""
-    numbers = torch.cat([stats.sums, stats.peaks, torch.stack([grad_norm.double(), top.double()])]).cpu()
+    numbers = torch.cat([stats.sums, stats.peaks, scalars]).cpu()
     sums, peaks, scalars = numbers.split([len(stats.sums), len(stats.peaks), 2])
     norm, largest = scalars.tolist()
     return LossStats(sums, peaks), norm, largest
