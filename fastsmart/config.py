@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from fastsmart.audio.settings import RenderSettings
+from fastsmart.dpo.settings import DpoSettings
 from fastsmart.errors import UserError
 from fastsmart.grpo.settings import DiversitySettings, LossSettings
 from fastsmart.limits import MOST_AT_ONCE, require_kind
@@ -20,6 +21,7 @@ from fastsmart.machine.files import read_file
 from fastsmart.policy.settings import PolicySettings
 from fastsmart.reward.settings import RewardSettings
 from fastsmart.sampling.settings import SamplingSettings
+from fastsmart.tilt.settings import TiltSettings
 from fastsmart.tokens.prompts import PromptSettings
 from fastsmart.trainer.settings import TrainSettings
 
@@ -39,6 +41,8 @@ class Config:
     grpo: LossSettings = field(default_factory=LossSettings)
     train: TrainSettings = field(default_factory=TrainSettings)
     diversity: DiversitySettings = field(default_factory=DiversitySettings)
+    tilt: TiltSettings = field(default_factory=TiltSettings)
+    dpo: DpoSettings = field(default_factory=DpoSettings)
 
     def __post_init__(self) -> None:
         for section in fields(self):
@@ -78,6 +82,42 @@ class Config:
             raise UserError(
                 "train.pipeline 'one-step-off' learns from completions of an older policy: grpo.ratio must be "
                 "'behaviour'"
+            )
+        self._refuse_unread()
+
+    def _refuse_unread(self) -> None:
+        """Raises UserError for what is set and train.algorithm does not read."""
+        algorithm = self.train.algorithm
+        sections: dict[str, Any] = {"grpo": replace(self.grpo, kernel="auto"), "tilt": self.tilt, "dpo": self.dpo}
+        for name, settings in sections.items():
+            changed = [f.name for f in fields(settings) if getattr(settings, f.name) != f.default]
+            if name != algorithm and changed:
+                raise UserError(
+                    f"{name}.{changed[0]} is set, and train.algorithm {algorithm!r} does not read it; leave it out, or "
+                    f"choose train.algorithm = {name!r}"
+                )
+        if algorithm == "grpo":
+            return
+        if self.diversity.active:
+            raise UserError(
+                f"[diversity] acts on the advantages of train.algorithm 'grpo', not {algorithm!r}; leave it out"
+            )
+        for key, value, refused in (
+            ("train.pipeline", self.train.pipeline, "one-step-off"),
+            ("reward.normalize", self.reward.normalize, "group"),
+        ):
+            if value == refused:
+                raise UserError(f"{key} = {refused!r} is for train.algorithm 'grpo', not {algorithm!r}; leave it out")
+        if self.train.iterations > 1:
+            raise UserError(
+                f"train.iterations is {self.train.iterations}; with train.algorithm {algorithm!r} it must be 1: "
+                f"{algorithm}.round_steps says how many steps learn from the same completions"
+            )
+        completions = getattr(self, algorithm).prompts * self.sampling.group
+        if completions > MOST_AT_ONCE:
+            raise UserError(
+                f"{algorithm}.prompts times sampling.group makes {completions:,} completions a round; at most "
+                f"{MOST_AT_ONCE:,} are kept"
             )
 
 

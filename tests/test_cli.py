@@ -164,7 +164,13 @@ def no_midi(folder):
 
 
 def no_preset(folder):
-    return ["train", "--preset", "dmo", "--out", folder / "r"], "there are demo, smart-paper, smart-released, h200"
+    return [
+        "train",
+        "--preset",
+        "dmo",
+        "--out",
+        folder / "r",
+    ], "there are demo, smart-paper, smart-released, h200, dpo"
 
 
 def no_engine(folder):

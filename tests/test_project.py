@@ -191,7 +191,7 @@ FLOORS = (
     {"kernels", "notes", "settings"},
     {"tokens"},
     {"audio", "music", "policy"},
-    {"config", "grpo", "reward", "sampling"},
+    {"config", "dpo", "grpo", "reward", "sampling", "tilt"},
     {"presets", "run"},
     {"trainer"},
     {"doctor", "selfcheck", "study"},
@@ -204,7 +204,9 @@ FLOORS = (
 # and though they stand lower: what writes a run is told its numbers, and the loss knows nothing of how a batch is made
 NEVER = {
     "run": {"sampling"},
+    "dpo": {"audio", "machine", "notes", "policy", "tokens"},
     "grpo": {"audio", "machine", "notes", "policy", "tokens"},
+    "tilt": {"audio", "machine", "notes", "policy", "tokens"},
     "kernels": {"machine", "notes"},
 }
 

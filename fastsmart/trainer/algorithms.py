@@ -6,10 +6,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 from fastsmart.trainer.algorithm import Algorithm
+from fastsmart.trainer.dpo import Dpo
 from fastsmart.trainer.grpo import Grpo
+from fastsmart.trainer.tilt import Tilt
 from fastsmart.trainer.trainer import Trainer
 
-ALGORITHMS: dict[str, Callable[[Trainer, Path], Algorithm]] = {"grpo": Grpo}
+ALGORITHMS: dict[str, Callable[[Trainer, Path], Algorithm]] = {"grpo": Grpo, "tilt": Tilt, "dpo": Dpo}
 
 
 def make_algorithm(trainer: Trainer, folder: Path) -> Algorithm:

@@ -23,8 +23,10 @@ LIMITS = {
 class TrainSettings:
     """The training loop."""
 
-    algorithm: Literal["grpo"] = "grpo"
-    """How a step learns: "grpo" = from the advantages of completions it has sampled itself."""
+    algorithm: Literal["grpo", "tilt", "dpo"] = "grpo"
+    """How a step learns, with a section of its name: "grpo" = from the advantages of completions it has sampled itself;
+    "tilt" = by likelihood of clips weighted by reward; "dpo" = from pairs of better and worse completions. The last two
+    sample once a round of many steps (docs/algorithms.md)."""
     steps: int = 200
     """Optimizer batches; of "grpo" each samples its own prompts."""
     prompts: int = 8
