@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from fastsmart.audio.settings import RenderSettings
+from fastsmart.credit.settings import CreditSettings
 from fastsmart.dpo.settings import DpoSettings
 from fastsmart.errors import UserError
 from fastsmart.grpo.settings import DiversitySettings, LossSettings
@@ -42,6 +43,7 @@ class Config:
     train: TrainSettings = field(default_factory=TrainSettings)
     diversity: DiversitySettings = field(default_factory=DiversitySettings)
     tilt: TiltSettings = field(default_factory=TiltSettings)
+    credit: CreditSettings = field(default_factory=CreditSettings)
     dpo: DpoSettings = field(default_factory=DpoSettings)
 
     def __post_init__(self) -> None:
@@ -88,7 +90,12 @@ class Config:
     def _refuse_unread(self) -> None:
         """Raises UserError for what is set and train.algorithm does not read."""
         algorithm = self.train.algorithm
-        sections: dict[str, Any] = {"grpo": replace(self.grpo, kernel="auto"), "tilt": self.tilt, "dpo": self.dpo}
+        sections: dict[str, Any] = {
+            "grpo": replace(self.grpo, kernel="auto"),
+            "tilt": self.tilt,
+            "dpo": self.dpo,
+            "credit": self.credit,
+        }
         for name, settings in sections.items():
             changed = [f.name for f in fields(settings) if getattr(settings, f.name) != f.default]
             if name != algorithm and changed:

@@ -191,7 +191,7 @@ FLOORS = (
     {"kernels", "notes", "settings"},
     {"tokens"},
     {"audio", "music", "policy"},
-    {"config", "dpo", "grpo", "reward", "sampling", "tilt"},
+    {"config", "credit", "dpo", "grpo", "reward", "sampling", "tilt"},
     {"presets", "run"},
     {"trainer"},
     {"doctor", "selfcheck", "study"},

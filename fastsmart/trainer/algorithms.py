@@ -6,12 +6,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 from fastsmart.trainer.algorithm import Algorithm
+from fastsmart.trainer.credit import Credit
 from fastsmart.trainer.dpo import Dpo
 from fastsmart.trainer.grpo import Grpo
 from fastsmart.trainer.tilt import Tilt
 from fastsmart.trainer.trainer import Trainer
 
-ALGORITHMS: dict[str, Callable[[Trainer, Path], Algorithm]] = {"grpo": Grpo, "tilt": Tilt, "dpo": Dpo}
+ALGORITHMS: dict[str, Callable[[Trainer, Path], Algorithm]] = {"grpo": Grpo, "tilt": Tilt, "dpo": Dpo, "credit": Credit}
 
 
 def make_algorithm(trainer: Trainer, folder: Path) -> Algorithm:

@@ -95,6 +95,10 @@ class Rounds:
         found = _round(number, self.kept("samples", sample), self.prompts, self.trainer.ranks)
         return found, drawn[0] if drawn else None
 
+    def earlier(self, number: int) -> Round:
+        """A round before the present one. Raises UserError where its file is missing or damaged."""
+        return _round(number, _read(self.folder / f"samples-{number:04d}.npz"), self.prompts, self.trainer.ranks)
+
     def kept(self, name: str, make: Callable[[], Arrays]) -> Arrays:
         """What is kept of the current round under a name; made now where there is nothing that can be used.
 

@@ -23,10 +23,11 @@ LIMITS = {
 class TrainSettings:
     """The training loop."""
 
-    algorithm: Literal["grpo", "tilt", "dpo"] = "grpo"
+    algorithm: Literal["grpo", "tilt", "dpo", "credit"] = "grpo"
     """How a step learns, with a section of its name: "grpo" = from the advantages of completions it has sampled itself;
-    "tilt" = by likelihood of clips weighted by reward; "dpo" = from pairs of better and worse completions. The last two
-    sample once a round of many steps (docs/algorithms.md)."""
+    "tilt" = by likelihood of clips weighted by reward; "dpo" = from pairs of better and worse completions; "credit" =
+    from what each note changes of the reward to be expected. All but the first sample once a round of many steps
+    (docs/algorithms.md)."""
     steps: int = 200
     """Optimizer batches; of "grpo" each samples its own prompts."""
     prompts: int = 8

@@ -25,7 +25,7 @@ from fastsmart.machine.distributed import Ranks
 from fastsmart.policy.hf_format import load_policy
 from fastsmart.reward import RewardBlend, register
 from fastsmart.sampling import Rollout
-from fastsmart.trainer import dpo, tilt
+from fastsmart.trainer import credit, dpo, tilt
 from fastsmart.trainer.dpo import pair_batches
 from fastsmart.trainer.rollout_worker import RolloutWorker
 from fastsmart.trainer.rounds import Rounds
@@ -36,6 +36,7 @@ PLAYS = Path("pop909-tiny")  # a random policy plays next to nothing, so that al
 SETTINGS = {
     "dpo": {"prompts": 3, "round_steps": 3, "pairs": 4, "keep": 0.25, "fewest_notes": 0},
     "tilt": {"prompts": 3, "round_steps": 3, "clips": 5, "best_of": 4},
+    "credit": {"prompts": 6, "round_steps": 3, "clips": 5, "pull": 0.1},
 }
 
 
@@ -78,6 +79,8 @@ INSTANTS = {
     "a step": (dpo, "step_on_gradients", 5),
     "the first step": (dpo, "step_on_gradients", 1),
     "a step of tilt": (tilt, "step_on_gradients", 5),
+    "a step of credit": (credit, "step_on_gradients", 5),
+    "the value of credit": (credit, "explained", 3),
 }
 
 
@@ -92,7 +95,7 @@ def whole(tmp_path_factory):
 
 @pytest.mark.parametrize("instant", INSTANTS)
 def test_ended_in_any_phase_of_a_round_it_goes_on_to_the_same_digits(whole, tmp_path, monkeypatch, instant):
-    algorithm = "tilt" if "tilt" in instant else "dpo"
+    algorithm = next((name for name in SETTINGS if name in instant), "dpo")
     config, out = config_for(PLAYS, *changes_for(algorithm)), tmp_path / "run"
     with monkeypatch.context() as patch:
         ends_at(patch, *INSTANTS[instant])
@@ -143,7 +146,7 @@ def test_the_reference_is_computed_once_a_round_without_dropout(tmp_path, monkey
 def test_what_is_kept_of_a_round_must_be_there_within_it(whole, tmp_path, monkeypatch, algorithm):
     config, out = config_for(PLAYS, *changes_for(algorithm, save_every=1)), tmp_path / "run"
     with monkeypatch.context() as patch:
-        ends_at(patch, {"dpo": dpo, "tilt": tilt}[algorithm], "step_on_gradients", 3)
+        ends_at(patch, {"dpo": dpo, "tilt": tilt, "credit": credit}[algorithm], "step_on_gradients", 3)
         with pytest.raises(Killed):
             train(config, out)
     path = out / "rounds" / "samples-0000.npz"
@@ -162,12 +165,16 @@ class Same:
         return np.ones(len(clips), np.float32)
 
 
-def test_a_reward_that_is_the_same_for_all_moves_nothing(tmp_path):
+@pytest.mark.parametrize("algorithm", ["dpo", "credit"])
+def test_a_reward_that_is_the_same_for_all_moves_nothing(tmp_path, algorithm):
     constant = {"reward": {"terms": {"same_for_all": 1.0}}}
-    result = train(config_for(PLAYS, *changes_for("dpo", weight_decay=0.1), constant), tmp_path / "run")
+    if algorithm == "credit":
+        constant["credit"] = SETTINGS["credit"] | {"pull": 0.0}
+    result = train(config_for(PLAYS, *changes_for(algorithm, weight_decay=0.1), constant), tmp_path / "run")
     base = load_policy(PLAYS)
     assert all(torch.equal(a, b) for a, b in zip(result.policy.parameters(), base.parameters(), strict=True))
-    assert [line["pairs"] for line in comparable(tmp_path / "run")[1:]] == [0] * 6
+    name = {"dpo": "pairs", "credit": "tokens"}[algorithm]
+    assert [line[name] for line in comparable(tmp_path / "run")[1:]] == [0] * 6
 
 
 def test_tilted_fine_tuning_makes_what_it_has_weighted_likelier(whole):
@@ -175,6 +182,20 @@ def test_tilted_fine_tuning_makes_what_it_has_weighted_likelier(whole):
     assert lines[2]["loss"] < lines[0]["loss"]
     assert all(line["round"]["weighted_reward"] > line["reward"] for line in lines)
     assert all(1 <= line["round"]["effective_clips"] <= 12 for line in lines)
+
+
+def test_the_lines_of_a_credit_run_say_how_well_values_predict_and_the_loss_falls(whole):
+    lines = comparable(whole / "credit")[1:]
+    assert all(set(line["round"]) >= {"value_r2", "half_value_r2"} for line in lines)
+    assert lines[0]["log_ratio"] == pytest.approx(0, abs=1e-3)  # nothing has been learnt yet
+    assert lines[3]["kl_per_completion"] > 1e-3
+    assert {p.name for p in (whole / "credit" / "rounds").iterdir()} == {
+        f"{name}-000{number}.npz" for name in ("samples", "credit") for number in (0, 1)
+    }
+    with np.load(whole / "credit" / "rounds" / "credit-0001.npz", allow_pickle=False) as kept:
+        target, advantage, ends = kept["target"], kept["advantage"], kept["ends"]
+    assert np.abs(target - advantage)[ends].max() > 1e-4  # what has been learnt is partly given back
+    assert not target[~ends].any()
 
 
 def test_a_micro_batch_of_pairs_is_bounded_by_its_tokens():

@@ -1,0 +1,111 @@
+"""Prefixes of clips that end with a whole note, and what can be counted in them.
+
+Shape letters: N clips, P prefixes of all clips, clip by clip, F features.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from fastsmart.errors import UserError
+from fastsmart.music.features import features
+from fastsmart.tokens.decode import decode
+from fastsmart.tokens.token_batch import TokenBatch
+from fastsmart.tokens.vocabulary import Vocabulary
+
+AT_ONCE = 20_000  # prefixes decoded together: some hundred MB
+
+
+@dataclass(frozen=True)
+class Prefixes:
+    """Prefixes of N clips: of each its prompt alone, then one more after every note, and the whole clip.
+
+    clip     : int64 [P]
+    tokens   : int64 [P], completion tokens
+    features : float64 [P, F]
+    offsets  : int64 [N + 1], clip n holds prefixes offsets[n] .. offsets[n + 1] - 1
+    """
+
+    clip: np.ndarray
+    tokens: np.ndarray
+    features: np.ndarray
+    offsets: np.ndarray
+
+    def segments(self) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens of each step from one prefix of a clip to the next, int64 [P - N], and the clip it is of."""
+        inner = self.clip[1:] == self.clip[:-1]
+        return np.diff(self.tokens)[inner], self.clip[1:][inner]
+
+    def steps(self, values: np.ndarray) -> np.ndarray:
+        """Change of values [P] from each prefix of a clip to the next, [P - N]."""
+        return np.diff(values)[self.clip[1:] == self.clip[:-1]]
+
+
+def note_prefixes(
+    prompts: TokenBatch, completions: TokenBatch, vocab: Vocabulary, longest: int, max_seconds: float
+) -> Prefixes:
+    """The prefixes of N clips and their features.
+
+    longest     : tokens at which a completion is cut off; a shorter one has ended by itself
+    max_seconds : of a clip, that a reward hears; features count no more
+
+    Features are those of `fastsmart.music.features`, the seconds played so far, whether these are all that a reward
+    hears, the tokens, and whether the policy has ended the clip. Raises UserError as `note_ends` does.
+    """
+    ends = note_ends(vocab)
+    lengths = np.diff(completions.offsets)
+    cuts = [
+        _cuts(completions.ids[completions.offsets[n] : completions.offsets[n + 1]], ends) for n in range(len(lengths))
+    ]
+    clip, tokens = np.repeat(np.arange(len(cuts)), [len(c) for c in cuts]), np.concatenate(cuts)
+    ended = (tokens == lengths[clip]) & (lengths[clip] < longest)
+    found = [
+        _features(prompts, completions, vocab, clip[s : s + AT_ONCE], tokens[s : s + AT_ONCE], max_seconds)
+        for s in range(0, len(clip), AT_ONCE)
+    ]
+    offsets = np.concatenate([[0], np.cumsum([len(c) for c in cuts])])
+    return Prefixes(clip, tokens, np.column_stack([np.concatenate(found), tokens, ended]), offsets)
+
+
+def note_ends(vocab: Vocabulary) -> np.ndarray:
+    """Whether each token ends a note, bool [V]: those of durations. Raises UserError where there are none."""
+    ends = np.zeros(len(vocab), bool)
+    ends[vocab.ids_of("Duration")] = True
+    if not ends.any():
+        raise UserError(
+            "train.algorithm 'credit' needs notes that end with a token of their duration, as REMI's do; this policy's "
+            "vocabulary has none"
+        )
+    return ends
+
+
+def _cuts(ids: np.ndarray, ends: np.ndarray) -> np.ndarray:
+    """Token counts of a completion's prefixes, ascending, from 0 to all of them."""
+    return np.unique(np.concatenate([[0], np.flatnonzero(ends[ids]) + 1, [len(ids)]]))
+
+
+def _features(
+    prompts: TokenBatch,
+    completions: TokenBatch,
+    vocab: Vocabulary,
+    clip: np.ndarray,
+    tokens: np.ndarray,
+    max_seconds: float,
+) -> np.ndarray:
+    """Features of some prefixes, [P, F - 2]; 0 where one has no value."""
+    rows = [
+        np.concatenate(
+            [
+                prompts.ids[prompts.offsets[n] : prompts.offsets[n + 1]],
+                completions.ids[completions.offsets[n] : completions.offsets[n] + count],
+            ]
+        )
+        for n, count in zip(clip, tokens, strict=True)
+    ]
+    sequences = TokenBatch.pack(rows)
+    played = np.asarray(decode(sequences, vocab).end_s)
+    counted = features(decode(sequences, vocab, max_seconds=max_seconds))
+    columns = [np.nan_to_num(values) for values in counted.values()]
+    return np.column_stack([*columns, np.minimum(played, max_seconds), played >= max_seconds])

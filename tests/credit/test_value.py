@@ -1,0 +1,62 @@
+"""The value of a prefix, on rewards that are known."""
+
+import numpy as np
+import pytest
+
+from fastsmart.credit.value import RIDGE, STAGES, PrefixValue, explained
+
+LONGEST = 240
+
+
+def made(count: int, seed: int):
+    random = np.random.default_rng(seed)
+    tokens = random.integers(0, LONGEST + 1, count)
+    features = random.normal(size=(count, 4)) * [1, 10, 0.1, 1] + [0, 5, 0, 2]
+    reward = features[:, 0] + 0.3 * features[:, 1] * (tokens / LONGEST) + 5 * features[:, 2] * features[:, 0]
+    return features, tokens, reward
+
+
+def test_it_learns_values_products_and_what_changes_along_a_clip():
+    value = PrefixValue(*made(20_000, 0), LONGEST)
+    features, tokens, reward = made(2_000, 1)
+    assert explained(value(features, tokens), reward) > 0.9
+
+
+def test_it_says_nothing_of_noise():
+    features, tokens, reward = made(40_000, 0)
+    noise = np.random.default_rng(2).normal(size=len(reward))
+    value = PrefixValue(features, tokens, noise, LONGEST)
+    others, places, _ = made(2_000, 1)
+    assert value(others, places).std() < 0.1
+    assert explained(value(others, places), np.random.default_rng(3).normal(size=len(others))) < 0.0
+
+
+def test_a_stage_is_the_ridge_regression_of_numpy():
+    """At a stage's own place: least squares on the terms, beside rows that stand for the penalty."""
+    features, tokens, reward = made(3_000, 0)
+    value = PrefixValue(features, tokens, reward, LONGEST)
+    stage = 7
+    near = np.abs(tokens / LONGEST * STAGES - stage) <= 1
+    unit = np.clip((features[near] - features[near].mean(0)) / (features[near].std(0) + 1e-6), -4, 4)
+    pairs = [(i, j) for i in range(4) for j in range(i, 4)]
+    terms = np.column_stack([np.ones(near.sum()), unit, *[unit[:, i] * unit[:, j] for i, j in pairs]])
+    penalty = np.eye(terms.shape[1])[1:] * np.sqrt(RIDGE * near.sum())
+    rows, wanted = np.vstack([terms, penalty]), np.concatenate([reward[near] - reward.mean(), np.zeros(len(penalty))])
+    slope = np.linalg.lstsq(rows, wanted, rcond=None)[0]
+    place = np.full(near.sum(), stage * LONGEST // STAGES)
+    np.testing.assert_allclose(value(features[near], place), reward.mean() + terms @ slope, rtol=1e-8, atol=1e-8)
+
+
+@pytest.mark.parametrize("count", [0, 3])
+def test_of_too_few_clips_it_knows_the_mean(count):
+    features, tokens, reward = made(3, 0)
+    value = PrefixValue(features[:count], tokens[:count], reward[:count], LONGEST)
+    np.testing.assert_allclose(value(features, tokens), reward[:count].mean() if count else 0.0)
+
+
+def test_explained_is_r_squared():
+    reward = np.array([1.0, 2.0, 3.0])
+    assert explained(reward, reward) == 1.0
+    assert explained(np.full(3, 2.0), reward) == pytest.approx(0.0)
+    assert np.isnan(explained(np.ones(3), np.ones(3)))
+    assert np.isnan(explained(np.zeros(0), np.zeros(0)))
