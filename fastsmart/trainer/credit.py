@@ -151,9 +151,12 @@ class Credit:
             if len(np.unique(fold)) == 1:  # one prompt: better its own clips than none
                 fits = np.isfinite(reward[here.clip])
             parts = here.features[fits], here.tokens[fits], reward[here.clip[fits]]
-            given = [p if c is None else np.concatenate([c, p]) for c, p in zip(columns, parts, strict=True)]
+            features, tokens, known = (
+                p if c is None else np.concatenate([c, p]) for c, p in zip(columns, parts, strict=True)
+            )
             judged = fold == left_out
-            values[judged] = PrefixValue(*given, longest)(here.features[judged], here.tokens[judged])
+            value = PrefixValue(features, tokens, known, longest)
+            values[judged] = value(here.features[judged], here.tokens[judged])
         return values
 
     def _earlier(self, number: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -115,7 +115,7 @@ class Rounds:
         arrays = make()
         if ranks.leader:
             content = io.BytesIO()
-            np.savez_compressed(content, **arrays, **{WEIGHTS_KEY: np.array(weights)})
+            np.savez_compressed(content, **arrays, **{WEIGHTS_KEY: np.array(weights)})  # type: ignore[arg-type]
             make_folder(self.folder)
             write_atomic(path, content.getvalue())
         return arrays
