@@ -96,6 +96,7 @@ def test_and_so_they_are_whatever_is_set(checkpoint, tmp_path, change):
     assert_close(tmp_path / "1", tmp_path / "2", 1e-5)
 
 
+@pytest.mark.slow
 def test_a_rank_killed_under_torchrun_is_started_again_and_the_run_ends_the_same(alone, tmp_path):
     killed, settings = tmp_path / "killed", ["--config", str(alone.parent / "small.toml")]
     with started(

@@ -19,6 +19,7 @@ def disturb(kills: int, *jobs: str) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 def test_scores_and_songs_survive_kills_full_disks_and_each_other():
     said = disturb(6, "score", "sample")
     assert "nothing lost" in said

@@ -72,7 +72,9 @@ torch.distributed.destroy_process_group()
 """
 
 
-@pytest.mark.parametrize("ending", ["success", "error", "interrupt"])
+@pytest.mark.parametrize(
+    "ending", ["success", *(pytest.param(e, marks=pytest.mark.slow) for e in ("error", "interrupt"))]
+)
 def test_no_process_and_no_complaint_is_left_however_it_ends(vocab, tmp_path, ending):
     save_policy(make_vllm_policy(vocab), tmp_path / "policy")
     if ending == "success":

@@ -52,6 +52,7 @@ def lines_of(run: Path) -> int:
     return path.read_bytes().count(b"\n") if path.exists() else 0
 
 
+@pytest.mark.slow
 def test_killed_in_the_middle_it_goes_on_to_the_same_digits(whole, tmp_path):
     killed, settings = tmp_path / "run", str(whole.parent / "small.toml")
     with started(

@@ -106,6 +106,7 @@ def test_six_steps_on_vllm_from_prompt_to_checkpoint(vocab, tmp_path):
     assert listening.messages == []
 
 
+@pytest.mark.slow
 def test_a_run_on_vllm_resumes_with_the_same_metrics(vocab, tmp_path):
     config = config_for(tmp_path, make_vllm_policy(vocab), "vllm", train={"steps": 2, "save_every": 1})
     train(config, tmp_path / "whole")
