@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from fastsmart.audio.settings import RenderSettings
 from fastsmart.config import Config
+from fastsmart.credit.settings import CreditSettings
 from fastsmart.dpo.settings import DpoSettings
 from fastsmart.errors import UserError
 from fastsmart.grpo.settings import LossSettings
@@ -129,6 +130,29 @@ def h200() -> Config:
     )
 
 
+def diverse() -> Config:
+    """The demo by credit for single notes: four rounds of 512 completions, after which outputs are better and as
+    different from each other as before (docs/algorithms.md)."""
+    base = demo()
+    return replace(
+        base,
+        sampling=replace(base.sampling, group=2),
+        train=replace(
+            base.train,
+            algorithm="credit",
+            steps=80,
+            prompts=32,
+            learning_rate=1e-4,
+            schedule="constant",
+            eval_every=20,
+            eval_prompts=256,
+            save_every=20,
+            keep=4,
+        ),
+        credit=CreditSettings(prompts=256, round_steps=20, clips=64, strength=2.0),
+    )
+
+
 def dpo() -> Config:
     """The demo by DPO-Positive: three rounds of 1,024 completions, small enough for two CPU cores."""
     base = demo()
@@ -174,6 +198,7 @@ PRESETS: dict[str, Callable[[], Config]] = {
     "smart-paper": smart_paper,
     "smart-released": smart_released,
     "h200": h200,
+    "diverse": diverse,
     "dpo": dpo,
     "notagen-dpo": notagen_dpo,
 }

@@ -28,6 +28,9 @@ from fastsmart.presets import load_preset
         (["train.algorithm=dpo", "dpo.penalty=-1"], r"^dpo\.penalty is -1\.0; it must be 0 \(plain DPO\) or above"),
         (["train.algorithm=dpo", "dpo.refuse=['noise']"], r"^dpo\.refuse\[0\] is 'noise'; choose one of empty, dupl"),
         (["train.algorithm=tilt", "tilt.gain=-1"], r"^tilt\.gain is -1\.0; it must be 0 or above"),
+        (["credit.strength=2"], r"^credit\.strength is set, and train\.algorithm 'grpo' does not read it"),
+        (["train.algorithm=credit", "credit.strength=0"], r"^credit\.strength is 0\.0; it must be above 0"),
+        (["train.algorithm=credit", "credit.pull=2"], r"^credit\.pull is 2\.0; it must be from 0 to 1"),
         (["train.algorithm=tilt", "tilt.best_of=1"], r"^tilt\.best_of is 1; it must be at least 2"),
     ],
 )
@@ -51,9 +54,9 @@ def test_a_config_of_a_run_begun_before_there_was_a_choice_is_grpo(tmp_path):
 
 
 def test_the_presets_have_whole_rounds():
-    for name, rounds in (("dpo", 3), ("notagen-dpo", 3)):
+    for name, algorithm, rounds in (("dpo", "dpo", 3), ("notagen-dpo", "dpo", 3), ("diverse", "credit", 4)):
         config = load_preset(name)
-        assert config.train.algorithm == "dpo"
-        assert config.train.steps == rounds * config.dpo.round_steps
+        assert config.train.algorithm == algorithm
+        assert config.train.steps == rounds * getattr(config, algorithm).round_steps
     paper = load_preset("notagen-dpo")
     assert (paper.sampling.group, paper.dpo.keep, paper.dpo.prompts) == (100, 0.1, 112)
