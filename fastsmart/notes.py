@@ -234,7 +234,7 @@ def read_midi(path: str | Path, max_seconds: float | None = None) -> NoteBatch:
     """
     import mido
 
-    file = _parse_midi(path)
+    file = parse_midi(path)
     if not file.tracks:
         raise UserError(f"cannot read {path} as MIDI: it has no tracks")
     if file.type == 2 or file.ticks_per_beat <= 0:
@@ -300,7 +300,8 @@ def read_midi(path: str | Path, max_seconds: float | None = None) -> NoteBatch:
     )
 
 
-def _parse_midi(path: str | Path) -> mido.MidiFile:
+def parse_midi(path: str | Path) -> mido.MidiFile:
+    """A MIDI file as mido reads it, data bytes above 127 as 127; raises UserError as `read_midi` does."""
     import mido
 
     try:

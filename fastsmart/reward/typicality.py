@@ -15,6 +15,7 @@ import numpy as np
 
 from fastsmart.errors import UserError
 from fastsmart.machine.files import read_file
+from fastsmart.music.covariance import ledoit_wolf
 from fastsmart.music.features import features
 from fastsmart.music.windows import cut_windows
 from fastsmart.notes import NoteBatch
@@ -210,7 +211,7 @@ def _fit_student_t(x: np.ndarray, freedom: float) -> tuple[np.ndarray, np.ndarra
     n, f = x.shape
     location = x.mean(axis=0)
     scatter = np.cov(x.T, bias=True)
-    shrinkage = _ledoit_wolf(x - location, scatter)
+    shrinkage = ledoit_wolf(x - location, scatter)
     for _ in range(EM_STEPS):
         scatter = (1 - shrinkage) * scatter + shrinkage * np.trace(scatter) / f * np.eye(f)
         y = x - location
@@ -220,15 +221,6 @@ def _fit_student_t(x: np.ndarray, freedom: float) -> tuple[np.ndarray, np.ndarra
         y = x - location
         scatter = (weight[:, None] * y).T @ y / n
     return location, (1 - shrinkage) * scatter + shrinkage * np.trace(scatter) / f * np.eye(f)
-
-
-def _ledoit_wolf(y: np.ndarray, covariance: np.ndarray) -> float:
-    """Ledoit and Wolf's shrinkage intensity, 0..1, for centred data y [N, F]."""
-    n, f = y.shape
-    target = np.trace(covariance) / f
-    spread = ((covariance - target * np.eye(f)) ** 2).sum()
-    error = (((y**2).T @ y**2) / n - covariance**2).sum() / n
-    return float(min(error / spread, 1.0)) if spread > 0 else 1.0
 
 
 def _checked(content: dict[str, Any], path: str | Path, remedy: str) -> TypicalityStats:

@@ -107,7 +107,7 @@ def _nothing(*args, **kwargs):
 REMOVED = {
     "types of keys": ("fastsmart.config._coerced", lambda value, hint, name: value, "set"),
     "types of keys of a file": ("fastsmart.config._coerced", lambda value, hint, name: value, "toml"),
-    "midi that is none": ("fastsmart.notes._parse_midi", None, "midi"),
+    "midi that is none": ("fastsmart.notes.parse_midi", None, "midi"),
     "lines of metrics": ("fastsmart.run.top.whole_metrics", lambda line: True, "run"),
     "form of a sweep": ("fastsmart.study.sweep._require_form", _nothing, "sweep"),
     "answers of strangers": ("fastsmart.study.answers._wrong", lambda answer, key: "", "answers"),

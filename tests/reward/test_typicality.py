@@ -10,6 +10,7 @@ import pytest
 from scipy import stats as scipy_stats
 
 from fastsmart.errors import UserError
+from fastsmart.music.covariance import ledoit_wolf
 from fastsmart.music.windows import cut_windows
 from fastsmart.notes import NoteBatch
 from fastsmart.reward import Clips, load_reward
@@ -19,7 +20,6 @@ from fastsmart.reward.typicality import (
     TypicalityStats,
     _dimensions,
     _fit_student_t,
-    _ledoit_wolf,
     fit_typicality,
     log_likelihood,
 )
@@ -60,7 +60,7 @@ def test_shrinkage_helps_when_windows_are_few_and_vanishes_when_they_are_many() 
         y = rng.multivariate_normal(np.zeros(12), truth, n)
         y -= y.mean(axis=0)
         covariance = y.T @ y / n
-        return _ledoit_wolf(y, covariance), covariance
+        return ledoit_wolf(y, covariance), covariance
 
     few, covariance = draw(20)
     shrunk = (1 - few) * covariance + few * np.trace(covariance) / 12 * np.eye(12)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from math import ceil
 
 import numpy as np
@@ -25,6 +26,7 @@ from fastsmart.machine.files import mkl_knows_processor
 from fastsmart.machine.hardware import onednn_may_use_vnni
 from fastsmart.reward.audiobox.architecture import FIELD, FRAMES, HOP, KERNELS, NORM_EPS, STRIDES, frames_of
 from fastsmart.reward.audiobox.encoder import EncoderWeights, Norm, normalised_first
+from fastsmart.reward.packed_linear import PackedLinear
 
 Linear = Callable[[Tensor, int], Tensor]  # [R, in] and how many of the rows count -> [R, out]
 Convolution = Callable[[Tensor], Tensor]
@@ -54,7 +56,7 @@ class CpuEncoder:
     def __init__(self, weights: EncoderWeights, int8: bool = False) -> None:
         if int8 and not int8_is_fast():
             raise UserError("audiobox in int8 needs a CPU with AVX-512 VNNI and PyTorch with oneDNN; use float32")
-        linear: Callable[..., Linear] = _Int8Linear if int8 else _FloatLinear
+        linear: Callable[..., Linear] = _Int8Linear if int8 else partial(PackedLinear, rows=FRAMES)
         inexact = _INT8_CONVOLUTIONS if int8 else 0
         self.size, self.chunk = weights.size, _CHUNK_INT8 if int8 else _CHUNK_FLOAT
         self.first, self.first_norm = weights.first, weights.first_norm
@@ -153,22 +155,6 @@ def int8_is_fast() -> bool:
     if not torch.backends.mkldnn.is_available() or not onednn_may_use_vnni():
         return False
     return bool(torch.cpu._is_vnni_supported())
-
-
-class _FloatLinear:
-    """x -> x W^T + b, then GELU where asked; the weight packed once by oneDNN where there is one."""
-
-    def __init__(self, weight: Tensor, bias: Tensor, gelu: bool = False, from_gelu: bool = False) -> None:
-        self.packed = torch.backends.mkldnn.is_available()
-        self.weight = torch.ops.mkldnn._reorder_linear_weight(weight, FRAMES) if self.packed else weight
-        self.bias, self.gelu = bias, gelu
-
-    def __call__(self, x: Tensor, counted: int) -> Tensor:
-        if self.packed:
-            after: tuple[str, list, str] = ("gelu", [], "none") if self.gelu else ("none", [], "")
-            return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, *after)
-        y = F.linear(x, self.weight, self.bias)
-        return F.gelu(y) if self.gelu else y
 
 
 class _FloatConvolution:

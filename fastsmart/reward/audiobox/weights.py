@@ -17,6 +17,7 @@ from fastsmart.machine.files import file_hash, os_errors_as_user_errors
 from fastsmart.machine.hub import cached, fetch
 from fastsmart.reward.audiobox.architecture import Size, encoder_shapes, head_shapes, size_of
 from fastsmart.reward.settings import AUDIOBOX_AXES
+from fastsmart.reward.tensor_check import first_difference
 
 HUB_ID = "facebook/audiobox-aesthetics"
 HUB_FILES = ("config.json", "model.safetensors")
@@ -176,7 +177,7 @@ def _checked(path: Path, state: Mapping[str, Any], config: Any, target: Any, ran
         expected = encoder_shapes(size) | head_shapes(size, head.proj_ln, bool(head.proj_dropout))
     except (KeyError, IndexError, ValueError, TypeError, AttributeError, ZeroDivisionError) as error:
         raise UserError(f"{path} is not a checkpoint of Audiobox Aesthetics, it lacks {error}") from error
-    wrong = _first_difference(state, expected)
+    wrong = first_difference(state, expected)
     fixed = {"proj_act_fn": "gelu", "use_weighted_layer_sum": True, "output_dim": 1, "nth_layer": size.layers + 1}
     for key, value in fixed.items():
         if getattr(head, key) != value:
@@ -184,21 +185,6 @@ def _checked(path: Path, state: Mapping[str, Any], config: Any, target: Any, ran
     if wrong:
         raise UserError(f"{path} holds the weights of another model than Audiobox Aesthetics: {wrong}")
     return Weights(head, dict(state), target, random)
-
-
-def _first_difference(state: Mapping[str, Any], expected: Mapping[str, tuple[int, ...]]) -> str:
-    for name in sorted(state.keys() | expected.keys()):
-        if name not in state:
-            return f"{name} is missing"
-        if name not in expected:
-            return f"{name} is unknown"
-        if not isinstance(state[name], Tensor) or not state[name].is_floating_point():
-            return f"{name} is no tensor of floats"
-        if tuple(state[name].shape) != expected[name]:
-            return f"{name} has the shape {tuple(state[name].shape)} and not {expected[name]}"
-        if not state[name].isfinite().all():
-            return f"{name} holds numbers that are not finite"
-    return ""
 
 
 def _from_hub() -> Path:

@@ -1,0 +1,30 @@
+"""A linear layer of a reward's network on a CPU, with its weight packed once. Shape letters: R rows."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+class PackedLinear:
+    """x -> x W^T + b, then GELU where asked; the weight packed once by oneDNN where there is one.
+
+    oneDNN compiles a product for every number of rows it meets and keeps it, so fill rows up to multiples.
+
+    rows      : that a product usually has, for which the weight is packed
+    from_gelu : of no account here; an 8-bit product makes use of it
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor, gelu: bool = False, from_gelu: bool = False, *, rows: int) -> None:
+        self.packed = torch.backends.mkldnn.is_available()
+        self.weight = torch.ops.mkldnn._reorder_linear_weight(weight, rows) if self.packed else weight
+        self.bias, self.gelu = bias, gelu
+
+    def __call__(self, x: Tensor, counted: int = 0) -> Tensor:
+        """Apply to x [R, in]; `counted`, the rows that count, is of no account here either."""
+        if self.packed:
+            after: tuple[str, list, str] = ("gelu", [], "none") if self.gelu else ("none", [], "")
+            return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, *after)
+        y = F.linear(x, self.weight, self.bias)
+        return F.gelu(y) if self.gelu else y
