@@ -17,6 +17,9 @@ from fastsmart.reward.base import Reward
 REWARDS = {
     "audiobox": ("audiobox", "AudioboxReward"),
     "brightness": ("descriptors", "Brightness"),
+    "clamp_score": ("clamp3", "ClampScore"),
+    "clamp_style": ("clamp3", "ClampStyle"),
+    "clamp_text": ("clamp3", "ClampText"),
     "clap_class": ("clap", "ClapClass"),
     "clap_similarity": ("clap", "ClapSimilarity"),
     "consonance": ("descriptors", "Consonance"),
@@ -40,8 +43,9 @@ def load_reward(name: str, **settings: Any) -> Reward:
     """The reward of that name, ready to score.
 
     `audiobox` takes `checkpoint` and what else `AudioboxReward` has; `clap_similarity`, `clap_class` and `pam` take
-    `model` and their texts; `presence` and `typicality` take `statistics`, the path of the JSON beside the base model;
-    by default those of the first shipped policy; the others take nothing.
+    `model` and their texts; `clamp_style`, `clamp_score` and `clamp_text` take `checkpoint` and the style or text that
+    is wanted; `presence` and `typicality` take `statistics`, the path of the JSON beside the base model; by default
+    those of the first shipped policy; the others take nothing.
 
     Raises UserError for an unknown name, and for a checkpoint or statistics file that cannot be read; TypeError naming
     a setting that the reward does not have or that is missing.

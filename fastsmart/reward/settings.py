@@ -12,6 +12,7 @@ from fastsmart.reward.registry import require_known
 
 AUDIOBOX_AXES = ("CE", "CU", "PC", "PQ")
 AUDIOBOX_DTYPES = ("float32", "bfloat16", "float16", "int8")
+CLAMP_WRITERS = ("note_on", "note_off")
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,23 @@ class RewardSettings:
     """Text of `clap_classes` that is wanted."""
     pam_pairs: tuple[tuple[str, str], ...] = ()
     """Pairs of (better, worse) texts of `pam`; none = the paper's pair."""
+    clamp_checkpoint: str = ""
+    """The published file of M3, CLaMP 2 or CLaMP 3 that `clamp_style`, `clamp_score` and `clamp_text` read notes with;
+    "m3", "clamp2", "clamp3" = that file from the hub; "random" = weights that mean nothing, to try things out."""
+    clamp_styles: str = ""
+    """Real styles of `clamp_style` and `clamp_score`: the file that `fastsmart style-stats` made."""
+    clamp_style: str = ""
+    """The style of that file that is wanted, unless a clip's prompt asked for one."""
+    clamp_others: Literal["mean", "max"] = "mean"
+    """What `clamp_style` takes off: the mean likeness to the other styles, or the largest."""
+    clamp_ceiling: bool = False
+    """Whether a clip more like its style than the median real one earns no more than that in `clamp_style`."""
+    clamp_prompt: str = ""
+    """Text that `clamp_text` compares with."""
+    clamp_text_model: str = "FacebookAI/xlm-roberta-base"
+    """Folder or hub id of configuration and tokenizer of CLaMP's encoder of text; the checkpoint has its weights."""
+    clamp_writer: Literal["note_on", "note_off"] = "note_on"
+    """How `clamp_text` writes the end of a note: as a note_on of velocity 0, or as a note_off."""
 
     def __post_init__(self) -> None:
         for name, weight in self.terms.items():
@@ -72,6 +90,10 @@ class RewardSettings:
         if self.audiobox_dtype not in AUDIOBOX_DTYPES:
             known = ", ".join(AUDIOBOX_DTYPES)
             raise UserError(f"reward.audiobox_dtype is {self.audiobox_dtype!r}; it is one of {known}")
+        if self.clamp_others not in ("mean", "max"):
+            raise UserError(f'reward.clamp_others is {self.clamp_others!r}; it is "mean" or "max"')
+        if self.clamp_writer not in CLAMP_WRITERS:
+            raise UserError(f'reward.clamp_writer is {self.clamp_writer!r}; it is "note_on" or "note_off"')
 
 
 def _is_weight(value: object) -> bool:

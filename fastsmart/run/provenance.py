@@ -50,6 +50,9 @@ def provenance(config: Config, policy: Policy, statistics: Path | str, mixdown: 
     inputs: dict[str, dict[str, str]] = {"policy": {"path": config.policy.source, "sha256": weights_hash(policy)}}
     if statistics:
         inputs["statistics"] = {"path": str(statistics), "sha256": file_hash(statistics)}
+    if config.reward.clamp_styles and any(name.startswith("clamp_") for name in config.reward.terms):
+        styles = config.reward.clamp_styles
+        inputs["real styles"] = {"path": styles, "sha256": file_hash(styles)}
     if mixdown:
         soundfont = find_soundfont(config.audio.soundfont)
         inputs["soundfont"] = {"path": str(soundfont), "sha256": file_hash(soundfont)}
