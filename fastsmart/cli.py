@@ -33,7 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         refuse_empty_names(options)
         from fastsmart import commands
 
-        return getattr(commands, options.command)(options)
+        return getattr(commands, options.command.replace("-", "_"))(options)
     except UserError as error:
         sentence = in_one_line(str(error))
         if len(sentence) > LONGEST_SENTENCE:  # it quotes a damaged file
@@ -72,6 +72,7 @@ def parser() -> argparse.ArgumentParser:
     _report(commands.add_parser("report", help="a run or an evaluation as one page to read and hear"))
     _listen(commands.add_parser("listen", help="a blind listening test: make it, analyse it, plan it"))
     _sweep(commands.add_parser("sweep", help="several runs, and the frontier of reward and diversity they draw"))
+    _style_stats(commands.add_parser("style-stats", help="real pieces of several styles as CLaMP hears them"))
     commands.add_parser("doctor", help="what this machine has, what is missing, and the command that mends it")
     commands.add_parser("selfcheck", help="whether all stages compute here what they should, in two minutes")
     return top
@@ -244,6 +245,7 @@ def _score(p: argparse.ArgumentParser) -> None:
     p.add_argument("--clap-model", default="", help="folder or hub id of a ClapModel")
     p.add_argument("--clap-prompt", default="", help="text for clap_similarity")
     p.add_argument("--clap-class", action="append", default=[], help="texts for clap_class, the wanted one first")
+    p.add_argument("--set", action="append", default=[], metavar="reward.KEY=VALUE", help="another option of a reward")
     p.add_argument("--statistics", default="", help="typicality.json of real pieces; default: the shipped policy's")
     real_option(p, "--max-seconds", within=(0, 86_400), default=10.0, help="of each MIDI file; 0 = all of it")
     p.add_argument("--soundfont", default="", help="default: one that is installed")
@@ -292,6 +294,8 @@ def _evaluate(p: argparse.ArgumentParser) -> None:
     )
     _settings(p)
     _evaluation(p)
+    p.add_argument("--clamp", default="", help="weights of M3, CLaMP 2 or CLaMP 3 to measure with, too; docs/clamp.md")
+    p.add_argument("--clamp-styles", default="", help="real music it compares with, a file of style-stats")
     p.add_argument("--out", required=True, help="folder of the evaluation; what is there is not played again")
 
 
@@ -397,6 +401,22 @@ def _listen(p: argparse.ArgumentParser) -> None:
     power.add_argument("--clip-sd", type=float, default=0.4, help="between clips of a policy; default 0.4")
     power.add_argument("--taste-sd", type=float, default=0.4, help="between listeners' tastes for it; default 0.4")
     power.add_argument("--prompts", type=int, default=15, help="default 15")
+
+
+def _style_stats(p: argparse.ArgumentParser) -> None:
+    p.description = (
+        "Let an encoder of music hear windows of real pieces of several styles, and keep what it heard: clamp_style, "
+        "clamp_score and evaluate compare with it. Says how well it tells the styles apart."
+    )
+    p.add_argument("source", help="folder with a folder of MIDI files for each style, or a CSV of path and style")
+    p.add_argument("--checkpoint", required=True, help="weights: a published file, or m3, clamp2, clamp3, or 'random'")
+    p.add_argument("--out", required=True, help="file to write, such as styles.safetensors")
+    p.add_argument("--split", default="", help="only rows of the CSV with this in their column split, such as train")
+    p.add_argument("--vocabulary", default="smart", help="through whose tokens pieces go: preset, folder or hub id")
+    real_option(p, "--window", within=(1, 600), default=10.0, help="seconds, as long as the policy's clips; default 10")
+    whole_option(p, "--windows", within=(1, MOST_AT_ONCE), default=500, help="most of one style; default 500")
+    p.add_argument("--writer", default="note_on", choices=["note_on", "note_off"], help="how notes are written to end")
+    p.add_argument("--device", default="cpu", help="torch device")
 
 
 def _sweep(p: argparse.ArgumentParser) -> None:

@@ -2,7 +2,7 @@
 
 from fastsmart.commands.machine import bank, doctor, selfcheck
 from fastsmart.commands.playing import render, sample, score
-from fastsmart.commands.studying import evaluate, frontier, listen, report, sweep
+from fastsmart.commands.studying import evaluate, frontier, listen, report, style_stats, sweep
 from fastsmart.commands.training import bench, blend, pretrain, profile, top, train
 
 __all__ = [
@@ -20,6 +20,7 @@ __all__ = [
     "sample",
     "score",
     "selfcheck",
+    "style_stats",
     "sweep",
     "top",
     "train",

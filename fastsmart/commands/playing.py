@@ -6,6 +6,7 @@ import argparse
 import json
 import sys
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -112,16 +113,20 @@ def render(options: argparse.Namespace) -> int:
 
 
 def score(options: argparse.Namespace) -> int:
+    from fastsmart.config import Config, with_overrides
     from fastsmart.machine.folder_lock import FolderLock
     from fastsmart.policy.device import usable_device
-    from fastsmart.reward import RewardSettings
 
     if 0 < options.max_seconds < SHORTEST_S:
         raise UserError(
             f"--max-seconds is {options.max_seconds}; it must be 0, all of the file, or at least {SHORTEST_S}"
         )
     usable_device(options.device, "--device")
-    settings = RewardSettings(
+    for text in options.set:
+        if not text.startswith("reward."):
+            raise UserError(f"--set {text}: score has options of rewards only, such as reward.clamp_style=ragtime")
+    settings = replace(
+        with_overrides(Config(), options.set).reward,
         terms=dict.fromkeys(options.reward, 1.0),
         audiobox_checkpoint=options.checkpoint,
         audiobox_dtype=options.dtype,
@@ -148,7 +153,9 @@ def _score(options: argparse.Namespace, settings: RewardSettings, files: list[st
         before = scored_before(out, options.reward)
     scorer = FileScorer(settings, options.statistics, options.soundfont, options.max_seconds, options.device)
     if scorer.random:
-        print("fastsmart: the weights of audiobox are random, its scores mean nothing", file=sys.stderr)
+        print(
+            f"fastsmart: the weights of {' and '.join(scorer.random)} are random, scores mean nothing", file=sys.stderr
+        )
     if out:
         write_atomic(out, "".join(json.dumps(before[path]) + "\n" for path in files if path in before))
     left, failed = [path for path in files if path not in before], 0

@@ -1,4 +1,4 @@
-"""The bodies of evaluate, frontier, report, listen and sweep."""
+"""The bodies of evaluate, frontier, report, listen, sweep and style-stats."""
 
 from __future__ import annotations
 
@@ -33,10 +33,37 @@ def evaluate(options: argparse.Namespace) -> int:
             options.soundfont,
             options.training_set,
             show,
+            clamp=options.clamp,
+            clamp_styles=options.clamp_styles,
         )
     print(found.text())
     print(choosing_text(found))
+    if found.record.get("clamp", {}).get("trained_on"):
+        print("beware: the reward is CLaMP's, too, so what CLaMP measures here was trained on")
+    if found.record.get("clamp", {}).get("random"):
+        print("beware: the weights of CLaMP are random, what it measures means nothing")
     print(f"all of it is in {found.path / 'metrics.csv'}; as a page: fastsmart report {found.path}")
+    return 0
+
+
+def style_stats(options: argparse.Namespace) -> int:
+    from fastsmart.machine.progress import stage_bars
+    from fastsmart.policy.device import usable_device
+    from fastsmart.reward.clamp3 import MusicReader
+    from fastsmart.study.style_stats import StyleStatsSettings, style_stats, style_table
+    from fastsmart.tokens.vocabulary import load_vocabulary
+
+    usable_device(options.device, "--device")
+    settings = StyleStatsSettings(options.writer, options.window, options.windows, options.split)
+    vocab = load_vocabulary(options.vocabulary)
+    with stage_bars() as show:
+        reader = MusicReader(options.checkpoint, options.device)
+        real = style_stats(options.source, reader, vocab, settings, show)
+    real.save(options.out)
+    print(style_table(real))
+    if reader.random:
+        print("beware: the weights are random, none of this means anything")
+    print(f"{counted(len(real.vectors), 'window')} as {reader.kind} hears them are in {options.out}")
     return 0
 
 

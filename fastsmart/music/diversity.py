@@ -42,7 +42,19 @@ much that is and serve to read earlier tables only. An output without notes is e
 different from one with notes. Token metrics follow their definitions to the letter: self-BLEU is 0 for fewer than four
 tokens, and outputs without a 4-gram or figure are left out of the other three, which are NaN when none is left.
 
-The last two of each list need the training pieces. Shape letters: N outputs.
+The last two of each list need the training pieces.
+
+BY AN ENCODER OF MUSIC, of whole outputs with notes, where the weights of M3, CLaMP 2 or CLaMP 3 are given; independent
+of a reward that is not of that family:
+
+* `clamp_effective_outputs`: the Vendi score with the cosine of two outputs' vectors as their similarity.
+* `frechet_music_distance`: squared Fréchet distance of the outputs' vectors to those of windows of real pieces
+  (Retkowski et al. 2024, arXiv 2412.07948), covariances shrunk as in Ledoit and Wolf (2004); from 0 up, and smaller is
+  nearer. It depends on how many outputs there are: compare it at equal numbers only.
+* `between_style_ratio`: variance of the vectors between the styles that prompts ask for over that within them; 0 where
+  styles have blended into one, see `fastsmart.music.covariance.fisher_ratio`.
+
+Shape letters: N outputs.
 """
 
 from __future__ import annotations
@@ -75,7 +87,8 @@ WHOLE = (
     "training_distance",
 )
 DIVERSITY = RAREFIED + WHOLE
-LESS_IS_MORE = ("rarefied_self_bleu", "self_bleu")  # of DIVERSITY: the smaller, the more diverse
+# the smaller, the more diverse, or the nearer to real music
+LESS_IS_MORE = ("rarefied_self_bleu", "self_bleu", "frechet_music_distance")
 
 
 def diversity(

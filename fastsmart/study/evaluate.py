@@ -24,6 +24,7 @@ from fastsmart.policy.transformer import Policy
 from fastsmart.run.folder import CONFIG_FILE, PROVENANCE_FILE
 from fastsmart.run.provenance import machine, weights_hash
 from fastsmart.study.choosing import reweighting
+from fastsmart.study.clamp_measures import ClampMeasures, named_files
 from fastsmart.study.evaluation import (
     EVALUATION_FILE,
     OUTPUTS_FOLDER,
@@ -50,6 +51,9 @@ def evaluate(
     soundfonts: Sequence[str] = (),
     training_set: str | Path = "",
     progress: Progress = lambda stage, done, total: None,
+    *,
+    clamp: str = "",
+    clamp_styles: str = "",
 ) -> Evaluation:
     """Have every policy play the same held-out prompts, measure, and write the folder `out`.
 
@@ -59,12 +63,15 @@ def evaluate(
     best_of      : outputs of the first policy the best-of-n baseline chooses from; below 2 there is none
     soundfonts   : to score on beside the one of `config.audio`
     training_set : folder of MIDI files or of an encoded dataset, to look for copies in; "" = none
+    clamp        : weights of an encoder of music to measure with, as of `reward.clamp_checkpoint`; "" = none
+    clamp_styles : real music it compares with, a file of `fastsmart style-stats`; "" = none
 
     What is already in `out` from the same policy and settings is not played again. Raises UserError for whatever the
     user can mend.
     """
     pairs = labelled(sources)
     require_training_set(training_set)
+    named_files(clamp, clamp_styles)
     store = OutputStore(out, config, prompts, soundfonts)
     played: dict[str, Outputs] = {}
     records: list[PolicyRecord] = []
@@ -82,7 +89,8 @@ def evaluate(
     assert vocab is not None  # `labelled` gives at least one
     training = _training_set(training_set, store.out, vocab, progress) if training_set else None
     progress("fitting on the first policy", 0, 1)
-    ruler = Ruler.fit(played[pairs[0][0]], training, base)
+    measures = ClampMeasures.of(clamp, clamp_styles, vocab, store.device) if clamp else None
+    ruler = Ruler.fit(played[pairs[0][0]], training, base, measures)
     curve = [best_of_point(k, outputs, vocab, config, ruler) for k, outputs in best.items()]
     margin = against(played, best[best_of]) if best else {}
     progress("re-weighting the first policy's outputs", 0, 1)
@@ -98,6 +106,8 @@ def evaluate(
         "policies": [asdict(r) for r in records],
         "metrics": [asdict(m) for m in metrics],
     }
+    if measures:
+        tree["clamp"] = measures.about(config.reward)
     store.write(tree, metrics, played, vocab)
     return Evaluation.open(store.out)
 

@@ -16,6 +16,7 @@ from fastsmart.music.rarefied import SIZES, Sizes
 from fastsmart.music.training_set import TrainingSet
 from fastsmart.notes import NoteBatch
 from fastsmart.policy.transformer import Policy
+from fastsmart.study.clamp_measures import ClampMeasures
 from fastsmart.study.embedding import Embedding, excerpt_states
 from fastsmart.study.evaluation import Metric
 from fastsmart.study.outputs import Outputs, Progress
@@ -36,6 +37,7 @@ class Ruler:
     base      : the first policy, the embedding fitted on its outputs, and their similarities; None = embeddings are not
                 measured
     sizes     : how much of each output is compared
+    clamp     : an encoder of music to measure with, None = not given
     first     : the outputs it was fitted on
     measured  : what has been measured, so that nothing is twice
     """
@@ -45,17 +47,23 @@ class Ruler:
     training: TrainingSet | None = None
     base: tuple[Policy, Embedding, list[np.ndarray]] | None = None
     sizes: Sizes = SIZES
+    clamp: ClampMeasures | None = None
     first: Outputs | None = None
     measured: list[tuple[Outputs, dict[str, Draws]]] = field(default_factory=list)
 
     @staticmethod
-    def fit(outputs: Outputs, training: TrainingSet | None = None, base: Policy | None = None) -> Ruler:
+    def fit(
+        outputs: Outputs,
+        training: TrainingSet | None = None,
+        base: Policy | None = None,
+        clamp: ClampMeasures | None = None,
+    ) -> Ruler:
         """Fit to the outputs of the first policy; `base` is that policy."""
         reward = next(iter(outputs.scores.values())).total
         known = reward[np.isfinite(reward)]
         good_from = float(np.median(known)) if len(known) else float("inf")
         weights = resample_weights(prompt_numbers(outputs.prompts), BOOTSTRAP_SEED)
-        ruler = Ruler(weights, good_from, training, first=outputs)
+        ruler = Ruler(weights, good_from, training, clamp=clamp, first=outputs)
         if base is None:
             return ruler
         states = _states(base, outputs, ruler.sizes)
@@ -139,7 +147,10 @@ def _draws(outputs: Outputs, vocab: Vocabulary, config: Config, ruler: Ruler) ->
     sizes = ruler.sizes
     add("share", f"outputs of fewer than {sizes.notes} notes", "", notes.counts < sizes.notes)
     add("share", f"outputs of fewer than {sizes.tokens} tokens", "", outputs.completions.lengths < sizes.tokens)
-    for name, draws in ruler.diversity(outputs, notes).items():
+    measured_diversity = ruler.diversity(outputs, notes)
+    if ruler.clamp:
+        measured_diversity = measured_diversity | ruler.clamp.draws(outputs.prompts, notes, vocab)
+    for name, draws in measured_diversity.items():
         table["diversity", name, ""] = draws, None
     return table
 

@@ -53,9 +53,9 @@ class FileScorer:
         self.soundfont, self.max_seconds = soundfont, max_seconds
 
     @property
-    def random(self) -> bool:
-        """Whether a reward's weights were drawn at random, so that its scores mean nothing."""
-        return any(getattr(reward, "random", False) for reward in self.mix.rewards.values())
+    def random(self) -> list[str]:
+        """The rewards whose weights were drawn at random, so that their scores mean nothing."""
+        return [name for name, reward in self.mix.rewards.items() if getattr(reward, "random", False)]
 
     def __call__(self, paths: Sequence[str | Path]) -> Iterator[Row]:
         """One row a file, in their order: its `path`, then every reward by name, None where it could not be computed.
