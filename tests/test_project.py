@@ -192,7 +192,7 @@ FLOORS = (
     {"tokens"},
     {"audio", "music", "policy"},
     {"config", "credit", "dpo", "grpo", "reward", "sampling", "tilt"},
-    {"presets", "run"},
+    {"notagen", "presets", "run"},
     {"trainer"},
     {"doctor", "selfcheck", "study"},
     {"profiling"},

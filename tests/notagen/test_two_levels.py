@@ -1,0 +1,98 @@
+"""The two-level network beside transformers' GPT-2, which the authors built theirs of."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import GPT2Config, GPT2LMHeadModel, GPT2Model
+
+from fastsmart.notagen.model import BOS, EOS, PATCH_CHARS, NotaGen, NotaGenSize
+from fastsmart.notagen.weights import HEAD, LARGE, MEDIUM, SMALL, WORDS, random_model, shapes
+
+TINY = NotaGenSize(2, 2, 128, 24)
+CLOSE = 1e-4  # in log-probs
+
+
+def transformers_logprobs(model: NotaGen, patches: Tensor) -> Tensor:
+    """Log-probs [N, P - 1, C] of all characters, PAD too, by GPT2Model and GPT2LMHeadModel with the same weights."""
+    size, state = model.size, dict(model.named_parameters())
+    common = {"n_embd": size.hidden, "n_head": size.heads}
+    with torch.device("meta"):
+        reader = GPT2Model(
+            GPT2Config(n_layer=size.patch_layers, n_positions=size.max_patches, vocab_size=1, **common)
+        ).eval()
+        writer = GPT2LMHeadModel(
+            GPT2Config(n_layer=size.char_layers, n_positions=PATCH_CHARS + 1, vocab_size=128, **common)
+        ).eval()
+    start = "patch_level_decoder.base."
+    reader.load_state_dict({n.removeprefix(start): p for n, p in state.items() if n.startswith(start)}, assign=True)
+    start = "char_level_decoder.base."
+    weights = {n.removeprefix(start): p for n, p in state.items() if n.startswith(start)}
+    writer.load_state_dict(weights | {"lm_head.weight": state[WORDS]}, assign=True)
+    one_hot = torch.nn.functional.one_hot(patches, 128).float().flatten(-2)
+    weight, bias = (state[f"patch_level_decoder.patch_embedding.{name}"] for name in ("weight", "bias"))
+    told = reader(inputs_embeds=one_hot @ weight.t() + bias).last_hidden_state[:, :-1].flatten(0, 1)
+    targets = patches[:, 1:].flatten(0, 1)
+    words = torch.nn.functional.embedding(targets[:, :-1], state[WORDS])
+    logits = writer(inputs_embeds=torch.cat([told[:, None], words], dim=1)).logits
+    return logits.log_softmax(-1).gather(-1, targets[..., None])[..., 0].view(len(patches), -1, PATCH_CHARS)
+
+
+def drawn_patches(pieces: int, count: int) -> Tensor:
+    """Patches of random characters, some of them short, after the first patch of every piece."""
+    generator = torch.Generator().manual_seed(1)
+    patches = torch.randint(3, 128, (pieces, count, PATCH_CHARS), generator=generator)
+    patches[:, 0], patches[:, 0, -1] = BOS, EOS
+    patches[:, 2, 9], patches[:, 2, 10:] = EOS, 0
+    return patches
+
+
+@torch.no_grad()
+def assert_equals_transformers(size: NotaGenSize, pieces: int, count: int) -> None:
+    model = random_model(size, seed=3, scale=2.0)  # beyond GPT-2's first weights, so that attention attends
+    patches = drawn_patches(pieces, count)
+    ours, theirs = model(patches), transformers_logprobs(model, patches)
+    written = patches[:, 1:] != 0
+    assert ours[written].std() > 0.1
+    assert (ours - theirs)[written].abs().max() < CLOSE
+    assert (ours[~written] == 0).all()
+
+
+def test_log_probs_equal_transformers():
+    assert_equals_transformers(TINY, 2, 24)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [SMALL, MEDIUM, LARGE], ids=["small", "medium", "large"])
+def test_log_probs_of_the_published_shapes_equal_transformers(size: NotaGenSize):
+    assert_equals_transformers(size, 1, 6)
+
+
+@pytest.mark.parametrize(
+    ("size", "parameters"), [(SMALL, 109_579_776), (MEDIUM, 243_677_184), (LARGE, 515_738_880)]
+)  # the publication says 110, 244 and 516 million
+def test_the_sizes_are_the_published_ones(size: NotaGenSize, parameters: int):
+    found = shapes(size)
+    assert sum(torch.Size(shape).numel() for shape in found.values()) == parameters
+    assert HEAD not in found  # tied
+
+
+def test_the_large_one_has_323_tensors_with_its_head():
+    assert len(shapes(LARGE)) + 1 == 323
+
+
+def test_patches_of_pad_at_the_end_change_nothing():
+    model, patches = random_model(TINY), drawn_patches(1, 8)
+    longer = torch.cat([patches, torch.zeros(1, 5, PATCH_CHARS, dtype=torch.int64)], dim=1)
+    with torch.no_grad():
+        short, long = model(patches), model(longer)
+    torch.testing.assert_close(long[:, :7], short, rtol=0, atol=1e-5)
+    assert (long[:, 7:] == 0).all()
+
+
+def test_the_gradient_reaches_every_parameter_that_is_used():
+    model, patches = random_model(TINY), drawn_patches(1, 8)
+    model(patches).sum().backward()
+    idle = {name for name, p in model.named_parameters() if p.grad is None}
+    assert idle == {"patch_level_decoder.base.wte.weight"}
