@@ -49,7 +49,7 @@ class Conv1D(nn.Module):
         self.bias = nn.Parameter(torch.empty(outputs))
 
     def forward(self, x: Tensor) -> Tensor:
-        return x @ self.weight + self.bias
+        return torch.addmm(self.bias, x.flatten(0, -2), self.weight).view(*x.shape[:-1], -1)
 
 
 class Block(nn.Module):
@@ -68,12 +68,20 @@ class Block(nn.Module):
     def forward_with_kv(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x [N, T, H] -> the same, and the keys and values [N, heads, T, 64] that later positions look at."""
         rows, length, hidden = x.shape
-        split = self.attn["c_attn"](self.ln_1(x)).view(rows, length, 3, hidden // HEAD_SIZE, HEAD_SIZE)
+        split = self.project(x).view(rows, length, 3, hidden // HEAD_SIZE, HEAD_SIZE)
         q, k, v = split.permute(2, 0, 3, 1, 4)
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        x = x + self.attn["c_proj"](y.transpose(1, 2).reshape(rows, length, hidden))
+        return self.rest(x, y.transpose(1, 2).reshape(rows, length, hidden)), k, v
+
+    def project(self, x: Tensor) -> Tensor:
+        """x [..., H] -> queries, keys and values [..., 3 H], heads side by side."""
+        return self.attn["c_attn"](self.ln_1(x))
+
+    def rest(self, x: Tensor, y: Tensor) -> Tensor:
+        """What follows attention: x [..., H] as the block got it, y [..., H] what the heads gave."""
+        x = x + self.attn["c_proj"](y)
         units = F.gelu(self.mlp["c_fc"](self.ln_2(x)), approximate="tanh")
-        return x + self.mlp["c_proj"](units), k, v
+        return x + self.mlp["c_proj"](units)
 
 
 class Gpt2(nn.Module):

@@ -4,39 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
+from public_notagen import PublicNotaGen
 from torch import Tensor
-from transformers import GPT2Config, GPT2LMHeadModel, GPT2Model
 
-from fastsmart.notagen.model import BOS, EOS, PATCH_CHARS, NotaGen, NotaGenSize
-from fastsmart.notagen.weights import HEAD, LARGE, MEDIUM, SMALL, WORDS, random_model, shapes
+from fastsmart.notagen.model import BOS, EOS, PATCH_CHARS, NotaGenSize, shapes
+from fastsmart.notagen.weights import HEAD, LARGE, MEDIUM, SMALL, random_model
 
 TINY = NotaGenSize(2, 2, 128, 24)
 CLOSE = 1e-4  # in log-probs
-
-
-def transformers_logprobs(model: NotaGen, patches: Tensor) -> Tensor:
-    """Log-probs [N, P - 1, C] of all characters, PAD too, by GPT2Model and GPT2LMHeadModel with the same weights."""
-    size, state = model.size, dict(model.named_parameters())
-    common = {"n_embd": size.hidden, "n_head": size.heads}
-    with torch.device("meta"):
-        reader = GPT2Model(
-            GPT2Config(n_layer=size.patch_layers, n_positions=size.max_patches, vocab_size=1, **common)
-        ).eval()
-        writer = GPT2LMHeadModel(
-            GPT2Config(n_layer=size.char_layers, n_positions=PATCH_CHARS + 1, vocab_size=128, **common)
-        ).eval()
-    start = "patch_level_decoder.base."
-    reader.load_state_dict({n.removeprefix(start): p for n, p in state.items() if n.startswith(start)}, assign=True)
-    start = "char_level_decoder.base."
-    weights = {n.removeprefix(start): p for n, p in state.items() if n.startswith(start)}
-    writer.load_state_dict(weights | {"lm_head.weight": state[WORDS]}, assign=True)
-    one_hot = torch.nn.functional.one_hot(patches, 128).float().flatten(-2)
-    weight, bias = (state[f"patch_level_decoder.patch_embedding.{name}"] for name in ("weight", "bias"))
-    told = reader(inputs_embeds=one_hot @ weight.t() + bias).last_hidden_state[:, :-1].flatten(0, 1)
-    targets = patches[:, 1:].flatten(0, 1)
-    words = torch.nn.functional.embedding(targets[:, :-1], state[WORDS])
-    logits = writer(inputs_embeds=torch.cat([told[:, None], words], dim=1)).logits
-    return logits.log_softmax(-1).gather(-1, targets[..., None])[..., 0].view(len(patches), -1, PATCH_CHARS)
 
 
 def drawn_patches(pieces: int, count: int) -> Tensor:
@@ -52,7 +27,7 @@ def drawn_patches(pieces: int, count: int) -> Tensor:
 def assert_equals_transformers(size: NotaGenSize, pieces: int, count: int) -> None:
     model = random_model(size, seed=3, scale=2.0)  # beyond GPT-2's first weights, so that attention attends
     patches = drawn_patches(pieces, count)
-    ours, theirs = model(patches), transformers_logprobs(model, patches)
+    ours, theirs = model(patches), PublicNotaGen(model).logprobs(patches)
     written = patches[:, 1:] != 0
     assert ours[written].std() > 0.1
     assert (ours - theirs)[written].abs().max() < CLOSE
