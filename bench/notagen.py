@@ -4,8 +4,9 @@
 
 The weights are random, of the published small shape, and made so that no patch ends early: both draw sixteen
 characters of each. A contender's job is one patch (of each of its pieces) after a prefix of so many; both are timed at
-the same prefixes, in turn. What a whole piece takes is a projection, linear between these prefixes; `--whole` also
-draws whole pieces with ours, which the projection can be held against.
+the same prefixes, in turn. What a whole piece takes is a projection, linear between these prefixes and on beyond the
+last of them, which favours the public procedure, whose attention grows with the square. `--whole` also draws whole
+pieces with ours, which the projection can be held against.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from harness import Job, Work, interleaved, measured_ceilings, parser, report
 from public_notagen import PublicNotaGen, random_choice
 from stages import finish, parse, run
 
+from fastsmart.errors import UserError
 from fastsmart.machine.cuda_graph import GraphCapture
 from fastsmart.notagen.char_loop import DRAW, CharLoop
 from fastsmart.notagen.model import BOS, EOS, PATCH_CHARS, NotaGen, NotaGenSize
@@ -41,30 +43,38 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     options.add_argument("--shape", choices=list(SHAPES), default="small", help="of the network (small)")
     options.add_argument("--rows", type=int, default=32, help="pieces that ours draws side by side (32)")
     options.add_argument("--prefixes", type=int, nargs="+", default=[1, 256, 512, 1024], help="patches before the one")
+    options.add_argument("--patches", type=int, default=1024, help="of the pieces that are projected (1024)")
     options.add_argument("--whole", action="store_true", help="draw whole pieces with ours, too")
-    given = parse(options, {"prefixes": [1, 64, 128], "runs": 2}, arguments)
-    prefixes = sorted(given.prefixes)
+    given = parse(options, {"prefixes": [1, 64, 128], "runs": 1}, arguments)
+    prefixes = sorted(set(given.prefixes))
+    if len(prefixes) < 2:
+        raise UserError("--prefixes needs two numbers or more, to tell how the time grows")
     dtype = torch.bfloat16 if given.device.startswith("cuda") else torch.float32
     plain = endless_model(SHAPES[given.shape])
     model, public = plain.to(given.device, dtype), PublicNotaGen(plain)  # the public one on the same device
     ceilings = measured_ceilings(given.device, dtype)
     cases, medians = {}, []
     for prefix in prefixes:
-        jobs = {OURS: next_patches(model, given.rows, prefix), PUBLIC: public_patch(public, prefix)}
-        seconds = interleaved(jobs, given.runs, given.device)
+        seconds = timed(model, public, given, prefix)
         work = drawing_work(model.size, given.rows, prefix, dtype.itemsize)
         cases[f"after {prefix}"] = report(f"notagen, a patch after {prefix}", seconds, OURS, work, ceilings)
-        medians.append({name: statistics.median(seconds[name]) for name in jobs})
-    figures = projected(prefixes, medians, given.rows)
+        medians.append({name: statistics.median(seconds[name]) for name in (OURS, PUBLIC)})
+    figures = projected(prefixes, medians, given.rows, given.patches)
     print(
-        f"  projection, pieces of {prefixes[-1]} patches: ours {figures['ours_chars_per_s']:.0f} characters/s, public "
+        f"  projection, pieces of {given.patches} patches: ours {figures['ours_chars_per_s']:.0f} characters/s, public "
         f"{figures['public_chars_per_s']:.2f}, {figures['times_as_fast']:.0f} times as fast"
     )
     if given.whole:
-        figures["whole_chars_per_s"] = whole(model, given.rows, prefixes[-1])
+        figures["whole_chars_per_s"] = whole(model, given.rows, given.patches)
         print(f"  ours, whole pieces: {figures['whole_chars_per_s']:.0f} characters/s")
     more = {"shape": given.shape, "rows": given.rows, "prefixes": prefixes, "dtype": str(dtype)}
     return finish("notagen", cases, given, projection=figures, **more)
+
+
+def timed(model: NotaGen, public: PublicNotaGen, given: Any, prefix: int) -> dict[str, list[float]]:
+    """Seconds of a patch of each contender after so many; what it takes to know the prefix is given back."""
+    jobs = {OURS: next_patches(model, given.rows, prefix), PUBLIC: public_patch(public, prefix)}
+    return interleaved(jobs, given.runs, given.device)
 
 
 def endless_model(size: NotaGenSize) -> NotaGen:
@@ -73,13 +83,13 @@ def endless_model(size: NotaGenSize) -> NotaGen:
     words = dict(model.named_parameters())[WORDS]
     with torch.no_grad():
         away = words[EOS] / words[EOS].norm() + words[BOS] / words[BOS].norm()
-        model.char_level_decoder.base["transformer"].ln_f.bias.sub_(40.0 * away)
+        model.char_level_decoder.network.ln_f.bias.sub_(40.0 * away)
     return model
 
 
 def next_patches(model: NotaGen, rows: int, prefix: int) -> Job:
     """Ours: a patch of each row after `prefix` patches, whose keys and values are in the cache."""
-    device = model.char_level_decoder.base["transformer"].wte.weight.device
+    device = model.char_level_decoder.network.wte.weight.device
     cache = PatchCache(model, rows)
     loop = CharLoop(model, AS_THE_AUTHORS, rows, GraphCapture() if device.type == "cuda" else None)
     generator = torch.Generator().manual_seed(0)
@@ -118,13 +128,15 @@ def drawing_work(size: NotaGenSize, rows: int, prefix: int, itemsize: int) -> li
     ]
 
 
-def projected(prefixes: Sequence[int], medians: Sequence[dict[str, float]], rows: int) -> dict[str, Any]:
-    """What whole pieces of the longest prefix take, from the time of a patch at each of the prefixes."""
-    patches = prefixes[-1]
-    seconds = {
-        name: float(np.interp(np.arange(1, patches + 1), prefixes, [each[name] for each in medians]).sum())
-        for name in (OURS, PUBLIC)
-    }
+def projected(prefixes: Sequence[int], medians: Sequence[dict[str, float]], rows: int, patches: int) -> dict[str, Any]:
+    """What whole pieces of so many patches take, from the time of a patch at each of the prefixes."""
+    at = np.arange(1, patches + 1)
+    seconds = {}
+    for name in (OURS, PUBLIC):
+        each = [median[name] for median in medians]
+        slope = (each[-1] - each[-2]) / (prefixes[-1] - prefixes[-2])
+        beyond = np.maximum(at - prefixes[-1], 0) * slope
+        seconds[name] = float((np.interp(at, prefixes, each) + beyond).sum())
     ours = rows * patches * PATCH_CHARS / seconds[OURS]
     public = patches * PATCH_CHARS / seconds[PUBLIC]
     return {

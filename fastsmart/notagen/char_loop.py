@@ -29,7 +29,7 @@ class CharLoop:
     def __init__(
         self, model: NotaGen, settings: SamplingSettings, rows: int = 0, capture: GraphCapture | None = None
     ) -> None:
-        self.network = model.char_level_decoder.base["transformer"]
+        self.network = model.char_level_decoder.network
         self.size, self.settings = model.size, settings
         weight = self.network.wte.weight
         self.dtype, self.device = weight.dtype, weight.device
@@ -90,13 +90,13 @@ class CharLoop:
     def _room(self, rows: int) -> list[Tensor]:
         """Room for the keys and values of so many rows: [2, R, A, C, E] for each layer."""
         shape = (2, rows, self.size.heads, PATCH_CHARS, HEAD_SIZE)
-        return [torch.empty(shape, dtype=self.dtype, device=self.device) for _ in self.network.h]
+        return [torch.empty(shape, dtype=self.dtype, device=self.device) for _ in self.network.blocks]
 
     def _logits(self, x: Tensor, place: int, kv: list[Tensor]) -> Tensor:
         """Logits float32 [R, V] of the character at `place`, from what stands before it, [R, H]."""
         network, rows, heads = self.network, len(x), self.size.heads
         x = x + network.wpe.weight[place]
-        for block, kept in zip(network.h, kv, strict=True):
+        for block, kept in zip(network.blocks, kv, strict=True):
             split = block.project(x).view(rows, 3, heads, HEAD_SIZE)
             kept[:, :, :, place] = split[:, 1:].transpose(0, 1)
             q = split[:, 0].reshape(rows * heads, 1, HEAD_SIZE) * HEAD_SIZE**-0.5

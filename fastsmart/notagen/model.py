@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -97,9 +98,14 @@ class Gpt2(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Embeddings [N, T, H], without positions -> [N, T, H]."""
         x = x + self.wpe.weight[: x.shape[1]]
-        for block in self.h:
+        for block in self.blocks:
             x = block(x)
         return self.ln_f(x)
+
+    @property
+    def blocks(self) -> list[Block]:
+        """Its blocks in order."""
+        return [cast(Block, block) for block in self.h]
 
 
 class PatchLevel(nn.Module):
@@ -128,9 +134,14 @@ class CharLevel(nn.Module):
         super().__init__()
         self.base = nn.ModuleDict({"transformer": Gpt2(size.char_layers, size.hidden, PATCH_CHARS + 1, CHARACTERS)})
 
+    @property
+    def network(self) -> Gpt2:
+        """The GPT-2 without its head."""
+        return cast(Gpt2, self.base["transformer"])
+
     def forward(self, told: Tensor, patches: Tensor) -> Tensor:
         """told [N, H], what the patch level says of patches int64 [N, C] -> logits [N, C, V] of their characters."""
-        network = self.base["transformer"]
+        network = self.network
         x = torch.cat([told[:, None], network.wte(patches[:, :-1])], dim=1)
         return network(x) @ network.wte.weight.t()
 

@@ -48,7 +48,7 @@ class PatchCache:
             return
         self._reserve(count)
         x = self.embed(patches)[None] + self.level.base.wpe.weight[:count]
-        for block, keys, values in zip(self.level.base.h, self.keys, self.values, strict=True):
+        for block, keys, values in zip(self.level.base.blocks, self.keys, self.values, strict=True):
             x, k, v = block.forward_with_kv(x)
             keys[row, :, :count] = k[0]
             values[row, :, :, :count] = v[0].transpose(-1, -2)
@@ -61,7 +61,7 @@ class PatchCache:
         x = self.embed(patches) + base.wpe(slot)
         unseen = torch.arange(most, device=slot.device) > slot[:, None]  # [R, S]
         hidden = unseen[:, None, :, None] if bool(unseen.any()) else None
-        for block, keys, values in zip(base.h, self.keys, self.values, strict=True):
+        for block, keys, values in zip(base.blocks, self.keys, self.values, strict=True):
             x = _step(block, x, keys, values, slot, most, hidden)
         return base.ln_f(x)
 

@@ -65,7 +65,7 @@ class PatchSampler:
 
     def __init__(self, model: NotaGen, settings: SamplingSettings = AS_THE_AUTHORS) -> None:
         self.model, self.settings = model, settings
-        self.device = model.char_level_decoder.base["transformer"].wte.weight.device
+        self.device = model.char_level_decoder.network.wte.weight.device
         self.recorded = settings.cuda_graph and self.device.type == "cuda"
 
     @torch.inference_mode()

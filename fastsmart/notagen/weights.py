@@ -99,7 +99,7 @@ def random_model(size: NotaGenSize, seed: int = 0, scale: float = 1.0) -> NotaGe
     generator = torch.Generator().manual_seed(seed)
     with torch.device("meta"):
         model = NotaGen(size)
-    tensors = {}
+    tensors: dict[str, Tensor] = {}
     for name, shape in shapes(size).items():
         noise = torch.randn(shape, generator=generator).mul_(0.02)
         if ".ln_" in name:

@@ -14,7 +14,7 @@ def test_both_are_timed_at_the_same_prefixes(monkeypatch: pytest.MonkeyPatch, ca
     monkeypatch.setattr(harness, "reference_kernel", lambda device: lambda: None)
     monkeypatch.setattr(notagen, "measured_ceilings", lambda *_: Ceilings(100.0, 10.0))
     threads = torch.get_num_threads()
-    options = ["--shape", "tiny", "--rows", "3", "--prefixes", "8", "1", "--runs", "1", "--whole"]
+    options = ["--shape", "tiny", "--rows", "3", "--prefixes", "8", "1", "--runs", "1", "--patches", "8", "--whole"]
     try:
         figures = notagen.main([*options, "--device", "cpu", "--threads", "1"])
     finally:
@@ -29,10 +29,12 @@ def test_both_are_timed_at_the_same_prefixes(monkeypatch: pytest.MonkeyPatch, ca
 
 def test_a_projection_is_the_sum_over_the_patches_of_a_piece():
     ours, public = notagen.OURS, notagen.PUBLIC
-    found = notagen.projected([1, 3], [{ours: 1.0, public: 2.0}, {ours: 1.0, public: 6.0}], rows=4)
+    measured = [{ours: 1.0, public: 2.0}, {ours: 1.0, public: 6.0}]
+    found = notagen.projected([1, 3], measured, rows=4, patches=3)
     assert found["seconds"] == {ours: 3.0, public: 12.0}
     assert found["ours_chars_per_s"] == 4 * 3 * 16 / 3
     assert found["times_as_fast"] == 4 * 12 / 3
+    assert notagen.projected([1, 3], measured, rows=4, patches=4)["seconds"] == {ours: 4.0, public: 20.0}
 
 
 def test_the_floor_counts_the_products_that_are_made():

@@ -27,7 +27,7 @@ def model() -> NotaGen:
     """A network whose characters are far from equally likely, and whose patches often end early."""
     model = random_model(TINY, seed=1, scale=6.0)
     with torch.no_grad():
-        model.char_level_decoder.base["transformer"].wte.weight[2] *= 2
+        model.char_level_decoder.network.wte.weight[2] *= 2
     return model
 
 
@@ -148,7 +148,7 @@ def test_the_body_begins_with_bar_0():
     """Of a network that writes countdowns whatever it is told."""
     model = random_model(NotaGenSize(1, 1, 64, 12))
     with torch.no_grad():
-        char = model.char_level_decoder.base["transformer"]
+        char = model.char_level_decoder.network
         char.wpe.weight.zero_()
         for place, letter in enumerate("[r:7"):  # each place has a direction of its own, which is that letter's
             char.wpe.weight[place, place] = 40.0
@@ -189,6 +189,6 @@ def test_what_cannot_be_drawn_is_said(model: NotaGen):
         drawn(model, [np.zeros((12, 16), np.uint8)])
     broken = random_model(TINY)
     with torch.no_grad():
-        broken.char_level_decoder.base["transformer"].ln_f.weight.fill_(float("nan"))
+        broken.char_level_decoder.network.ln_f.weight.fill_(float("nan"))
     with pytest.raises(UserError, match="no longer finite"):
         drawn(broken, PROMPTS)
