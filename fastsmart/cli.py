@@ -154,7 +154,8 @@ def _top(p: argparse.ArgumentParser) -> None:
 
 def _sample(p: argparse.ArgumentParser) -> None:
     p.description = "Draw pieces from a policy and write them as MIDI, and as WAV with --wav."
-    p.add_argument("--policy", default="pop909-tiny", help="shipped name, checkpoint or run folder, or hub id")
+    p.add_argument("--policy", default="pop909-tiny", help="shipped name, checkpoint or run folder, hub id, or NotaGen")
+    p.add_argument("--style", default="", help="what it is asked for; of NotaGen Period/Composer/Instrumentation")
     p.add_argument("--vocabulary", default="", help="MidiTok JSON or preset, for a checkpoint without its own")
     p.add_argument("--out", default="songs", help="folder for the files")
     whole_option(p, "-n", "--number", within=(1, MOST_AT_ONCE), default=8, help="pieces")
@@ -173,17 +174,24 @@ def _sample(p: argparse.ArgumentParser) -> None:
     )
     whole_option(p, "--bars", within=(1, MOST_AT_ONCE), help="of --prompt that are taken; default: all")
     whole_option(
-        p, "--max-tokens", within=(1, MOST_AT_ONCE), default=500, help="length; a note costs three to four tokens"
+        p,
+        "--max-tokens",
+        within=(1, MOST_AT_ONCE),
+        help="length; default: 500, where a note costs three to four; of NotaGen 16,384, which are characters",
     )
-    real_option(p, "--temperature", within=(0, math.inf), above=True, default=1.0)
-    whole_option(p, "--top-k", within=(0, 2**31 - 1), default=0, help="draw from the k likeliest tokens only; 0 = all")
+    real_option(p, "--temperature", within=(0, math.inf), above=True, help="default: 1; of NotaGen 1.2")
+    whole_option(
+        p,
+        "--top-k",
+        within=(0, 2**31 - 1),
+        help="draw from the k likeliest tokens only; default: 0 = all; of NotaGen 9",
+    )
     real_option(
         p,
         "--top-p",
         within=(0, 1),
         above=True,
-        default=1.0,
-        help="draw from the likeliest tokens of this mass; 1 = all",
+        help="draw from the likeliest tokens of this mass; default: 1 = all; of NotaGen 0.9",
     )
     p.add_argument("--engine", default="native", help="native or vllm")
     whole_option(p, "--seed", within=(0, LARGEST_SEED), default=0)

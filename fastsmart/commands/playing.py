@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fastsmart.commands.sheets import sample_sheets
 from fastsmart.errors import UserError
 from fastsmart.machine.files import files_below
 from fastsmart.notes import MIDI_SUFFIXES
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
 AUDIO_SUFFIXES = (".wav", ".flac")
 TEMPI = (60.0, 150.0)  # bpm of what is sampled where nobody says
+USUAL = {"max_tokens": 500, "temperature": 1.0, "top_k": 0, "top_p": 1.0}  # of policies that write tokens
 SHORTEST_S = 0.01  # of a piece that is scored
 
 
@@ -30,7 +32,15 @@ def sample(options: argparse.Namespace) -> int:
     from fastsmart import sample as draw
     from fastsmart.audio.rendering import is_cut
     from fastsmart.machine.files import make_folder
+    from fastsmart.notagen.weights import is_notagen
 
+    if is_notagen(options.policy):
+        return sample_sheets(options)
+    if options.style:
+        raise UserError(f"--style is for a policy that knows styles, which {options.policy} does not; leave it out")
+    for key, usual in USUAL.items():
+        if getattr(options, key) is None:
+            setattr(options, key, usual)
     if options.prompt and (options.tempo or options.time_signature):
         raise UserError("--tempo and --time-signature are of the openings that --prompt replaces; leave them out")
     if options.bars and not options.prompt:

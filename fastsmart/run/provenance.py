@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import platform
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -81,7 +82,13 @@ def machine() -> dict[str, Any]:
     }
 
 
-def weights_hash(policy: Policy) -> str:
+class HasParameters(Protocol):
+    """A network, or what holds one."""
+
+    def named_parameters(self) -> Iterator[tuple[str, torch.nn.Parameter]]: ...
+
+
+def weights_hash(policy: HasParameters) -> str:
     """sha256 of the names and values of all parameters, hex."""
     digest = hashlib.sha256()
     for name, parameter in policy.named_parameters():

@@ -16,11 +16,12 @@ from fastsmart.music.bootstrap import LEVEL, RESAMPLES
 from fastsmart.music.diversity import prompt_numbers
 from fastsmart.music.rarefied import NOTES, TOKENS
 from fastsmart.music.training_set import TrainingSet
+from fastsmart.notagen.engine import STYLE_MARK, SheetPolicy
+from fastsmart.notagen.weights import is_notagen
 from fastsmart.notes import MIDI_SUFFIXES
 from fastsmart.policy.blend import blend_alpha
 from fastsmart.policy.device import resolved_device
 from fastsmart.policy.hf_format import load_policy
-from fastsmart.policy.transformer import Policy
 from fastsmart.run.folder import CONFIG_FILE, PROVENANCE_FILE
 from fastsmart.run.provenance import machine, weights_hash
 from fastsmart.study.choosing import reweighting
@@ -37,9 +38,9 @@ from fastsmart.study.evaluation import (
     outputs_path,
 )
 from fastsmart.study.measures import Ruler, against, best_of_point, measure
-from fastsmart.study.outputs import Outputs, Player, Progress, best_of_counts, named_soundfonts
+from fastsmart.study.outputs import Outputs, Playable, Player, Progress, best_of_counts, named_soundfonts
 from fastsmart.tokens.dataset import TokenDataset, encode_folder
-from fastsmart.tokens.vocabulary import Vocabulary
+from fastsmart.tokens.vocabulary import Vocabulary, load_vocabulary
 
 
 def evaluate(
@@ -90,7 +91,7 @@ def evaluate(
     training = _training_set(training_set, store.out, vocab, progress) if training_set else None
     progress("fitting on the first policy", 0, 1)
     measures = ClampMeasures.of(clamp, clamp_styles, vocab, store.device) if clamp else None
-    ruler = Ruler.fit(played[pairs[0][0]], training, base, measures)
+    ruler = Ruler.fit(played[pairs[0][0]], training, None if isinstance(base, SheetPolicy) else base, measures)
     curve = [best_of_point(k, outputs, vocab, config, ruler) for k, outputs in best.items()]
     margin = against(played, best[best_of]) if best else {}
     progress("re-weighting the first policy's outputs", 0, 1)
@@ -128,9 +129,9 @@ class OutputStore:
         self.device = str(resolved_device(config.policy))
         self.player = Player(config, named_soundfonts([config.audio.soundfont, *soundfonts]), self.device)
 
-    def play(self, label: str, source: str, progress: Progress) -> tuple[PolicyRecord, Policy, Outputs]:
+    def play(self, label: str, source: str, progress: Progress) -> tuple[PolicyRecord, Playable, Outputs]:
         """Have a policy play the held-out prompts; raises UserError when it cannot be loaded."""
-        policy = load_policy(source, device=self.device, vocabulary=self.config.policy.vocabulary)
+        policy = self._loaded(source)
         record = _record(label, source, policy)
         path, mark = outputs_path(self.out, label), self._mark(record)
         outputs = Outputs.load(path, mark)
@@ -139,7 +140,13 @@ class OutputStore:
             outputs.save(path, mark)
         return record, policy, outputs
 
-    def best_of(self, record: PolicyRecord, policy: Policy, n: int, progress: Progress) -> dict[int, Outputs]:
+    def _loaded(self, source: str) -> Playable:
+        vocabulary = self.config.policy.vocabulary
+        if is_notagen(source.partition(STYLE_MARK)[0]):
+            return SheetPolicy(source, load_vocabulary(vocabulary or "smart"), self.device)
+        return load_policy(source, device=self.device, vocabulary=vocabulary)
+
+    def best_of(self, record: PolicyRecord, policy: Playable, n: int, progress: Progress) -> dict[int, Outputs]:
         """The best of the first 2, 4 ... n of n outputs a prompt, by the reward on the first soundfont."""
         mark = self._mark(record) + f" best of {n}"
         paths = {k: outputs_path(self.out, best_of_label(k)) for k in best_of_counts(n)}
@@ -173,7 +180,7 @@ class OutputStore:
         sections = (self.config.prompts, self.config.sampling, audio, self.config.reward)
         tree = [
             [asdict(section) for section in sections],
-            [self.config.train.seed, self.prompts, record.sha256],
+            [self.config.train.seed, self.prompts, record.sha256, *_asked_style(record)],
             [[name, file_hash(path) if path.is_file() else ""] for name, path in fonts.items()],
         ]
         return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()
@@ -201,13 +208,18 @@ def best_of_label(n: int) -> str:
     return f"best of {n}"
 
 
-def _record(label: str, source: str, policy: Policy) -> PolicyRecord:
+def _record(label: str, source: str, policy: Playable) -> PolicyRecord:
     run = Path(source)
     provenance = run / PROVENANCE_FILE
     if not (run / CONFIG_FILE).is_file() or not provenance.is_file():
         return PolicyRecord(label, source, weights_hash(policy), alpha=blend_alpha(run))
     font = json.loads(provenance.read_text(encoding="utf-8"))["inputs"].get("soundfont")
     return PolicyRecord(label, source, weights_hash(policy), str(run.resolve()), font["sha256"] if font else "")
+
+
+def _asked_style(record: PolicyRecord) -> list[str]:
+    name, _, style = record.source.partition(STYLE_MARK)
+    return [style] if is_notagen(name) else []
 
 
 def _about(store: OutputStore, outputs: Outputs, ruler: Ruler, training_set: str | Path) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 
@@ -13,6 +14,7 @@ from fastsmart.audio import find_soundfont
 from fastsmart.config import Config
 from fastsmart.errors import UserError
 from fastsmart.machine.files import atomic_file
+from fastsmart.notagen.engine import SheetPolicy
 from fastsmart.notes import NoteBatch
 from fastsmart.policy.device import resolved_dtype
 from fastsmart.policy.transformer import Policy
@@ -25,6 +27,7 @@ from fastsmart.tokens.vocabulary import Vocabulary
 from fastsmart.trainer.rollout_pipeline import Progress
 from fastsmart.trainer.rollout_worker import RolloutWorker
 
+Playable = Policy | SheetPolicy  # what has a vocabulary, a device, and a way to be sampled from
 CLIPS_AT_ONCE = 256  # played together: memory for their audio
 LARGEST_BYTES = 4 * 2**30  # of what a policy played, unpacked: a million outputs of a thousand tokens
 
@@ -116,11 +119,11 @@ class Player:
         self.reward = reward if device == "cpu" else None  # on a GPU each worker records graphs of its own
         self.soundfonts = soundfonts if self.needs_audio else {"notes": Path()}
 
-    def play(self, policy: Policy, count: int, progress: Progress) -> Outputs:
+    def play(self, policy: Playable, count: int, progress: Progress) -> Outputs:
         """One output for each of the first `count` prompts of the split "test", which no run has seen."""
         return self._on_others(policy, self._play(policy, count, 1, RandomStream.EVALUATE, progress), progress)
 
-    def best_of(self, policy: Policy, count: int, n: int, progress: Progress) -> dict[int, Outputs]:
+    def best_of(self, policy: Playable, count: int, n: int, progress: Progress) -> dict[int, Outputs]:
         """For k = 2, 4 ... up to n: the best by the reward of the first k of n further outputs for each prompt."""
         everything = self._play(policy, count, n, RandomStream.BEST_OF, progress)
         first = next(iter(self.soundfonts))
@@ -128,7 +131,7 @@ class Player:
         found = {k: everything.select(np.arange(count) * n + total[:, :k].argmax(axis=1)) for k in best_of_counts(n)}
         return found | {n: self._on_others(policy, found[n], progress)}
 
-    def _play(self, policy: Policy, count: int, group: int, stream: RandomStream, progress: Progress) -> Outputs:
+    def _play(self, policy: Playable, count: int, group: int, stream: RandomStream, progress: Progress) -> Outputs:
         """`group` outputs for each prompt, with scores on the first soundfont."""
         font = next(iter(self.soundfonts))
         prompts: list[np.ndarray] = []
@@ -149,7 +152,7 @@ class Player:
                 progress(f"scoring on {font}", len(completions), count * group)
         return Outputs(TokenBatch.pack(prompts), TokenBatch.pack(completions), {font: Scores.concat(scores)})
 
-    def _on_others(self, policy: Policy, outputs: Outputs, progress: Progress) -> Outputs:
+    def _on_others(self, policy: Playable, outputs: Outputs, progress: Progress) -> Outputs:
         """The same outputs, one for each prompt, with scores on the other soundfonts too."""
         found = dict(outputs.scores)
         for font in [name for name in self.soundfonts if name not in found]:
@@ -161,7 +164,9 @@ class Player:
             found[font] = Scores.concat(scores)
         return replace(outputs, scores=found)
 
-    def _worker(self, policy: Policy, font: str, count: int, group: int, engine: Engine | None = None) -> RolloutWorker:
+    def _worker(
+        self, policy: Playable, font: str, count: int, group: int, engine: Engine | None = None
+    ) -> RolloutWorker:
         """A rollout worker that renders on this soundfont and holds some `CLIPS_AT_ONCE` clips, or one group."""
         config, audio = self.config, self.config.audio
         clips = max(group, min(count * group, CLIPS_AT_ONCE))
@@ -171,7 +176,10 @@ class Player:
             train=replace(config.train, prompts=-(-clips // config.sampling.group)),
         )
         dtype = resolved_dtype(config.policy)
-        return RolloutWorker(config, policy, self.statistics, dtype, reward=self.reward, engine=engine)
+        if isinstance(policy, SheetPolicy):
+            engine = engine or policy.engine()
+        known = cast(Policy, policy)  # with an engine given, only the vocabulary and the device are asked for
+        return RolloutWorker(config, known, self.statistics, dtype, reward=self.reward, engine=engine)
 
 
 class Replay:
@@ -189,7 +197,7 @@ class Replay:
             ids = self.completions.row(i)
             yield Completion(i, ids, np.zeros(len(ids), np.float32), self.version)
 
-    def load(self, policy: Policy, version: int) -> None:
+    def load(self, policy: Playable, version: int) -> None:
         self.version = version
 
     def first_difference(self, policy: Policy) -> str | None:

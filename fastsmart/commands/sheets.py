@@ -1,0 +1,88 @@
+"""The body of sample where the policy is NotaGen, which writes sheet music."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from fastsmart.errors import UserError
+from fastsmart.words import counted
+
+NOT_FOR_SHEETS = ("vocabulary", "time_signature", "tempo", "prompt", "bars")
+
+
+def sample_sheets(options: argparse.Namespace) -> int:
+    """Draw pieces and write each as ABC and MIDI, and as WAV with --wav, as soon as it ends."""
+    import torch
+
+    from fastsmart.machine.files import make_folder, write_atomic
+    from fastsmart.machine.progress import bar
+    from fastsmart.notagen.notation import read_abc, sheet
+    from fastsmart.notagen.patches import encode_prompt
+    from fastsmart.notagen.sampler import AS_THE_AUTHORS, PatchSampler
+    from fastsmart.notagen.weights import load_notagen
+
+    _refuse_others(options)
+    style = _style(options)
+    given = {key: getattr(options, key) for key in ("max_tokens", "temperature", "top_k", "top_p")}
+    settings = replace(AS_THE_AUTHORS, **{key: value for key, value in given.items() if value is not None})
+    on_gpu = torch.cuda.is_available()
+    model = load_notagen(options.policy, *((torch.bfloat16, "cuda") if on_gpu else (torch.float32, "cpu")))
+    out = make_folder(options.out)
+    prompt = encode_prompt(style.lines if style else [])
+    unread = 0
+    with bar("writing") as show:
+        for done, piece in enumerate(PatchSampler(model, settings)([prompt] * options.number, (options.seed,)), 1):
+            path = out / f"{piece.index + 1:03d}.abc"
+            notes, (reason,) = read_abc([piece.text])
+            write_atomic(path, piece.text if reason else sheet(piece.text))
+            if reason:
+                unread += 1
+                print(f"{path}  {style or 'no style'}: not to be read as music", flush=True)
+            else:
+                notes.to_midi(0, path.with_suffix(".mid"))
+                cut = _render(notes, path, options) if options.wav else ""
+                ends = "" if piece.complete else ", broken off at --max-tokens"
+                length = f"{notes.end_s[0]:.1f} s{ends}{cut}"
+                told = counted(int(notes.counts[0]), "note")
+                print(f"{path.with_suffix('.mid')}  {style or 'no style'}: {told}, {length}", flush=True)
+            show(done, options.number)
+    if unread:
+        print(f"fastsmart: {unread} of {counted(options.number, 'piece')} cannot be read as music", file=sys.stderr)
+    return 2 if unread == options.number else 0
+
+
+def _refuse_others(options: argparse.Namespace) -> None:
+    """Raises UserError for an option of policies that write tokens."""
+    for key in NOT_FOR_SHEETS:
+        if getattr(options, key):
+            name = f"--{key.replace('_', '-')}"
+            raise UserError(f"{name} is for policies that write tokens, NotaGen is asked with --style; leave it out")
+    if options.engine != "native":
+        raise UserError(f"--engine {options.engine} does not serve NotaGen, whose network has two levels; leave it out")
+
+
+def _style(options: argparse.Namespace) -> Any:
+    """The style asked for, None for none; raises UserError for one this checkpoint was not trained with."""
+    from fastsmart.notagen.styles import read_style
+    from fastsmart.notagen.weights import PUBLISHED
+
+    if not options.style:
+        return None
+    published = PUBLISHED.get(options.policy)
+    if published and not published.styled:
+        styled = ", ".join(name for name, each in PUBLISHED.items() if each.styled)
+        raise UserError(f"{options.policy} was trained without styles; leave out --style, or choose one of {styled}")
+    return read_style(options.style)
+
+
+def _render(notes: Any, path: Path, options: argparse.Namespace) -> str:
+    """Write the WAV of a piece; what is to be said of it."""
+    from fastsmart.audio import RenderSettings, render_file
+    from fastsmart.audio.rendering import is_cut
+
+    render_file(notes, 0, path.with_suffix(".wav"), RenderSettings(options.soundfont))
+    return ", its audio cut at 60 minutes" if is_cut(notes, 0) else ""
