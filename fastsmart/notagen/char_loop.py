@@ -63,7 +63,7 @@ class CharLoop:
         return drawn.masked_fill(ended, PAD)
 
     def draw_all(self, told: Tensor, uniform: Tensor, given: Tensor) -> Tensor:
-        """All sixteen characters of every row, ended or not, without a look at what was drawn: int64 [R, C]."""
+        """Draw all sixteen characters of every row, ended or not, without a look at them: int64 [R, C]."""
         kv, x = self._room(len(told)), told
         drawn = []
         for place in range(PATCH_CHARS):
@@ -72,7 +72,7 @@ class CharLoop:
         return torch.stack(drawn, dim=1)
 
     def _draw_those_left(self, told: Tensor, uniform: Tensor, given: Tensor) -> Tensor:
-        """The same, but rows that have drawn EOS leave, as soon as a quarter of them has; what they lack is PAD."""
+        """Draw the same, but rows that have drawn EOS leave, once a quarter of them has; what they lack is PAD."""
         drawn = torch.full_like(given, PAD)
         left = torch.arange(len(told), device=self.device)  # numbers of the rows that are computed
         kv, x = self._room(len(told)), told

@@ -79,7 +79,7 @@ class Block(nn.Module):
         return self.attn["c_attn"](self.ln_1(x))
 
     def rest(self, x: Tensor, y: Tensor) -> Tensor:
-        """What follows attention: x [..., H] as the block got it, y [..., H] what the heads gave."""
+        """Finish the block after attention: x [..., H] as it was given, y [..., H] as the heads made it."""
         x = x + self.attn["c_proj"](y)
         units = F.gelu(self.mlp["c_fc"](self.ln_2(x)), approximate="tanh")
         return x + self.mlp["c_proj"](units)

@@ -135,7 +135,7 @@ class _Reader:
         self.process: subprocess.Popen[bytes] | None = None
 
     def ask(self, text: str) -> dict[str, Any]:
-        """What it says of a tune, with "error" where it could not read it."""
+        """Ask it for a tune; the answer has "error" where it could not read it."""
         if self.process is None:
             command = [sys.executable, "-m", "fastsmart.notagen.abc_reader"]
             self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)

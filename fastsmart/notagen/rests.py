@@ -77,7 +77,7 @@ def _written(length: Fraction) -> str:
 
 
 def _split_voices(line: str) -> tuple[str, dict[int, str]]:
-    """What stands before the first voice of a line, and the text of each voice by its number."""
+    """Split a line into what stands before its first voice, and the text of each voice by its number."""
     before, *rest = _VOICE.split(line)
     bars: dict[int, str] = {}
     for number, bar in zip(rest[::2], rest[1::2], strict=True):

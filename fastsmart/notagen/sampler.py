@@ -120,7 +120,7 @@ class PatchSampler:
             cache.fill(place, self._tensor(np.array(row.patches[:-1], np.int64).reshape(-1, PATCH_CHARS)))
 
     def _told(self, cache: PatchCache, rows: Sequence[_Row | None]) -> Tensor:
-        """What the char level is told of the next patch of every row, [R, H]; of idle ones anything."""
+        """Give what the char level is told of the next patch of every row, [R, H]; of idle ones anything."""
         last = np.zeros((len(rows), PATCH_CHARS), np.int64)
         slot = np.zeros(len(rows), np.int64)
         for place, row in enumerate(rows):
@@ -151,7 +151,7 @@ class PatchSampler:
         return drawn
 
     def _take(self, row: _Row, patch: np.ndarray) -> bool | None:
-        """Add a patch to its row; whether the piece is complete where it has ended, None where it goes on."""
+        """Add a patch to its row; say whether the piece is complete where it has ended, None where it goes on."""
         row.left -= 1
         if is_end(patch):
             row.patches.append(END_PATCH)
@@ -162,7 +162,7 @@ class PatchSampler:
         return False if row.left == 0 else None
 
     def _go_on(self, row: _Row) -> bool:
-        """Empty the context but for the header and the last lines of the body; whether there was room to."""
+        """Empty the context but for the header and the last lines of the body; say whether there was room to."""
         try:
             header, body = split_piece(row.text)
         except UserError:
