@@ -28,7 +28,7 @@ class PublicNotaGen:
         from transformers import GPT2Config, GPT2LMHeadModel, GPT2Model
 
         size, state = model.size, dict(model.named_parameters())
-        width = {"n_embd": size.hidden, "n_head": size.heads}
+        width = {"n_embd": size.hidden, "n_head": size.heads, "bos_token_id": None, "eos_token_id": None}
         with torch.device("meta"):
             reader = GPT2Config(n_layer=size.patch_layers, n_positions=size.max_patches, vocab_size=1, **width)
             writer = GPT2Config(n_layer=size.char_layers, n_positions=PATCH_CHARS + 1, vocab_size=128, **width)

@@ -155,10 +155,16 @@ def _top(p: argparse.ArgumentParser) -> None:
 def _sample(p: argparse.ArgumentParser) -> None:
     p.description = "Draw pieces from a policy and write them as MIDI, and as WAV with --wav."
     p.add_argument("--policy", default="pop909-tiny", help="shipped name, checkpoint or run folder, hub id, or NotaGen")
-    p.add_argument("--style", default="", help="what it is asked for; of NotaGen Period/Composer/Instrumentation")
     p.add_argument("--vocabulary", default="", help="MidiTok JSON or preset, for a checkpoint without its own")
     p.add_argument("--out", default="songs", help="folder for the files")
     whole_option(p, "-n", "--number", within=(1, MOST_AT_ONCE), default=8, help="pieces")
+    p.add_argument(
+        "--style",
+        action="append",
+        default=[],
+        help="of a policy that knows styles: one of them; of NotaGen Period/Composer/Instrumentation; repeatable, then "
+        "the pieces take turns",
+    )
     p.add_argument("--time-signature", action="append", help="such as 4/4; repeatable; default: 4/4")
     real_option(
         p,

@@ -6,10 +6,13 @@ import argparse
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fastsmart.errors import UserError
 from fastsmart.words import counted
+
+if TYPE_CHECKING:
+    from fastsmart.notagen.styles import Style
 
 NOT_FOR_SHEETS = ("vocabulary", "time_signature", "tempo", "prompt", "bars")
 
@@ -26,29 +29,31 @@ def sample_sheets(options: argparse.Namespace) -> int:
     from fastsmart.notagen.weights import load_notagen
 
     _refuse_others(options)
-    style = _style(options)
+    styles = _styles(options)
     given = {key: getattr(options, key) for key in ("max_tokens", "temperature", "top_k", "top_p")}
     settings = replace(AS_THE_AUTHORS, **{key: value for key, value in given.items() if value is not None})
     on_gpu = torch.cuda.is_available()
     model = load_notagen(options.policy, *((torch.bfloat16, "cuda") if on_gpu else (torch.float32, "cpu")))
     out = make_folder(options.out)
-    prompt = encode_prompt(style.lines if style else [])
+    asked = [styles[i % len(styles)] if styles else None for i in range(options.number)]
+    prompts = [encode_prompt(style.lines if style else []) for style in asked]
     unread = 0
     with bar("writing") as show:
-        for done, piece in enumerate(PatchSampler(model, settings)([prompt] * options.number, (options.seed,)), 1):
+        for done, piece in enumerate(PatchSampler(model, settings)(prompts, (options.seed,)), 1):
+            style = asked[piece.index] or "no style"
             path = out / f"{piece.index + 1:03d}.abc"
             notes, (reason,) = read_abc([piece.text])
             write_atomic(path, piece.text if reason else sheet(piece.text))
             if reason:
                 unread += 1
-                print(f"{path}  {style or 'no style'}: not to be read as music", flush=True)
+                print(f"{path}  {style}: not to be read as music", flush=True)
             else:
                 notes.to_midi(0, path.with_suffix(".mid"))
                 cut = _render(notes, path, options) if options.wav else ""
                 ends = "" if piece.complete else ", broken off at --max-tokens"
                 length = f"{notes.end_s[0]:.1f} s{ends}{cut}"
                 told = counted(int(notes.counts[0]), "note")
-                print(f"{path.with_suffix('.mid')}  {style or 'no style'}: {told}, {length}", flush=True)
+                print(f"{path.with_suffix('.mid')}  {style}: {told}, {length}", flush=True)
             show(done, options.number)
     if unread:
         print(f"fastsmart: {unread} of {counted(options.number, 'piece')} cannot be read as music", file=sys.stderr)
@@ -65,18 +70,16 @@ def _refuse_others(options: argparse.Namespace) -> None:
         raise UserError(f"--engine {options.engine} does not serve NotaGen, whose network has two levels; leave it out")
 
 
-def _style(options: argparse.Namespace) -> Any:
-    """The style asked for, None for none; raises UserError for one this checkpoint was not trained with."""
+def _styles(options: argparse.Namespace) -> list[Style]:
+    """The styles asked for; raises UserError for one that this checkpoint was not trained with."""
     from fastsmart.notagen.styles import read_style
     from fastsmart.notagen.weights import PUBLISHED
 
-    if not options.style:
-        return None
     published = PUBLISHED.get(options.policy)
-    if published and not published.styled:
+    if options.style and published and not published.styled:
         styled = ", ".join(name for name, each in PUBLISHED.items() if each.styled)
         raise UserError(f"{options.policy} was trained without styles; leave out --style, or choose one of {styled}")
-    return read_style(options.style)
+    return [read_style(text) for text in options.style]
 
 
 def _render(notes: Any, path: Path, options: argparse.Namespace) -> str:

@@ -70,8 +70,14 @@ def test_it_is_sampled_in_a_style_and_heard(weights: Path, tmp_path: Path, capsy
 
 def test_pieces_that_are_no_music_are_kept_and_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     path = save_published(learnt(TUNE, steps=0), tmp_path / "untrained.pth")
-    assert main(["sample", "--policy", str(path), "--out", str(tmp_path), "-n", "2", "--max-tokens", "64"]) == 2
+    other = "Baroque/Vivaldi, Antonio/Chamber"
+    short = ["-n", "2", "--max-tokens", "64", "--style", STYLE, "--style", other]
+    assert main(["sample", "--policy", str(path), "--out", str(tmp_path), *short]) == 2
     printed = capsys.readouterr()
+    assert sorted(line.split("  ")[1] for line in printed.out.splitlines()) == [
+        f"{other}: not to be read as music",
+        f"{STYLE}: not to be read as music",
+    ]  # styles take turns
     assert printed.err.splitlines()[-1] == "fastsmart: 2 of 2 pieces cannot be read as music"
     assert sorted(file.name for file in tmp_path.iterdir()) == ["001.abc", "002.abc", "untrained.pth"]
 
