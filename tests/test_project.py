@@ -194,7 +194,7 @@ FLOORS = (
     {"config", "credit", "dpo", "grpo", "reward", "sampling", "tilt"},
     {"notagen", "presets", "run"},
     {"trainer"},
-    {"doctor", "selfcheck", "study"},
+    {"doctor", "selfcheck", "study", "taste"},
     {"profiling"},
     {"__init__"},
     {"commands"},

@@ -30,6 +30,7 @@ REWARDS = {
     "polyphony_rate": ("symbolic", "PolyphonyRate"),
     "presence": ("symbolic", "Presence"),
     "scale_consistency": ("symbolic", "ScaleConsistency"),
+    "taste": ("taste", "TasteReward"),
     "typicality": ("typicality", "Typicality"),
     "variety": ("symbolic", "Variety"),
     "warmth": ("descriptors", "Warmth"),

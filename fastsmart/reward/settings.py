@@ -67,6 +67,10 @@ class RewardSettings:
     """Folder or hub id of configuration and tokenizer of CLaMP's encoder of text; the checkpoint has its weights."""
     clamp_writer: Literal["note_on", "note_off"] = "note_on"
     """How `clamp_text` writes the end of a note: as a note_on of velocity 0, or as a note_off."""
+    taste: str = ""
+    """File of the taste that `taste` scores by, as `fastsmart live` writes it."""
+    taste_caution: float = 1.0
+    """Standard deviations of its uncertainty that `taste` takes off a clip's expected utility."""
 
     def __post_init__(self) -> None:
         for name, weight in self.terms.items():
@@ -87,6 +91,8 @@ class RewardSettings:
             raise UserError("reward.audiobox_axes weighs no axis; give one of them a weight above 0")
         if not isinstance(self.audiobox_batch, int) or not 1 <= self.audiobox_batch <= 4096:
             raise UserError(f"reward.audiobox_batch is {self.audiobox_batch!r}; it is a whole number from 1 to 4096")
+        if not (isinstance(self.taste_caution, int | float) and 0 <= self.taste_caution <= 100):
+            raise UserError(f"reward.taste_caution is {self.taste_caution!r}; it is a number from 0 to 100")
         if self.audiobox_dtype not in AUDIOBOX_DTYPES:
             known = ", ".join(AUDIOBOX_DTYPES)
             raise UserError(f"reward.audiobox_dtype is {self.audiobox_dtype!r}; it is one of {known}")

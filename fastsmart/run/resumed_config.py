@@ -16,6 +16,9 @@ CHANGEABLE = (
     *("train.writers", "audio.workers", "audio.clip_timeout_s"),
 )
 
+# and of a run that a listener teaches, what changes with what has been learnt about her
+TAUGHT = ("reward.taste", "reward.taste_caution", "grpo.beta")
+
 
 def differences(own: Config, wanted: Config) -> dict[str, Any]:
     """The keys whose values differ, such as `train.steps`, with those of `wanted`."""
@@ -30,11 +33,12 @@ def resumed_config(own: Config, changes: Mapping[str, Any], path: Path, step: in
 
     Raises UserError naming keys that a run keeps from beginning to end, and for steps that are done already.
     """
-    fixed = [key for key in changes if key not in CHANGEABLE]
+    changeable = (*CHANGEABLE, *TAUGHT) if "taste" in own.reward.terms else CHANGEABLE
+    fixed = [key for key in changes if key not in changeable]
     if fixed:
         raise UserError(
             f"{path} holds a run with other settings ({', '.join(fixed)}); leave these out to go on with its own "
-            f"config.toml, or choose another --out: only {', '.join(CHANGEABLE)} may change"
+            f"config.toml, or choose another --out: only {', '.join(changeable)} may change"
         )
     steps = changes.get("train.steps", own.train.steps)
     if isinstance(steps, int) and steps < own.train.steps and steps <= step:

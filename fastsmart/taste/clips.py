@@ -1,0 +1,108 @@
+"""Clips that are played to a listener, on disk: tokens, notes and features of each in one file."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load as load_arrays
+from safetensors.numpy import save as save_arrays
+
+from fastsmart.errors import UserError
+from fastsmart.machine.files import make_folder, read_file, write_atomic
+from fastsmart.notes import NoteBatch
+from fastsmart.reward.taste_features import feature_names, features
+from fastsmart.taste.choices import NAME
+
+SUFFIX = ".safetensors"
+_ARRAYS = tuple(f.name for f in fields(NoteBatch) if f.name not in ("ticks_per_beat", "pedals"))
+
+
+@dataclass(frozen=True)
+class Clip:
+    """A finished clip.
+
+    id       : its name: 1 to 64 letters, digits, _ or -
+    tokens   : int32 [L], prompt and completion
+    prompt   : how many of the tokens are the prompt
+    notes    : NoteBatch of one piece, as it is played
+    vector   : `features`, float64 [F]
+    version  : step of the policy that played it
+    """
+
+    id: str
+    tokens: np.ndarray
+    prompt: int
+    notes: NoteBatch
+    vector: np.ndarray
+    version: int = 0
+
+    @staticmethod
+    def of(id: str, tokens: np.ndarray, prompt: int, notes: NoteBatch, version: int = 0) -> Clip:
+        """A clip with the features of its notes."""
+        return Clip(id, np.asarray(tokens, np.int32), prompt, notes, features(notes)[0], version)
+
+
+class ClipFolder:
+    """The clips of a folder, one file each, never written again.
+
+    clips = ClipFolder(out / "clips")
+    clips.save(Clip.of("a1", tokens, 5, notes))
+    taste = Taste.fit(standing(choices), clips.vectors(choices), standard)
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+
+    def path(self, id: str) -> Path:
+        """File of a clip; raises UserError for what cannot be the id of one."""
+        if not NAME.fullmatch(id):
+            raise UserError(f"{id!r} is no id of a clip: it has 1 to 64 letters, digits, _ or -")
+        return self.folder / f"{id}{SUFFIX}"
+
+    def ids(self) -> list[str]:
+        """Ids of all clips, sorted."""
+        return sorted(path.stem for path in self.folder.glob(f"*{SUFFIX}") if NAME.fullmatch(path.stem))
+
+    def save(self, clip: Clip) -> None:
+        """Write a clip in one step; raises UserError when the disk is full."""
+        path = self.path(clip.id)
+        make_folder(self.folder)
+        arrays = {f"notes.{name}": np.ascontiguousarray(getattr(clip.notes, name)) for name in _ARRAYS}
+        about = {
+            "prompt": clip.prompt,
+            "version": clip.version,
+            "ticks_per_beat": clip.notes.ticks_per_beat,
+            "names": feature_names(len(clip.vector) > len(feature_names())),
+        }
+        arrays |= {"tokens": np.asarray(clip.tokens, np.int32), "vector": np.asarray(clip.vector, np.float64)}
+        write_atomic(path, save_arrays(arrays, {"clip": json.dumps(about)}))
+
+    def load(self, id: str) -> Clip:
+        """Read a clip; raises UserError naming the file when it is missing or damaged.
+
+        Features of another version of fastsmart are taken from the notes anew.
+        """
+        path = self.path(id)
+        try:
+            content = read_file(path)
+            arrays = load_arrays(content)
+            header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+            about = json.loads(header["__metadata__"]["clip"])
+            notes = NoteBatch(**{n: arrays[f"notes.{n}"] for n in _ARRAYS}, ticks_per_beat=int(about["ticks_per_beat"]))
+            vector = arrays["vector"]
+            if tuple(about["names"]) != feature_names(len(vector) > len(feature_names())):
+                vector = features(notes)[0]
+            return Clip(id, arrays["tokens"], int(about["prompt"]), notes, vector, int(about["version"]))
+        except OSError as error:
+            raise UserError(f"cannot read the clip {path}: {error.strerror}; put its file back") from error
+        except (SafetensorError, ValueError, KeyError, TypeError, IndexError, RecursionError) as error:
+            raise UserError(f"{path} is damaged ({error}); remove it and take back the choices about it") from error
+
+    def vectors(self, ids: Iterable[str]) -> dict[str, np.ndarray]:
+        """Features [F] of the named clips by their ids."""
+        return {id: self.load(id).vector for id in dict.fromkeys(ids)}
