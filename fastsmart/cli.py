@@ -90,6 +90,9 @@ def _train(p: argparse.ArgumentParser) -> None:
     )
     _settings(p)
     _engine_and_pipeline(p)
+    p.add_argument(
+        "--reward", action="append", default=[], help="tune on this alone; repeatable; short for --set reward.terms=..."
+    )
     p.add_argument("--out", default="", help="folder of the run")
     p.add_argument(
         "--resume",
@@ -256,6 +259,10 @@ def _score(p: argparse.ArgumentParser) -> None:
     )
     p.add_argument("--dtype", default="float32", help="of Audiobox: float32, bfloat16, float16, or int8 (CPU)")
     p.add_argument("--device", default="cpu", help="torch device of Audiobox and CLAP")
+    p.add_argument("--taste", default="", help="file of a taste, for taste")
+    p.add_argument(
+        "--constraint", action="append", default=[], metavar="KEY=VALUE", help="what constraint asks for; repeatable"
+    )
     p.add_argument("--clap-model", default="", help="folder or hub id of a ClapModel")
     p.add_argument("--clap-prompt", default="", help="text for clap_similarity")
     p.add_argument("--clap-class", action="append", default=[], help="texts for clap_class, the wanted one first")

@@ -19,6 +19,7 @@ from fastsmart.words import counted
 if TYPE_CHECKING:
     from fastsmart.policy.transformer import Policy
     from fastsmart.reward import RewardSettings
+    from fastsmart.reward.settings import ConstraintSettings
     from fastsmart.tokens.prompts import Prompts
 
 AUDIO_SUFFIXES = (".wav", ".flac")
@@ -140,6 +141,8 @@ def score(options: argparse.Namespace) -> int:
         terms=dict.fromkeys(options.reward, 1.0),
         audiobox_checkpoint=options.checkpoint,
         audiobox_dtype=options.dtype,
+        taste=options.taste,
+        constraint=_constraint(options.constraint),
         clap_model=options.clap_model,
         clap_prompt=options.clap_prompt,
         clap_classes=tuple(options.clap_class),
@@ -148,6 +151,13 @@ def score(options: argparse.Namespace) -> int:
     out = Path(options.out) if options.out else None
     with FolderLock(out.parent, "scoring", name=f".{out.name}.lock") if out else nullcontext():
         return _score(options, settings, _pieces(options.files), out)
+
+
+def _constraint(texts: list[str]) -> ConstraintSettings:
+    """What the reward `constraint` asks for, by KEY=VALUE; raises UserError naming a key that it does not have."""
+    from fastsmart.config import Config, with_overrides
+
+    return with_overrides(Config(), [f"reward.constraint.{text}" for text in texts]).reward.constraint
 
 
 def _score(options: argparse.Namespace, settings: RewardSettings, files: list[str], out: Path | None) -> int:

@@ -227,7 +227,11 @@ def _run_config(options: argparse.Namespace) -> Config:
 
 def _sets(options: argparse.Namespace) -> list[str]:
     """Settings given by --set and the options that are short for it."""
+    from fastsmart.config import toml_value
+
     sets = options.set + ([f"sampling.engine={options.engine}"] if options.engine else [])
+    if rewards := getattr(options, "reward", []):
+        sets = [f"reward.terms={{{', '.join(f'{toml_value(name)} = 1.0' for name in rewards)}}}", *sets]
     return sets + ([f"train.pipeline={options.pipeline}"] if options.pipeline else [])
 
 

@@ -23,6 +23,7 @@ REWARDS = {
     "clap_class": ("clap", "ClapClass"),
     "clap_similarity": ("clap", "ClapSimilarity"),
     "consonance": ("descriptors", "Consonance"),
+    "constraint": ("constraints", "Constraint"),
     "filled_beats": ("symbolic", "FilledBeats"),
     "loudness_range": ("descriptors", "LoudnessRange"),
     "pam": ("clap", "Pam"),
@@ -47,6 +48,9 @@ def load_reward(name: str, **settings: Any) -> Reward:
     `model` and their texts; `clamp_style`, `clamp_score` and `clamp_text` take `checkpoint` and the style or text that
     is wanted; `presence` and `typicality` take `statistics`, the path of the JSON beside the base model; by default
     those of the first shipped policy; the others take nothing.
+    `model` and their texts; `presence` and `typicality` take `statistics`, the path of the JSON beside the base model;
+    by default those of the first shipped policy; `taste` takes the path of its file and `caution`; `constraint` takes
+    the keys of `ConstraintSettings`; the others take nothing.
 
     Raises UserError for an unknown name, and for a checkpoint or statistics file that cannot be read; TypeError naming
     a setting that the reward does not have or that is missing.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
@@ -13,6 +14,60 @@ from fastsmart.reward.registry import require_known
 AUDIOBOX_AXES = ("CE", "CU", "PC", "PQ")
 AUDIOBOX_DTYPES = ("float32", "bfloat16", "float16", "int8")
 CLAMP_WRITERS = ("note_on", "note_off")
+
+
+TONICS = {"C": 0, "D": 2, "E": 4, "F": 5, "G": 7, "A": 9, "B": 11}
+ACCIDENTALS = {"": 0, "#": 1, "b": -1}
+
+
+def parsed_key(text: str) -> tuple[int, bool]:
+    """Pitch class of the tonic, and whether it is minor, of a key such as "F# minor"; raises UserError for another."""
+    tonic, _, mode = text.strip().partition(" ")
+    letter, accidental = tonic[:1].upper(), tonic[1:]
+    if letter not in TONICS or accidental not in ACCIDENTALS or mode not in ("major", "minor"):
+        raise UserError(f'key is {text!r}; write it as "C major", "F# minor" or "Bb major"')
+    return (TONICS[letter] + ACCIDENTALS[accidental]) % 12, mode == "minor"
+
+
+@dataclass(frozen=True)
+class ConstraintSettings:
+    """What the reward `constraint` asks for; with the defaults nothing.
+
+    Raises UserError naming the key that is wrong.
+    """
+
+    key: str = ""
+    """Key in which a clip must be, such as "C major" or "F# minor"; "" = any."""
+    key_share: float = 0.9
+    """Least share of its notes in the scale of that key (of minor, with the natural and the raised seventh)."""
+    metre: str = ""
+    """Time signature of all its bars, such as "3/4"; "" = any."""
+    lowest: int = 0
+    highest: int = 127
+    """MIDI numbers of the lowest and highest note allowed."""
+    least_density: float = 0.0
+    most_density: float = 0.0
+    """Notes a second; 0 = no limit."""
+    voices: int = 0
+    """Most notes that may sound together; 0 = no limit."""
+    cadence: bool = False
+    """Whether it must end on its tonic triad, the tonic in the bass, after a bass on dominant, subdominant or leading
+    tone."""
+
+    def __post_init__(self) -> None:
+        if self.key:
+            parsed_key(self.key)
+        if not 0 < self.key_share <= 1:
+            raise UserError(f"key_share is {self.key_share}; it must be above 0 and at most 1")
+        if self.metre and not re.fullmatch(r"[1-9][0-9]?/(1|2|4|8|16|32)", self.metre):
+            raise UserError(f'metre is {self.metre!r}; write it as "3/4"')
+        if not 0 <= self.lowest <= self.highest <= 127:
+            raise UserError(f"lowest {self.lowest} and highest {self.highest} must be MIDI numbers, 0 to 127, in order")
+        least, most = self.least_density, self.most_density
+        if not (0 <= least < math.inf and 0 <= most < math.inf) or (most and most < least):
+            raise UserError(f"least_density {least} and most_density {most} must be 0 or above, the least first")
+        if not 0 <= self.voices <= 128:
+            raise UserError(f"voices is {self.voices}; it must be 0 (no limit) to 128")
 
 
 @dataclass(frozen=True)
@@ -71,6 +126,8 @@ class RewardSettings:
     """File of the taste that `taste` scores by, as `fastsmart live` writes it."""
     taste_caution: float = 1.0
     """Standard deviations of its uncertainty that `taste` takes off a clip's expected utility."""
+    constraint: ConstraintSettings = field(default_factory=ConstraintSettings)
+    """Settings that only `constraint` reads."""
 
     def __post_init__(self) -> None:
         for name, weight in self.terms.items():

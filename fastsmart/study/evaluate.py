@@ -22,6 +22,8 @@ from fastsmart.notes import MIDI_SUFFIXES
 from fastsmart.policy.blend import blend_alpha
 from fastsmart.policy.device import resolved_device
 from fastsmart.policy.hf_format import load_policy
+from fastsmart.policy.transformer import Policy
+from fastsmart.reward import RewardSettings
 from fastsmart.run.folder import CONFIG_FILE, PROVENANCE_FILE
 from fastsmart.run.provenance import machine, weights_hash
 from fastsmart.study.choosing import reweighting
@@ -177,10 +179,12 @@ class OutputStore:
     def _mark(self, record: PolicyRecord) -> str:
         """Hash of all that the outputs of a policy and their scores depend on."""
         audio, fonts = replace(self.config.audio, soundfont="", workers=0), self.player.soundfonts
-        sections = (self.config.prompts, self.config.sampling, audio, self.config.reward)
+        sections = (self.config.prompts, self.config.sampling, audio)
         tree = [
             [asdict(section) for section in sections],
             [self.config.train.seed, self.prompts, record.sha256, *_asked_style(record)],
+            [*(asdict(section) for section in sections), _reward_mark(self.config.reward)],
+            [self.config.train.seed, self.prompts, record.sha256],
             [[name, file_hash(path) if path.is_file() else ""] for name, path in fonts.items()],
         ]
         return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()
@@ -220,6 +224,13 @@ def _record(label: str, source: str, policy: Playable) -> PolicyRecord:
 def _asked_style(record: PolicyRecord) -> list[str]:
     name, _, style = record.source.partition(STYLE_MARK)
     return [style] if is_notagen(name) else []
+def _reward_mark(settings: RewardSettings) -> dict[str, Any]:
+    """The rewards that outputs are scored by: of a taste what its file holds, and no options of terms that are not."""
+    tree = asdict(settings)
+    tree["taste"] = file_hash(settings.taste) if "taste" in settings.terms else None
+    options = {"taste": ("taste", "taste_caution"), "constraint": ("constraint",)}
+    unused = [key for term, keys in options.items() if term not in settings.terms for key in keys]
+    return {key: value for key, value in tree.items() if key not in unused}
 
 
 def _about(store: OutputStore, outputs: Outputs, ruler: Ruler, training_set: str | Path) -> dict[str, Any]:

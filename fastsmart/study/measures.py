@@ -17,6 +17,7 @@ from fastsmart.music.training_set import TrainingSet
 from fastsmart.notes import NoteBatch
 from fastsmart.policy.transformer import Policy
 from fastsmart.study.clamp_measures import ClampMeasures
+from fastsmart.reward.constraints import Constraint
 from fastsmart.study.embedding import Embedding, excerpt_states
 from fastsmart.study.evaluation import Metric
 from fastsmart.study.outputs import Outputs, Progress
@@ -144,6 +145,9 @@ def _draws(outputs: Outputs, vocab: Vocabulary, config: Config, ruler: Ruler) ->
     add("share", "empty outputs", "", notes.counts == 0)
     unscored = [np.isnan(scores.total) for scores in outputs.scores.values()]
     add("share", "outputs that could not be scored", "", np.any(unscored, axis=0))
+    first = next(iter(outputs.scores.values())).terms
+    if Constraint.name in first:
+        add("share", "outputs that meet every constraint", "", first[Constraint.name] == 1.0)
     sizes = ruler.sizes
     add("share", f"outputs of fewer than {sizes.notes} notes", "", notes.counts < sizes.notes)
     add("share", f"outputs of fewer than {sizes.tokens} tokens", "", outputs.completions.lengths < sizes.tokens)

@@ -21,6 +21,7 @@ from fastsmart.music.features import features
 from fastsmart.music.histograms import BINS, histograms, spread
 from fastsmart.music.rarefied import NOTES, TOKENS, rarefied_diversity
 from fastsmart.notes import NoteBatch
+from fastsmart.reward.constraints import share_met
 from fastsmart.run.folder import table_heading
 from fastsmart.run.recorder import Recorder
 from fastsmart.sampling import RandomStream, Rollout
@@ -172,13 +173,15 @@ def clip_table(scored_rollouts: Sequence[ScoredRollout]) -> dict[str, np.ndarray
 def summarise(table: Mapping[str, np.ndarray]) -> dict[str, Any]:
     """Mean and standard deviation over clips of the reward, each of its terms and each feature; NaN left out.
 
-    Then counts: all clips, those that could not be scored, those without a note, and those too short to be compared at
-    equal size.
+    With the reward `constraint` also the share of clips that meet all of it. Then counts: all clips, those that could
+    not be scored, those without a note, and those too short to be compared at equal size.
     """
     terms = {name.removeprefix("term "): values for name, values in table.items() if name.startswith("term ")}
+    met = share_met(terms)
     return {
         "reward": _moments(table["reward"]),
         "terms": {name: _moments(values) for name, values in terms.items()},
+        **({} if met is None else {"constraints_met": met}),
         "features": {name: _moments(table[name]) for name in TABLE_FEATURES},
         "clips": len(table["reward"]),
         "unscored": int(np.isnan(table["reward"]).sum()),
@@ -227,6 +230,9 @@ def before_after(before: dict, after: dict, steps: int, clips: tuple[HeldOut, He
             e = effect_draws(clips[0].table[column], clips[1].table[column], weights).estimate()
             change += f" [{e.low:+.2f}, {e.high:+.2f}]" if np.isfinite(e.low) else ""
         lines.append(f"| {name} | {_cell(old)} | {_cell(new)} | {change} |")
+    if "constraints_met" in before and "constraints_met" in after:
+        met = before["constraints_met"], after["constraints_met"]
+        lines.append(f"| clips that meet every constraint | {met[0]:.1%} | {met[1]:.1%} | |")
     lines += [
         f"| diversity: {name.replace('_', ' ')} | {_number(value)} | {_number(after['diversity'].get(name))} | |"
         for name, value in before.get("diversity", {}).items()
