@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -23,8 +23,8 @@ from fastsmart.reward.taste_features import LABELS, NOTE_FEATURES, Standard, fea
 
 FORMAT = "fastsmart taste 1"  # counts up whenever a feature or the order of the coordinates means something else
 ANSWERS = {"left": LEFT, "right": RIGHT, "equal": EQUAL, "both_bad": BOTH_BAD}
-SCALES = (0.25, 0.5, 1.0, 2.0)  # of a weight before any choice, logits a standard deviation of its feature
-CURVED = (0.0, 0.2, 0.5)  # scale of squares and products beside that
+SCALE = 0.5  # of a weight before any choice, logits a standard deviation of its feature
+CURVED_SCALE = 0.15  # of a square or a product of features
 LOWEST = 8.0  # standard deviations of the base's scores below their mean: the score of an empty clip
 
 
@@ -74,7 +74,6 @@ class Taste:
     choices     : how many the taste has been learnt from
     predictions : for each of these that had a better side, by its id, the side that the taste before it expected, and
                   the side that was chosen
-    scales      : of the prior that the choices themselves bear out best: of features, and of squares and products
     """
 
     standard: Standard
@@ -82,7 +81,6 @@ class Taste:
     curved: bool = False
     choices: int = 0
     predictions: tuple[tuple[str, str, str], ...] = ()
-    scales: tuple[float, float] = (1.0, 0.0)
 
     @staticmethod
     def fit(
@@ -92,34 +90,26 @@ class Taste:
         before: Taste | None = None,
         curved: bool = True,
     ) -> Taste:
-        """The taste that the choices speak of; it does not depend on their order.
+        """The taste that the choices speak of, in whatever order they were made.
 
         choices : that stand (see `fastsmart.taste.standing`), of one listener, or of several for a joint taste
         vectors : `features` [F] of each clip by its id, not standardised
         before  : the taste of the choices before; what it expected of the new ones counts for `agreement`
-        curved  : whether squares and products of features may be used, which they are where choices bear them out
+        curved  : whether squares and products of features count too: "of moderate speed", "high where it is fast"
 
         Raises UserError naming a clip without features.
         """
         kept = [c for c in choices if c.choice]
         z = {side: _gathered([getattr(c, side) for c in kept], vectors, standard) for side in ("left", "right")}
         answer = np.array([ANSWERS[c.choice] for c in kept], np.int64)
-        found: tuple[Posterior, tuple[float, float]] | None = None
-        for curve in CURVED if curved else (0.0,):
-            left, right = (_coordinates(z[side], curve > 0) for side in ("left", "right"))
-            for scale in SCALES:
-                posterior = fit(left, right, answer, _prior_sd(len(standard.names), scale, curve))
-                if found is None or posterior.evidence > found[0].evidence + 1e-9:
-                    found = posterior, (scale, curve)
-        assert found is not None
-        posterior, scales = found
-        taste = Taste(standard, posterior, scales[1] > 0, len(kept), (), scales)
-        return replace(taste, predictions=_expected(kept, z, before))
+        left, right = (_coordinates(z[side], curved) for side in ("left", "right"))
+        posterior = fit(left, right, answer, _scales(len(standard.names), curved))
+        return Taste(standard, posterior, curved, len(kept), _expected(kept, z, before))
 
     @staticmethod
     def unknown(standard: Standard) -> Taste:
         """The taste of a listener who has not chosen yet."""
-        return Taste.fit([], {}, standard, curved=False)
+        return Taste.fit([], {}, standard)
 
     def mean(self, table: np.ndarray) -> np.ndarray:
         """Expected utility of clips by their `features` [N, F], float64 [N]."""
@@ -134,13 +124,17 @@ class Taste:
         mean, std = self._utility(table)
         return mean - caution * std
 
-    def probabilities(self, left: np.ndarray, right: np.ndarray) -> np.ndarray:
-        """Probability of the answers left, right, equal and both bad about pairs [N, F], [N, F]; float64 [N, 4]."""
-        return probabilities(self.posterior, self._phi(left), self._phi(right))
+    def probabilities(self, table: np.ndarray, left: np.ndarray, right: np.ndarray) -> np.ndarray:
+        """Probability of the answers left, right, equal and both bad about pairs of clips, float64 [C, 4].
 
-    def information(self, left: np.ndarray, right: np.ndarray) -> np.ndarray:
-        """Nats that an answer about each pair [N, F], [N, F] is expected to tell, float64 [N]."""
-        return information(self.posterior, self._phi(left), self._phi(right))
+        table       : `features` [N, F]
+        left, right : rows of the pairs, int64 [C]
+        """
+        return probabilities(self.posterior, self._phi(table), left, right)
+
+    def information(self, table: np.ndarray, left: np.ndarray, right: np.ndarray) -> np.ndarray:
+        """Nats that an answer about each pair is expected to tell, float64 [C]; arguments as of `probabilities`."""
+        return information(self.posterior, self._phi(table), left, right)
 
     @property
     def agreement(self) -> float:
@@ -156,15 +150,14 @@ class Taste:
         """What it thinks is liked, a feature each, the most certain first."""
         z = self.standard.clips
         phi = _coordinates(z, self.curved)
-        d, n = phi.shape[1], max(len(z), 1)
-        covariance, weights = self.posterior.covariance[:d, :d], self.posterior.mean[:d]
+        weights, covariance = self.posterior.weights
         apart = phi - phi.mean(axis=0)
-        slope = (z - z.mean(axis=0)).T @ apart / n  # [F, D]: covariance of a feature and the coordinates
-        spread = np.maximum(z.std(axis=0), 1e-9)
+        slope = (z - z.mean(axis=0)).T @ apart / len(z)  # [F, D]: covariance of a feature and the coordinates
         # of the utility, its uncertain part included, so that a taste that knows nothing claims nothing
-        unit = math.sqrt(((apart @ weights) ** 2).mean() + np.einsum("nd,de,ne->n", apart, covariance, apart).mean())
-        mean = slope @ weights / spread / max(unit, 1e-9)
-        sd = np.sqrt(np.maximum(np.einsum("fd,de,fe->f", slope, covariance, slope), 1e-18)) / spread / max(unit, 1e-9)
+        unit = math.sqrt(((apart @ weights) ** 2).mean() + ((apart @ covariance) * apart).sum() / len(z))
+        unit = np.maximum(z.std(axis=0), 1e-9) * max(unit, 1e-9)
+        mean = slope @ weights / unit
+        sd = np.sqrt(np.maximum(((slope @ covariance) * slope).sum(axis=1), 1e-18)) / unit
         effects = [
             Effect(name, *LABELS.get(name, ("less", "more")), float(m), 0.5 + 0.5 * math.erf(abs(m) / s / math.sqrt(2)))
             for name, m, s in zip(self.standard.names, mean, sd, strict=True)
@@ -179,11 +172,9 @@ class Taste:
             "standard": self.standard.to_dict(),
             "mean": self.posterior.mean.tolist(),
             "covariance": self.posterior.covariance[np.tril_indices(p)].tolist(),
-            "evidence": self.posterior.evidence,
             "curved": self.curved,
             "choices": self.choices,
             "predictions": [list(row) for row in self.predictions],
-            "scales": list(self.scales),
         }
         write_atomic(path, json.dumps(content) + "\n")
 
@@ -273,9 +264,9 @@ def _coordinates(z: np.ndarray, curved: bool) -> np.ndarray:
     return np.concatenate([z, (z**2 - 1) / math.sqrt(2), z[:, rows] * z[:, columns]], axis=1)
 
 
-def _prior_sd(f: int, scale: float, curve: float) -> np.ndarray:
-    """Standard deviation of each weight before any choice, float64 [D]."""
-    return np.concatenate([np.full(f, scale), np.full(f * (f + 1) // 2 if curve else 0, scale * curve)])
+def _scales(f: int, curved: bool) -> np.ndarray:
+    """Scale of each weight before any choice, float64 [D]."""
+    return np.concatenate([np.full(f, SCALE), np.full(f * (f + 1) // 2 if curved else 0, CURVED_SCALE)])
 
 
 def _expected(
@@ -311,6 +302,4 @@ def _checked(content: dict[str, Any]) -> Taste:
     if tuple(standard.names) not in (tuple(NOTE_FEATURES), tuple(LABELS)):
         raise ValueError("features that this version of fastsmart does not have")
     predictions = tuple((str(a), str(b), str(c)) for a, b, c in content["predictions"])
-    scale, curve = content["scales"]
-    posterior = Posterior(mean, covariance, float(content["evidence"]))
-    return Taste(standard, posterior, curved, int(content["choices"]), predictions, (float(scale), float(curve)))
+    return Taste(standard, Posterior(mean, covariance), curved, int(content["choices"]), predictions)

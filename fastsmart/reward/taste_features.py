@@ -16,7 +16,7 @@ import numpy as np
 from fastsmart.errors import UserError
 from fastsmart.machine.files import read_file, write_atomic
 from fastsmart.music.features import features as note_features
-from fastsmart.music.histograms import MAJOR_PROFILE, MINOR_PROFILE
+from fastsmart.music.histograms import MAJOR_PROFILE, MINOR_PROFILE, PROFILE_UNIT
 from fastsmart.notes import NoteBatch
 from fastsmart.reward.base import Clips
 
@@ -100,13 +100,17 @@ def key_fit(notes: NoteBatch) -> np.ndarray:
     """
     clip = np.repeat(np.arange(len(notes)), notes.counts)
     cell = clip * 12 + notes.pitch.astype(np.int64) % 12
-    weight = np.maximum(notes.duration_tick, 1).astype(np.float64)
-    played = np.bincount(cell, weight, minlength=12 * len(notes)).reshape(-1, 12)
-    played = played - played.mean(axis=1, keepdims=True)
-    profiles = np.stack([np.roll(p, tonic) for p in (MAJOR_PROFILE, MINOR_PROFILE) for tonic in range(12)])
-    profiles = profiles - profiles.mean(axis=1, keepdims=True)
-    norms = np.linalg.norm(played, axis=1, keepdims=True) * np.linalg.norm(profiles, axis=1)
-    return np.divide(played @ profiles.T, norms, out=np.zeros_like(norms), where=norms > 1e-9)
+    played = np.zeros(12 * len(notes), np.int64)
+    np.add.at(played, cell, np.maximum(notes.duration_tick, 1).astype(np.int64))
+    # whole numbers until the division: a clip's fit does not depend, not even by rounding, on those beside it
+    played = 12 * played.reshape(-1, 12) - played.reshape(-1, 12).sum(axis=1, keepdims=True)
+    norms = np.sqrt((played**2).sum(axis=1, keepdims=True)) * np.sqrt((_PROFILES**2).sum(axis=1))
+    return np.divide(played @ _PROFILES.T, norms, out=np.zeros(norms.shape), where=norms > 0)
+
+
+_PROFILES = np.array([[PROFILE_UNIT * p for p in profile] for profile in (MAJOR_PROFILE, MINOR_PROFILE)])
+_PROFILES = np.rint((_PROFILES - _PROFILES.mean(axis=1, keepdims=True)) / 100).astype(np.int64)
+_PROFILES = np.stack([np.roll(profile, tonic) for profile in _PROFILES for tonic in range(12)])  # [24, 12]
 
 
 @dataclass(frozen=True)

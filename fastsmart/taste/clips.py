@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from safetensors import SafetensorError
@@ -93,7 +94,8 @@ class ClipFolder:
             arrays = load_arrays(content)
             header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
             about = json.loads(header["__metadata__"]["clip"])
-            notes = NoteBatch(**{n: arrays[f"notes.{n}"] for n in _ARRAYS}, ticks_per_beat=int(about["ticks_per_beat"]))
+            parts: dict[str, Any] = {name: arrays[f"notes.{name}"] for name in _ARRAYS}
+            notes = NoteBatch(**parts, ticks_per_beat=int(about["ticks_per_beat"]))
             vector = arrays["vector"]
             if tuple(about["names"]) != feature_names(len(vector) > len(feature_names())):
                 vector = features(notes)[0]

@@ -26,7 +26,7 @@ def next_pair(taste: Taste, clips: Mapping[str, np.ndarray], seen: Collection[st
         return None
     table = np.stack([clips[name] for name in unseen])
     first, second = np.triu_indices(len(unseen), 1)
-    best = int(taste.information(table[first], table[second]).argmax())
+    best = int(taste.information(table, first, second).argmax())
     pair = unseen[first[best]], unseen[second[best]]
     turned = hashlib.sha256("/".join(sorted(pair)).encode()).digest()[0] & 1
     a, b = sorted(pair)

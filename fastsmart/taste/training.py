@@ -7,13 +7,12 @@ clips = play_clips(policy, 8, seed, config, version)
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from fastsmart.config import Config
 from fastsmart.errors import UserError
+from fastsmart.machine.files import make_folder, read_file, write_atomic
 from fastsmart.policy.hf_format import step_of
 from fastsmart.policy.transformer import Policy
 from fastsmart.presets import demo
@@ -55,25 +54,34 @@ def train_round(
 ) -> Path:
     """Take so many more steps on a taste, in the run folder `out`, which is begun where there is none.
 
-    Returns the checkpoint to play from. A stop signal ends it early, with what has been learnt saved. Raises UserError
-    as `train` does.
+    The taste is copied into the folder, so that what a step learnt from is known, and a round that was cut off can go
+    on. Returns the checkpoint to play from. A stop signal ends it early, with what has been learnt saved. Raises
+    UserError as `train` does.
     """
     from fastsmart.trainer.loop import train
 
     out = Path(out)
-    if RunFolder.begun(out):
-        done = RunFolder.read(out).checkpoints.step
-        changes: Mapping[str, Any] = {"train.steps": done + steps, "reward.taste": str(taste), "grpo.beta": beta}
+    begun = RunFolder.begun(out)
+    done = RunFolder.read(out).checkpoints.step if begun else 0
+    kept = str(_keep(taste, out, done))
+    if begun:
+        changes = {"train.steps": done + steps, "reward.taste": kept, "grpo.beta": beta}
         train(config, out, True, display, changes=changes)
     else:
-        config = replace(
-            config,
-            reward=replace(config.reward, taste=str(taste)),
-            grpo=replace(config.grpo, beta=beta),
-            train=replace(config.train, steps=steps),
-        )
-        train(config, out, False, display)
+        reward, grpo = replace(config.reward, taste=kept), replace(config.grpo, beta=beta)
+        train(replace(config, reward=reward, grpo=grpo, train=replace(config.train, steps=steps)), out, False, display)
     return newest_policy(out)
+
+
+def _keep(taste: str | Path, out: Path, step: int) -> Path:
+    """A copy of a taste in the run folder, under the step that it is learnt from on."""
+    try:
+        content = read_file(taste)
+    except OSError as error:
+        raise UserError(f"cannot read the taste {taste}: {error.strerror}") from error
+    path = make_folder(out / "tastes") / f"from-step-{step:06d}.json"
+    write_atomic(path, content)
+    return path.resolve()
 
 
 def newest_policy(out: str | Path) -> Path:
