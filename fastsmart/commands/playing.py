@@ -154,7 +154,7 @@ def score(options: argparse.Namespace) -> int:
 
 
 def _constraint(texts: list[str]) -> ConstraintSettings:
-    """What the reward `constraint` asks for, by KEY=VALUE; raises UserError naming a key that it does not have."""
+    """Demands of the reward `constraint`, by KEY=VALUE; raises UserError naming a key that it does not have."""
     from fastsmart.config import Config, with_overrides
 
     return with_overrides(Config(), [f"reward.constraint.{text}" for text in texts]).reward.constraint

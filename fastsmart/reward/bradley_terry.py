@@ -118,7 +118,7 @@ def probabilities(posterior: Posterior, phi: np.ndarray, left: np.ndarray, right
 
 
 def information(posterior: Posterior, phi: np.ndarray, left: np.ndarray, right: np.ndarray) -> np.ndarray:
-    """What an answer about each pair is expected to tell about the weights, in nats, float64 [C]; arguments as above.
+    """Nats that an answer about each pair is expected to tell about the weights, float64 [C]; arguments as above.
 
     The mutual information of answer and utilities: the entropy of the averaged answer less the average entropy (Houlsby
     et al. 2011, arXiv 1112.5745), by Gauss-Hermite quadrature over the difference and the mean of the two utilities; t

@@ -63,7 +63,7 @@ class Constraint:
         return score.astype(np.float32)
 
     def degrees(self, notes: NoteBatch) -> dict[str, np.ndarray]:
-        """How nearly each clip meets each constraint that is set, float64 [N] by name; 1 = meets it."""
+        """Degree to which each clip meets each constraint that is set, float64 [N] by name; 1 = meets it."""
         s = self.settings
         asked: dict[str, tuple[bool, Callable[[NoteBatch], np.ndarray]]] = {
             "key": (bool(s.key), self._key),
@@ -126,7 +126,7 @@ class Constraint:
 
 
 def cadence_degree(start: np.ndarray, end: np.ndarray, pitch: np.ndarray, key: int) -> float:
-    """How nearly a clip ends on a cadence in a key (see `key_fit`), in thirds.
+    """Degree to which a clip ends on a cadence in a key (see `key_fit`), in thirds.
 
     start, end, pitch : of its notes, in ticks and MIDI numbers, at least one note
 

@@ -31,7 +31,7 @@ def parsed_key(text: str) -> tuple[int, bool]:
 
 @dataclass(frozen=True)
 class ConstraintSettings:
-    """What the reward `constraint` asks for; with the defaults nothing.
+    """Demands of the reward `constraint`; with the defaults there are none.
 
     Raises UserError naming the key that is wrong.
     """

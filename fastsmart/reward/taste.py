@@ -24,12 +24,12 @@ from fastsmart.reward.taste_features import LABELS, NOTE_FEATURES, Standard, fea
 FORMAT = "fastsmart taste 1"  # counts up whenever a feature or the order of the coordinates means something else
 ANSWERS = {"left": LEFT, "right": RIGHT, "equal": EQUAL, "both_bad": BOTH_BAD}
 SCALE = 0.5  # of a weight before any choice, logits a standard deviation of its feature
-CURVED_SCALE = 0.15  # of a square or a product of features
+CURVED_SCALE = 0.05  # of a square or a product of features: with 0.15 the first questions are about these
 LOWEST = 8.0  # standard deviations of the base's scores below their mean: the score of an empty clip
 
 
 class Comparison(Protocol):
-    """What `Taste.fit` reads of a choice (see `fastsmart.taste.choices.Choice`)."""
+    """Fields that `Taste.fit` reads of a choice (see `fastsmart.taste.choices.Choice`)."""
 
     @property
     def id(self) -> str: ...
@@ -43,7 +43,7 @@ class Comparison(Protocol):
 
 @dataclass(frozen=True)
 class Effect:
-    """What a taste says about one feature.
+    """Finding of a taste about one feature.
 
     name           : of the feature, a key of `LABELS`
     low, high      : what little and much of it is called
@@ -147,7 +147,7 @@ class Taste:
         return float(np.mean([expected == chosen for _, expected, chosen in rows])) if rows else math.nan
 
     def explained(self) -> list[Effect]:
-        """What it thinks is liked, a feature each, the most certain first."""
+        """Effect of each feature on what it thinks is liked, the most certain first."""
         z = self.standard.clips
         phi = _coordinates(z, self.curved)
         weights, covariance = self.posterior.weights

@@ -1,4 +1,4 @@
-"""Which two clips to play next: those about which an answer is expected to tell most."""
+"""The choice of the next pair of clips: the one about which an answer is expected to tell most."""
 
 from __future__ import annotations
 

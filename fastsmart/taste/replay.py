@@ -106,7 +106,7 @@ class TasteFolder:
         return path
 
     def rounds(self) -> list[Round]:
-        """What was trained, oldest first; raises UserError for a line that is damaged."""
+        """Rounds of training, oldest first; raises UserError for a line that is damaged."""
         path = self.path / ROUNDS_FILE
         try:
             lines = read_file(path).decode("utf-8").split("\n")
