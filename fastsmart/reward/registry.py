@@ -47,9 +47,7 @@ def load_reward(name: str, **settings: Any) -> Reward:
     `audiobox` takes `checkpoint` and what else `AudioboxReward` has; `clap_similarity`, `clap_class` and `pam` take
     `model` and their texts; `clamp_style`, `clamp_score` and `clamp_text` take `checkpoint` and the style or text that
     is wanted; `presence` and `typicality` take `statistics`, the path of the JSON beside the base model; by default
-    those of the first shipped policy; the others take nothing.
-    `model` and their texts; `presence` and `typicality` take `statistics`, the path of the JSON beside the base model;
-    by default those of the first shipped policy; `taste` takes the path of its file and `caution`; `constraint` takes
+    those of the first shipped policy; `taste` takes the path of its file and `caution`; `constraint` takes
     the keys of `ConstraintSettings`; the others take nothing.
 
     Raises UserError for an unknown name, and for a checkpoint or statistics file that cannot be read; TypeError naming

@@ -22,7 +22,6 @@ from fastsmart.notes import MIDI_SUFFIXES
 from fastsmart.policy.blend import blend_alpha
 from fastsmart.policy.device import resolved_device
 from fastsmart.policy.hf_format import load_policy
-from fastsmart.policy.transformer import Policy
 from fastsmart.reward import RewardSettings
 from fastsmart.run.folder import CONFIG_FILE, PROVENANCE_FILE
 from fastsmart.run.provenance import machine, weights_hash
@@ -181,10 +180,8 @@ class OutputStore:
         audio, fonts = replace(self.config.audio, soundfont="", workers=0), self.player.soundfonts
         sections = (self.config.prompts, self.config.sampling, audio)
         tree = [
-            [asdict(section) for section in sections],
-            [self.config.train.seed, self.prompts, record.sha256, *_asked_style(record)],
             [*(asdict(section) for section in sections), _reward_mark(self.config.reward)],
-            [self.config.train.seed, self.prompts, record.sha256],
+            [self.config.train.seed, self.prompts, record.sha256, *_asked_style(record)],
             [[name, file_hash(path) if path.is_file() else ""] for name, path in fonts.items()],
         ]
         return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()
@@ -224,6 +221,8 @@ def _record(label: str, source: str, policy: Playable) -> PolicyRecord:
 def _asked_style(record: PolicyRecord) -> list[str]:
     name, _, style = record.source.partition(STYLE_MARK)
     return [style] if is_notagen(name) else []
+
+
 def _reward_mark(settings: RewardSettings) -> dict[str, Any]:
     """The rewards that outputs are scored by: of a taste what its file holds, and no options of terms that are not."""
     tree = asdict(settings)

@@ -16,8 +16,8 @@ from fastsmart.music.rarefied import SIZES, Sizes
 from fastsmart.music.training_set import TrainingSet
 from fastsmart.notes import NoteBatch
 from fastsmart.policy.transformer import Policy
-from fastsmart.study.clamp_measures import ClampMeasures
 from fastsmart.reward.constraints import Constraint
+from fastsmart.study.clamp_measures import ClampMeasures
 from fastsmart.study.embedding import Embedding, excerpt_states
 from fastsmart.study.evaluation import Metric
 from fastsmart.study.outputs import Outputs, Progress
