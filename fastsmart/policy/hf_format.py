@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
+from contextlib import suppress
 from importlib import resources
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from fastsmart.limits import require_kind, require_name
 from fastsmart.machine.files import atomic_folder, os_errors_as_user_errors, read_file
 from fastsmart.policy.device import usable_device
 from fastsmart.policy.transformer import Policy, PolicySize
+from fastsmart.tokens.styles import STYLES_FILE
 from fastsmart.tokens.vocabulary import TOKENIZER_FILE, Vocabulary, load_vocabulary
 
 CONFIG_FILE = "config.json"
@@ -72,6 +74,8 @@ def load_policy(
     if vocabulary:
         vocab = load_vocabulary(vocabulary)
     else:
+        with suppress(UserError):
+            locate(STYLES_FILE)  # from the hub, so that it lies beside the vocabulary
         try:
             vocab = load_vocabulary(locate(TOKENIZER_FILE))
         except UserError as error:

@@ -6,6 +6,9 @@
   velocity and a duration drawn once for it: many openings even in one metre.
 * `dataset`: the same four tokens with the first time signature and tempo of random pieces (the paper, section 5.3).
 * `bos`: only the token that begins a piece.
+
+Where styles are asked for, BOS and the tokens of a style come before all this; number i asks for the i-th of them, from
+the first again after the last.
 """
 
 from __future__ import annotations
@@ -20,6 +23,7 @@ import numpy as np
 from fastsmart.errors import UserError
 from fastsmart.limits import LARGEST_SEED, MOST_AT_ONCE, require, require_kind
 from fastsmart.tokens.dataset import TokenDataset
+from fastsmart.tokens.styles import STYLES_FILE
 from fastsmart.tokens.token_batch import TokenBatch
 from fastsmart.tokens.vocabulary import Vocabulary
 
@@ -70,6 +74,8 @@ class PromptSettings:
     """Durations of first notes in beats, both ends included."""
     dataset: str = ""
     """Folder of an encoded dataset, for source "dataset"."""
+    styles: tuple[str, ...] = ()
+    """Styles that are asked for in turn, each "STYLE" or "STYLE/COMPOSER", of a policy that has a styles.json."""
     seed: int = 0
     """Seed of which openings are held out and of the order in which all of them come."""
 
@@ -166,21 +172,63 @@ def make_prompts(settings: PromptSettings, vocab: Vocabulary, split: str, start:
         raise ValueError(f"split must be one of {', '.join(SPLITS)}, not {split!r}")
     (size, opening), added = _openings(settings, vocab), _added_note(settings, vocab)
     pool = _of_split(_shuffled(size, settings.seed), settings.source, split)
+    prefixes = style_prefixes(vocab, settings.styles) or [[]]
     rows = []
     for number in range(start, start + n):
         random = _random(settings.seed, TRAIN_STREAM if split == "train" else HELDOUT_STREAM, number)
         drawn = int(random.integers(len(pool)))
-        chosen = drawn if split == "train" else number % len(pool)
-        rows.append(opening(int(pool[chosen])) + [int(random.choice(ids)) for ids in added])
+        chosen = drawn if split == "train" else number // len(prefixes) % len(pool)
+        row = opening(int(pool[chosen])) + [int(random.choice(ids)) for ids in added]
+        rows.append(_after(prefixes[number % len(prefixes)], row, vocab))
     return TokenBatch.pack(rows)
+
+
+def style_prefixes(vocab: Vocabulary, styles: Sequence[str], where: str = "prompts.styles") -> list[list[int]]:
+    """Ids that come before the music where these styles are asked for: BOS, the style's and perhaps the composer's.
+
+    Raises UserError, beginning with `where`, for a style that the policy does not know.
+    """
+    if not styles:
+        return []
+    if vocab.styles is None:
+        raise UserError(
+            f"{where} asks for {', '.join(styles)}, and the policy knows no styles (it has no {STYLES_FILE}); "
+            "use one that does, such as styles-tiny, or leave it out"
+        )
+    return [[vocab.bos_id, *map(vocab.id, vocab.styles.prefix(style, where))] for style in styles]
+
+
+def asked_styles(prompts: TokenBatch, vocab: Vocabulary) -> list[str]:
+    """The style that each of P prompts asks for; "" where it asks for none."""
+    if vocab.styles is None:
+        return [""] * len(prompts)
+    style_of = {vocab.id(token): style for style, token in vocab.styles.styles}
+    return [style_of.get(int(row[1]), "") if len(row) > 1 else "" for row in prompts]
+
+
+def styled(prompts: Prompts, styles: Sequence[str], where: str = "prompts.styles") -> Prompts:
+    """The same prompts, asking for these styles in turn; raises UserError as `style_prefixes` does."""
+    prefixes, vocab = style_prefixes(prompts.vocab, styles, where), prompts.vocab
+    rows = [_after(prefixes[i % len(prefixes)], row.tolist(), vocab) for i, row in enumerate(prompts.tokens)]
+    return Prompts(TokenBatch.pack(rows), vocab)
+
+
+def _after(prefix: list[int], row: list[int], vocab: Vocabulary) -> list[int]:
+    """A prompt after the ids of a style, which begin with BOS."""
+    return prefix + (row[1:] if prefix and row[:1] == [vocab.bos_id] else row)
 
 
 def describe(ids: Sequence[int] | np.ndarray, vocab: Vocabulary) -> str:
     """A prompt in a musician's words, such as `3/4, 96.67 bpm`; a note is given as its tokens, no music as `BOS`."""
     words = []
-    for text in (vocab.tokens[i] for i in ids):
+    texts = [vocab.tokens[i] for i in ids]
+    if vocab.styles and any(map(vocab.styles.name_of, texts)):
+        texts = [text for text in texts if text != "BOS_None"]
+    for text in texts:
         kind, value = text.split("_", 1)
-        if kind == "Tempo":
+        if vocab.styles and (name := vocab.styles.name_of(text)):
+            words.append(name)
+        elif kind == "Tempo":
             words.append(f"{float(value):g} bpm")
         elif kind == "TimeSig":
             words.append(value)

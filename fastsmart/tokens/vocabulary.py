@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from fastsmart.errors import UserError
 from fastsmart.limits import require_name
 from fastsmart.machine.files import read_file
+from fastsmart.tokens.styles import STYLES_FILE, Styles, read_styles
 
 if TYPE_CHECKING:
     from miditok import REMI
@@ -32,10 +33,12 @@ class Vocabulary:
 
     tokens      : V token texts in id order
     description : the MidiTok JSON, as text; written beside every checkpoint so that MidiTok can load it too
+    styles      : what the policy of this vocabulary calls some of its tokens; None where it knows no styles
     """
 
     tokens: tuple[str, ...]
     description: str
+    styles: Styles | None = None
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -79,17 +82,21 @@ class Vocabulary:
         return _tokenizer(self.description)
 
     def save(self, folder: str | Path) -> None:
-        """Write the MidiTok JSON into a checkpoint folder."""
+        """Write the MidiTok JSON into a checkpoint folder, and styles.json where there are styles."""
         (Path(folder) / TOKENIZER_FILE).write_text(self.description, encoding="utf-8")
+        if self.styles:
+            self.styles.save(Path(folder))
 
 
 def load_vocabulary(source: str | Path = "smart") -> Vocabulary:
     """A vocabulary from a preset name, the path of a MidiTok JSON (or a folder holding one), or a hub id.
 
+    A styles.json beside the MidiTok JSON says what styles its tokens name.
+
     Raises UserError when nothing of that name is found, or it is not a REMI vocabulary that fastsmart can decode.
     """
     require_name(source, "source", "the name of a vocabulary, or a path")
-    text, name = _read(source)
+    text, name, beside = _read(source)
     try:
         params = json.loads(text)
         too_large = _too_large(params.get("config")) if isinstance(params, dict) else ""
@@ -116,7 +123,8 @@ def load_vocabulary(source: str | Path = "smart") -> Vocabulary:
     if unknown or missing:
         problem = f"token types {sorted(unknown)} that" if unknown else f"no {sorted(missing)}, which"
         raise UserError(f"{name} has {problem} fastsmart does not support; use plain piano REMI as preset 'smart' does")
-    return Vocabulary(tokens, text)
+    styles = beside / STYLES_FILE if beside else None
+    return Vocabulary(tokens, text, read_styles(styles, tokens) if styles and styles.is_file() else None)
 
 
 def _too_large(config: Any) -> str:
@@ -165,14 +173,15 @@ def _preset(name: str) -> str:
     return (resources.files("fastsmart.tokens") / "presets" / name).read_text(encoding="utf-8")
 
 
-def _read(source: str | Path) -> tuple[str, str]:
+def _read(source: str | Path) -> tuple[str, str, Path | None]:
+    """A MidiTok JSON, its name for messages, and the folder it lies in; None for a preset."""
     if str(source) in PRESETS:
-        return _preset(f"{source}.json"), f"preset {source}"
+        return _preset(f"{source}.json"), f"preset {source}", None
     path = Path(source)
     if path.is_dir():
         path = path / TOKENIZER_FILE
     if path.is_file():
-        return read_file(path, LARGEST_BYTES).decode("utf-8", errors="replace"), str(path)
+        return read_file(path, LARGEST_BYTES).decode("utf-8", errors="replace"), str(path), path.parent
     if path.parent == Path() or path.is_absolute() or str(source).count("/") != 1 or path.suffix == ".json":
         raise UserError(
             f"no vocabulary {source}: give a preset ({', '.join(PRESETS)}), a MidiTok JSON file or a hub id"
@@ -180,4 +189,4 @@ def _read(source: str | Path) -> tuple[str, str]:
     from fastsmart.machine.hub import fetch
 
     path = fetch(str(source), TOKENIZER_FILE)
-    return read_file(path, LARGEST_BYTES).decode("utf-8", errors="replace"), f"{source}/{TOKENIZER_FILE}"
+    return read_file(path, LARGEST_BYTES).decode("utf-8", errors="replace"), f"{source}/{TOKENIZER_FILE}", path.parent
