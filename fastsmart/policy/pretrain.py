@@ -25,9 +25,14 @@ from fastsmart.policy.checkpoints import Checkpoints
 from fastsmart.policy.crops import IGNORED, Cropper, CropSettings, ngram_losses, targets
 from fastsmart.policy.hf_format import load_policy, save_policy
 from fastsmart.policy.optimizer import make_optimizer, scheduled_rate, set_learning_rate
+from fastsmart.policy.style_crops import StyleSettings, style_cropper
 from fastsmart.policy.transformer import Policy, PolicySize
 from fastsmart.tokens.dataset import TokenDataset
+from fastsmart.tokens.labels import Labels
+from fastsmart.tokens.vocabulary import Vocabulary
 
+DTYPES = ("float32", "bfloat16")
+NGRAM_ROWS = 2048  # on which n-gram models of styled rows are counted
 _EVAL_BATCH = 16
 
 
@@ -61,8 +66,14 @@ class PretrainSettings:
     """Torch device."""
     compile: bool = False
     """Whether torch.compile fuses the backbone (needs a C++ compiler on a CPU; pays after a minute)."""
+    init: str = ""
+    """Policy whose weights are trained on; "" draws fresh ones by the seed."""
+    dtype: str = "float32"
+    """Type in which matrices are multiplied in training, "float32" or "bfloat16"; weights are float32 in both."""
     crop: CropSettings = field(default_factory=CropSettings)
     """Settings of cutting rows."""
+    styles: StyleSettings = field(default_factory=StyleSettings)
+    """Settings of rows with styles."""
 
     def __post_init__(self) -> None:
         counts = {"batch": MOST_AT_ONCE, "valid_rows": MOST_AT_ONCE} | dict.fromkeys(
@@ -72,6 +83,8 @@ class PretrainSettings:
             if not least <= getattr(self, key) <= most:
                 option = f"--{key.replace('_', '-')}"
                 raise UserError(f"{option} is {getattr(self, key)}; it must be at least {least} and at most {most:,}")
+        if self.dtype not in DTYPES:
+            raise UserError(f"--dtype is {self.dtype!r}; it must be {' or '.join(DTYPES)}")
         if not 0 < self.learning_rate < math.inf:
             raise UserError(f"--learning-rate is {self.learning_rate}; it must be a finite number above 0")
 
@@ -95,18 +108,22 @@ def pretrain(
     resume: bool = False,
     stop: StopRequest | None = None,
     report: Callable[[dict[str, Any]], None] | None = None,
+    labels: Labels | None = None,
 ) -> PretrainResult:
     """Train until `steps`, early stopping or a stop request.
 
     `out` receives `policy/` (the best one), `checkpoints/` (what resume needs), `metrics.jsonl` and `curve.png`;
     `report` is called with every line of metrics. A resumed run gives the weights of one never interrupted.
 
+    labels : style and split of every piece of a dataset that `evened` made; rows are then balanced over styles, and a
+             line of metrics has the validation loss of each, `valid_loss/STYLE`
+
     Raises UserError when the dataset is too small for a validation split, `out` already holds another run, nothing can
-    be resumed there, or another process trains there.
+    be resumed there, another process trains there, or `settings.init` is of another vocabulary.
     """
     out = make_folder(out)
     with FolderLock(out, "training", LEASE_S):
-        return _pretrain(dataset, size, settings, out, resume, stop, report)
+        return _pretrain(dataset, size, settings, out, resume, stop, report, labels)
 
 
 def _pretrain(
@@ -117,17 +134,17 @@ def _pretrain(
     resume: bool,
     stop: StopRequest | None,
     report: Callable[[dict[str, Any]], None] | None,
+    labels: Labels | None,
 ) -> PretrainResult:
     """`pretrain`, with nobody else in the folder."""
-    train_pieces, valid_pieces = split_pieces(len(dataset), settings.valid_share, settings.seed)
-    train, valid = (Cropper(dataset, pieces, settings.crop) for pieces in (train_pieces, valid_pieces))
-    valid_rows = valid.rows(np.random.default_rng([settings.seed, 0]), settings.valid_rows, augment=False)
-    baselines = ngram_losses([dataset.piece(p) for p in train_pieces], valid_rows, size.vocab_size, train.pad)
-
-    policy = Policy(size, dataset.vocab).initialise(torch.Generator().manual_seed(settings.seed)).to(settings.device)
+    policy = _initial(size, dataset.vocab, settings).to(settings.device)
+    size = policy.size
+    train, parts, sample = _styled(dataset, labels, settings) if labels else _plain(dataset, settings)
+    baselines = ngram_losses(sample, np.concatenate(list(parts.values())), size.vocab_size, train.pad)
     optimizer = make_optimizer(policy, settings.learning_rate, (0.9, 0.95), settings.weight_decay)
     backbone = torch.compile(policy.model) if settings.compile else policy.model
     record = {"settings": asdict(settings), "size": asdict(size), "pieces": len(dataset), "baselines": baselines}
+    record["styles"] = list(parts) if labels else []
     start, best, stale = 0, math.inf, 0
     metrics, checkpoints = JsonLines(out / "metrics.jsonl", _whole), Checkpoints(out / "checkpoints")
     if resume:
@@ -151,7 +168,8 @@ def _pretrain(
         )
         rows = train.rows(np.random.default_rng([settings.seed, 1, step]), settings.batch)
         set_learning_rate(optimizer, rate)
-        loss = _loss(policy, backbone, rows, train.pad, settings.device)
+        with torch.autocast(policy.device.type, torch.bfloat16, enabled=settings.dtype == "bfloat16"):
+            loss = _loss(policy, backbone, rows, train.pad, settings.device)
         if not loss.isfinite():
             raise UserError(f"the loss is no longer finite at step {step + 1}; lower --learning-rate")
         loss.backward()
@@ -165,7 +183,7 @@ def _pretrain(
             seconds = time.perf_counter() - clock
             line["train_loss"] = float(torch.stack([v for v, _ in window]).mean())
             line["tokens_per_s"] = sum(n for _, n in window) / seconds
-            line["valid_loss"] = evaluate(policy, valid_rows, train.pad, settings.device)
+            line |= _valid_losses(policy, parts, train.pad, settings.device)
             stale = 0 if line["valid_loss"] < best else stale + 1
             if not stale:
                 best = line["valid_loss"]
@@ -181,6 +199,48 @@ def _pretrain(
     draw_curve(metrics.lines(), baselines, out / "curve.png")
     finished = load_policy(out / "policy") if (out / "policy").exists() else policy
     return PretrainResult(finished, step, best, baselines, stale >= settings.patience)
+
+
+def _initial(size: PolicySize, vocab: Vocabulary, settings: PretrainSettings) -> Policy:
+    """The policy before the first step, which speaks `vocab`."""
+    if not settings.init:
+        return Policy(size, vocab).initialise(torch.Generator().manual_seed(settings.seed))
+    begun = load_policy(settings.init)
+    if begun.vocab.tokens != vocab.tokens:
+        raise UserError(f"--init {settings.init} has another vocabulary than the dataset; leave one of the two out")
+    policy = Policy(begun.size, vocab)
+    policy.load_state_dict(begun.state_dict())
+    return policy
+
+
+def _plain(
+    dataset: TokenDataset, settings: PretrainSettings
+) -> tuple[Cropper, dict[str, np.ndarray], list[np.ndarray]]:
+    """Rows to train on, validation rows, and the pieces that the n-gram models see."""
+    train_pieces, valid_pieces = split_pieces(len(dataset), settings.valid_share, settings.seed)
+    train, valid = (Cropper(dataset, pieces, settings.crop) for pieces in (train_pieces, valid_pieces))
+    rows = valid.rows(np.random.default_rng([settings.seed, 0]), settings.valid_rows, augment=False)
+    return train, {"": rows}, [dataset.piece(p) for p in train_pieces]
+
+
+def _styled(
+    dataset: TokenDataset, labels: Labels, settings: PretrainSettings
+) -> tuple[Cropper, dict[str, np.ndarray], list[np.ndarray]]:
+    """`_plain` with styles: validation rows of each style, as many of one as of another; n-grams of random rows."""
+    train, valid = (
+        style_cropper(dataset, labels, split, settings.crop, settings.styles) for split in ("train", "valid")
+    )
+    each = -(-settings.valid_rows // len(valid.tokens))
+    random = np.random.default_rng([settings.seed, 0])
+    parts = {style: valid.rows_of(style, random, each) for style in valid.tokens}
+    sample = train.rows(np.random.default_rng([settings.seed, 3]), NGRAM_ROWS)
+    return train, parts, [row[row != train.pad] for row in sample]
+
+
+def valid_rows(dataset: TokenDataset, settings: PretrainSettings, labels: Labels | None = None) -> np.ndarray:
+    """The validation rows of a run with these settings, int64 [B, T + 1]."""
+    _, parts, _ = _styled(dataset, labels, settings) if labels else _plain(dataset, settings)
+    return np.concatenate(list(parts.values()))
 
 
 def split_pieces(pieces: int, valid_share: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -203,6 +263,16 @@ def evaluate(policy: Policy, rows: np.ndarray, pad: int, device: str = "cpu") ->
     return total / count
 
 
+def _valid_losses(policy: Policy, parts: dict[str, np.ndarray], pad: int, device: str) -> dict[str, float]:
+    """The validation loss over all rows, and that of every style where there are styles."""
+    losses = {style: evaluate(policy, rows, pad, device) for style, rows in parts.items()}
+    if len(losses) == 1:
+        return {"valid_loss": next(iter(losses.values()))}
+    counts = [int((rows[:, 1:] != pad).sum()) for rows in parts.values()]
+    mean = float(np.average(list(losses.values()), weights=counts))
+    return {"valid_loss": mean, **{f"valid_loss/{style}": loss for style, loss in losses.items()}}
+
+
 def _loss(policy: Policy, backbone: Callable[[Tensor], Tensor], rows: np.ndarray, pad: int, device: str) -> Tensor:
     inputs, target = (torch.from_numpy(x).to(device) for x in targets(rows, pad))
     logits = policy.lm_head(backbone(inputs)).float()
@@ -214,10 +284,11 @@ def _check_same_run(saved: dict[str, Any], record: dict[str, Any], out: Path) ->
         raise UserError(f"nothing to resume in {out}; leave out --resume to start")
     # steps and speed may change on resume, what the numbers depend on may not
     free = {"steps": 0, "compile": False, "device": "", "patience": 0}
-    for key in ("settings", "size", "pieces"):
-        ours, theirs = json.loads(json.dumps(record[key])), saved[key]
+    defaults = json.loads(json.dumps(asdict(PretrainSettings())))  # of runs that are older than a setting
+    for key in ("settings", "size", "pieces", "styles"):
+        ours, theirs = json.loads(json.dumps(record[key])), saved.get(key, [])
         if key == "settings":
-            ours, theirs = {**ours, **free}, {**theirs, **free}
+            ours, theirs = {**ours, **free}, {**defaults, **theirs, **free}
         if ours != theirs:
             raise UserError(f"{out} was started with other {key}; resume with the same, or choose another --out")
 
