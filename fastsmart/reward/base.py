@@ -23,10 +23,12 @@ class Clips:
 
     notes : NoteBatch of N pieces
     audio : AudioBatch of the same N clips in the same order, or None when nothing was rendered
+    asked : the style that each of the N clips was asked for, "" for none; () where no clip was asked for any
     """
 
     notes: NoteBatch
     audio: AudioBatch | None = None
+    asked: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if isinstance(self.notes, str) or not hasattr(self.notes, "__len__"):
@@ -35,6 +37,8 @@ class Clips:
             raise TypeError(f"audio is of type {type(self.audio).__name__}; it must be what render gives, or None")
         if self.audio is not None and len(self.audio) != len(self.notes):
             raise ValueError(f"{len(self.notes)} clips of notes but {len(self.audio)} of audio")
+        if self.asked and len(self.asked) != len(self.notes):
+            raise ValueError(f"{len(self.notes)} clips of notes but {len(self.asked)} styles asked for")
 
     def __len__(self) -> int:
         return len(self.notes)
@@ -63,12 +67,14 @@ class Reward(Protocol):
 class Surroundings:
     """Files and device that a run gives its rewards beside their settings.
 
-    statistics : path of the statistics of real pieces beside the base model; "" = there are none
-    device     : where a reward that is a network runs: "cpu", "cuda", "cuda:1" ...
+    statistics  : path of the statistics of real pieces beside the base model; "" = there are none
+    device      : where a reward that is a network runs: "cpu", "cuda", "cuda:1" ...
+    style_judge : path of the judge of styles beside the base model; "" = there is none
     """
 
     statistics: str | Path = ""
     device: str = "cpu"
+    style_judge: str | Path = ""
 
 
 @dataclass(frozen=True)

@@ -22,15 +22,18 @@ class RewardBlend:
     settings   : which rewards, with what weights
     statistics : statistics of real pieces to use where `settings.typicality` names none
     device     : where a reward that is a network runs ("cpu", "cuda", "cuda:1", ...)
+    style_judge : judge of styles to use where `settings.style_judge` names none
 
     Raises UserError when there is no term, or a term's checkpoint or statistics cannot be read.
     """
 
-    def __init__(self, settings: RewardSettings, statistics: str | Path = "", device: str = "cpu") -> None:
+    def __init__(
+        self, settings: RewardSettings, statistics: str | Path = "", device: str = "cpu", style_judge: str | Path = ""
+    ) -> None:
         if not any(settings.terms.values()):
             raise UserError("reward.terms weighs no reward; name at least one, such as reward.terms.consonance=1")
         self.weights = dict(settings.terms)
-        surroundings = Surroundings(statistics, device)
+        surroundings = Surroundings(statistics, device, style_judge)
         self.rewards = {name: _configured(name, settings, surroundings) for name in settings.terms}
 
     @property

@@ -31,6 +31,7 @@ REWARDS = {
     "polyphony_rate": ("symbolic", "PolyphonyRate"),
     "presence": ("symbolic", "Presence"),
     "scale_consistency": ("symbolic", "ScaleConsistency"),
+    "style_margin": ("style_margin", "StyleMargin"),
     "taste": ("taste", "TasteReward"),
     "typicality": ("typicality", "Typicality"),
     "variety": ("symbolic", "Variety"),

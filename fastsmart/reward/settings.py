@@ -86,6 +86,8 @@ class RewardSettings:
     """Statistics of real pieces for `typicality` and `presence`; "" = those beside the base model."""
     typicality_ceiling: bool = False
     """Whether a clip more typical than the median real one earns no more than that."""
+    style_judge: str = ""
+    """Judge of styles for `style_margin`; "" = the one beside the base model."""
     audiobox_checkpoint: str = ""
     """`checkpoint.pt`, a safetensors file or its folder; "" = the published one from the hub; "random" = weights that
     mean nothing, to try things out."""
