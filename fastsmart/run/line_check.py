@@ -56,6 +56,8 @@ def _whole_step(line: Mapping[str, Any]) -> bool:
         and all(_is_value(line.get(key)) for key in _SHOWN)
         and isinstance(terms, Mapping)
         and all(map(_is_value, terms.values()))
+        and isinstance(line.get("styles", {}), Mapping)
+        and all(isinstance(of, Mapping) and all(map(_is_value, of.values())) for of in line.get("styles", {}).values())
         and isinstance(time, Mapping)
         and all(is_number(time.get(key)) for key in _TIMES)
         and all(is_number(value) for key, value in time.items() if key != "idle")

@@ -15,6 +15,7 @@ from fastsmart.config import Config
 from fastsmart.errors import UserError
 from fastsmart.machine.files import cpu_cores, file_hash, processor
 from fastsmart.machine.hardware import cpu_family, installed_version, instruction_sets, waiting
+from fastsmart.music.styles import JUDGE_FILE
 from fastsmart.policy.device import resolved_device
 from fastsmart.policy.hf_format import shipped_file, shipped_policies
 from fastsmart.policy.transformer import Policy
@@ -30,8 +31,7 @@ def statistics_path(config: Config) -> Path | str:
     """The statistics of real pieces a run compares with: those it names, or those beside its base policy, or none."""
     if config.reward.typicality:
         return config.reward.typicality
-    source = config.policy.source
-    path = shipped_file(source, STATISTICS_FILE) if source in shipped_policies() else Path(source) / STATISTICS_FILE
+    source, path = config.policy.source, beside_base(config, STATISTICS_FILE)
     if path.is_file():
         return path
     wanted = [name for name in FROM_STATISTICS if name in config.reward.terms]
@@ -41,6 +41,20 @@ def statistics_path(config: Config) -> Path | str:
             "name one with reward.typicality"
         )
     return ""
+
+
+def judge_path(config: Config) -> Path | str:
+    """The judge of styles that a run's reward asks: the one it names, or the one beside its base policy, or none."""
+    if config.reward.style_judge:
+        return config.reward.style_judge
+    path = beside_base(config, JUDGE_FILE)
+    return path if path.is_file() else ""
+
+
+def beside_base(config: Config, name: str) -> Path:
+    """Where a file would lie that came with a run's base policy."""
+    source = config.policy.source
+    return shipped_file(source, name) if source in shipped_policies() else Path(source) / name
 
 
 def provenance(config: Config, policy: Policy, statistics: Path | str, mixdown: str) -> dict[str, Any]:
@@ -54,6 +68,8 @@ def provenance(config: Config, policy: Policy, statistics: Path | str, mixdown: 
     if config.reward.clamp_styles and any(name.startswith("clamp_") for name in config.reward.terms):
         styles = config.reward.clamp_styles
         inputs["real styles"] = {"path": styles, "sha256": file_hash(styles)}
+    if "style_margin" in config.reward.terms and (judge := judge_path(config)):
+        inputs["style_judge"] = {"path": str(judge), "sha256": file_hash(judge)}
     if mixdown:
         soundfont = find_soundfont(config.audio.soundfont)
         inputs["soundfont"] = {"path": str(soundfont), "sha256": file_hash(soundfont)}

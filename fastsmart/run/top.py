@@ -164,6 +164,10 @@ def _curves(steps: list[dict[str, Any]]) -> Table:
     rows = {"reward": [line["reward"] for line in steps]}
     rows |= {name: [line["terms"].get(name) for line in steps] for name in steps[-1]["terms"]}
     rows |= {name: [line.get(name) for line in steps] for name in ("kl", "kl_per_completion", "entropy", "notes")}
+    for style in steps[-1].get("styles", {}):
+        of_style = [line.get("styles", {}).get(style, {}) for line in steps]
+        for key, said in (("reward", "reward"), ("kl_per_completion", "kl")):
+            rows[f"{said} of {style}"] = [values.get(key) for values in of_style]
     for name, values in rows.items():
         last = "–" if values[-1] is None else f"{values[-1]:.3g}"
         table.add_row(_plain(name), curve(values), last)

@@ -38,6 +38,7 @@ from fastsmart.study.evaluation import (
     metrics_csv,
     outputs_path,
 )
+from fastsmart.study.heard import as_tree, heard, judges_of
 from fastsmart.study.measures import Ruler, against, best_of_point, measure
 from fastsmart.study.outputs import Outputs, Playable, Player, Progress, best_of_counts, named_soundfonts
 from fastsmart.tokens.dataset import TokenDataset, encode_folder
@@ -92,7 +93,9 @@ def evaluate(
     training = _training_set(training_set, store.out, vocab, progress) if training_set else None
     progress("fitting on the first policy", 0, 1)
     measures = ClampMeasures.of(clamp, clamp_styles, vocab, store.device) if clamp else None
-    ruler = Ruler.fit(played[pairs[0][0]], training, None if isinstance(base, SheetPolicy) else base, measures)
+    judges = judges_of(config, records[0].source)
+    base = None if isinstance(base, SheetPolicy) else base
+    ruler = Ruler.fit(played[pairs[0][0]], training, base, measures, judges)
     curve = [best_of_point(k, outputs, vocab, config, ruler) for k, outputs in best.items()]
     margin = against(played, best[best_of]) if best else {}
     progress("re-weighting the first policy's outputs", 0, 1)
@@ -110,8 +113,14 @@ def evaluate(
     }
     if measures:
         tree["clamp"] = measures.about(config.reward)
+    if judges:
+        seconds = config.audio.max_seconds
+        tree["styles"] = {label: as_tree(heard(o, vocab, seconds, judges)) for label, o in played.items()}
     store.write(tree, metrics, played, vocab)
     return Evaluation.open(store.out)
+
+
+ABOUT_STYLES = ("styles", "style_judge")  # keys of the config
 
 
 class OutputStore:
@@ -180,11 +189,17 @@ class OutputStore:
         audio, fonts = replace(self.config.audio, soundfont="", workers=0), self.player.soundfonts
         sections = (self.config.prompts, self.config.sampling, audio)
         tree = [
-            [*(asdict(section) for section in sections), _reward_mark(self.config.reward)],
+            [*(_given(section) for section in sections), _reward_mark(self.config.reward)],
             [self.config.train.seed, self.prompts, record.sha256, *_asked_style(record)],
             [[name, file_hash(path) if path.is_file() else ""] for name, path in fonts.items()],
         ]
         return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()
+
+
+def _given(section: Any) -> dict[str, Any]:
+    """A section of the config; without what has to do with styles where nothing is said of it, as in evaluations that
+    are older than them."""
+    return {key: value for key, value in asdict(section).items() if key not in ABOUT_STYLES or value}
 
 
 def labelled(sources: Sequence[str]) -> list[tuple[str, str]]:
@@ -225,7 +240,7 @@ def _asked_style(record: PolicyRecord) -> list[str]:
 
 def _reward_mark(settings: RewardSettings) -> dict[str, Any]:
     """The rewards that outputs are scored by: of a taste what its file holds, and no options of terms that are not."""
-    tree = asdict(settings)
+    tree = _given(settings)
     tree["taste"] = file_hash(settings.taste) if "taste" in settings.terms else None
     options = {"taste": ("taste", "taste_caution"), "constraint": ("constraint",)}
     unused = [key for term, keys in options.items() if term not in settings.terms for key in keys]

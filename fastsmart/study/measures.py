@@ -20,6 +20,7 @@ from fastsmart.reward.constraints import Constraint
 from fastsmart.study.clamp_measures import ClampMeasures
 from fastsmart.study.embedding import Embedding, excerpt_states
 from fastsmart.study.evaluation import Metric
+from fastsmart.study.heard import Judges, heard
 from fastsmart.study.outputs import Outputs, Progress
 from fastsmart.tokens.vocabulary import Vocabulary
 from fastsmart.trainer.evaluate import TABLE_FEATURES
@@ -37,6 +38,7 @@ class Ruler:
     training  : the pieces it was trained on, None = not given
     base      : the first policy, the embedding fitted on its outputs, and their similarities; None = embeddings are not
                 measured
+    judges    : of styles; none where none is asked for
     sizes     : how much of each output is compared
     clamp     : an encoder of music to measure with, None = not given
     first     : the outputs it was fitted on
@@ -47,6 +49,7 @@ class Ruler:
     good_from: float
     training: TrainingSet | None = None
     base: tuple[Policy, Embedding, list[np.ndarray]] | None = None
+    judges: Judges = field(default_factory=dict)
     sizes: Sizes = SIZES
     clamp: ClampMeasures | None = None
     first: Outputs | None = None
@@ -58,13 +61,14 @@ class Ruler:
         training: TrainingSet | None = None,
         base: Policy | None = None,
         clamp: ClampMeasures | None = None,
+        judges: Judges | None = None,
     ) -> Ruler:
         """Fit to the outputs of the first policy; `base` is that policy."""
         reward = next(iter(outputs.scores.values())).total
         known = reward[np.isfinite(reward)]
         good_from = float(np.median(known)) if len(known) else float("inf")
         weights = resample_weights(prompt_numbers(outputs.prompts), BOOTSTRAP_SEED)
-        ruler = Ruler(weights, good_from, training, clamp=clamp, first=outputs)
+        ruler = Ruler(weights, good_from, training, judges=judges or {}, clamp=clamp, first=outputs)
         if base is None:
             return ruler
         states = _states(base, outputs, ruler.sizes)
@@ -156,6 +160,11 @@ def _draws(outputs: Outputs, vocab: Vocabulary, config: Config, ruler: Ruler) ->
         measured_diversity = measured_diversity | ruler.clamp.draws(outputs.prompts, notes, vocab)
     for name, draws in measured_diversity.items():
         table["diversity", name, ""] = draws, None
+    for name, found in heard(outputs, vocab, config.audio.max_seconds, ruler.judges).items():
+        table["style", f"bits between asked and heard, {name}", ""] = found.information, None
+        table["style", f"heard as asked, {name}", ""] = found.balanced, None
+        for style, recall in found.recall.items():
+            table["style", f"{style} heard as asked, {name}", ""] = recall, None
     return table
 
 

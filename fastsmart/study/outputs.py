@@ -19,7 +19,7 @@ from fastsmart.notes import NoteBatch
 from fastsmart.policy.device import resolved_dtype
 from fastsmart.policy.transformer import Policy
 from fastsmart.reward import RewardBlend, Scores
-from fastsmart.run.provenance import statistics_path
+from fastsmart.run.provenance import judge_path, statistics_path
 from fastsmart.sampling import Completion, Engine, RandomStream, SamplingSettings
 from fastsmart.tokens.decode import decode
 from fastsmart.tokens.token_batch import TokenBatch
@@ -114,7 +114,7 @@ class Player:
 
     def __init__(self, config: Config, soundfonts: dict[str, Path], device: str = "cpu") -> None:
         self.config, self.statistics = config, statistics_path(config)
-        reward = RewardBlend(config.reward, self.statistics, device)
+        reward = RewardBlend(config.reward, self.statistics, device, judge_path(config))
         self.needs_audio = reward.needs_audio
         self.reward = reward if device == "cpu" else None  # on a GPU each worker records graphs of its own
         self.soundfonts = soundfonts if self.needs_audio else {"notes": Path()}

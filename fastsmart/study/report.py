@@ -41,6 +41,7 @@ GROUPS = {
     "feature": "Features of the music",
     "diversity": "Diversity",
     WHOLE: "Diversity of whole outputs, which depends on how much they hold",
+    "style": "Styles",
     "share": "Faults",
 }
 
@@ -75,6 +76,7 @@ def write_report(
         figures=drawn_figures(evaluation),
         groups=_table(evaluation),
         choosing=choosing_tables(evaluation),
+        confusions=_confusions(evaluation),
         transfer=_transfer(evaluation),
         runs=[_run(p.label, Path(p.run)) for p in evaluation.policies if p.run and Path(p.run).is_dir()],
         definitions=(diversity.__doc__ or "").strip(),
@@ -226,6 +228,22 @@ def _change(metric: Metric, e: Estimate) -> dict[str, str]:
 
 def _more_is_better(metric: Metric) -> bool:
     return metric.group == "reward" or (metric.group == "diversity" and metric.name not in diversity.LESS_IS_MORE)
+
+
+def _confusions(evaluation: Evaluation) -> list[dict[str, Any]]:
+    """A table for every policy and judge: of the styles asked for (down), the share heard as each (across)."""
+    return [
+        {
+            "caption": f"{label}: styles asked for, down, and heard by the {judge}, across",
+            "head": ["", *found["styles"]],
+            "rows": [
+                [style, *(f"{share:.2f}" for share in row)]
+                for style, row in zip(found["styles"], found["confusion"], strict=True)
+            ],
+        }
+        for label, judges in evaluation.record.get("styles", {}).items()
+        for judge, found in judges.items()
+    ]
 
 
 def _transfer(evaluation: Evaluation) -> dict[str, Any] | None:

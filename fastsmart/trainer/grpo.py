@@ -18,6 +18,7 @@ from fastsmart.trainer.diversity_control import diversity_control
 from fastsmart.trainer.micro_batch import micro_batches
 from fastsmart.trainer.rehearsal import rehearse
 from fastsmart.trainer.rollout_pipeline import Progress, ScoredRollout
+from fastsmart.trainer.style_metrics import divergences, style_metrics, styles_of_step
 from fastsmart.trainer.trainer import Trainer
 from fastsmart.trainer.update import Update, reference_logprobs, update
 
@@ -32,12 +33,14 @@ class Grpo:
 
     scored    : this rank's completions of the last step
     advantage : theirs, float32 [n]
+    divergence : theirs from the reference (see `divergences`), float64 [n]; only where styles are asked for
     control   : what keeps the outputs different from each other; None = nothing
     """
 
     ends_round = False
     scored: ScoredRollout
     advantage: torch.Tensor
+    divergence: np.ndarray
 
     def __init__(self, trainer: Trainer, folder: Path) -> None:
         self.trainer, saved = trainer, trainer.record.get(_CONTROL_KEY)
@@ -53,6 +56,9 @@ class Grpo:
         with trainer.worker.trace("update"):
             change = self._learn(batch)
         line = metrics(trainer.steps_done + 1, batch, advantage, change) | about
+        if trainer.config.prompts.styles:
+            asked = styles_of_step(trainer.config, trainer.policy.vocab, trainer.steps_done)
+            line["styles"] = style_metrics(batch, asked, self.divergence, trainer.ranks)
         return StepResult(change, line, self.scored, len(advantage))
 
     @property
@@ -82,6 +88,8 @@ class Grpo:
         trainer.previous = copy.deepcopy(trainer.policy) if settings.pipeline == "one-step-off" else None
         batches = list(micro_batches(self.scored.rollout, settings.micro_batch, trainer.device))
         ref_logprobs = reference_logprobs(trainer.reference, batches, temperature, trainer.dtype, loss.kernel)
+        if trainer.config.prompts.styles:
+            self.divergence = divergences(batches, ref_logprobs)
         mismatch: dict[str, float] = {}
         for _ in range(settings.iterations):
             self._rehearse()

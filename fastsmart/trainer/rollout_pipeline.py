@@ -81,6 +81,7 @@ class RolloutPipeline:
     scorer   : a thread in which every chunk is scored, whatever the mode; None = as `overlap` says. For a GPU, on which
                the thread that has recorded a graph has to live as long as the graph
     own      : the stream on which a GPU mixes and scores clips; None = the default stream
+    asked    : prompts -> the style that each asks for; nothing where no prompt of the run asks for any
 
     Owns a thread, and the scorer: call `close`. A batch that is being sampled in another thread then is given up at
     its next completion once `closing` is set.
@@ -95,10 +96,12 @@ class RolloutPipeline:
         trace: Trace,
         scorer: ThreadPoolExecutor | None = None,
         own: OwnStream | None = None,
+        asked: Callable[[TokenBatch], Sequence[str]] = lambda prompts: (),
     ) -> None:
         self.decode, self.renderer, self.score = decode, renderer, score
         self.overlap, self.trace = overlap, trace
         self.scorer, self.own = scorer, own or OwnStream(torch.device("cpu"))
+        self.asked = asked
         self.closing = False
         self.rendering = started_thread("render")
 
@@ -226,6 +229,7 @@ class _Batch:
     ) -> None:
         self.renderer, self.trace, self.decode = pipeline.renderer, pipeline.trace, pipeline.decode
         self.prompts, self.group, self.first, self.tell = prompts, group, first, tell
+        self.asked = pipeline.asked(prompts)
         self.total = len(prompts) * group
         self.chunks = [range(at, min(at + chunk, self.total)) for at in range(0, self.total, chunk)]
         self.completions: list[Completion] = []
@@ -267,13 +271,14 @@ class _Batch:
         """The clips of a chunk, in order."""
         chunk = self.chunks[number]
         notes = NoteBatch.concat([self.pieces[i] for i in chunk])
+        asked = tuple(self.asked[i // self.group] for i in chunk) if self.asked else ()
         if self.renderer is None:
-            return Clips(notes)
+            return Clips(notes, asked=asked)
         start_s = time.perf_counter()
         audio = self.renderer.gather(chunk)
         if not self.rendering:  # else it is within a span that has not ended
             self.trace.add("render", start_s, time.perf_counter())
-        return Clips(notes, audio)
+        return Clips(notes, audio, asked)
 
     def result(self, scores: Sequence[Scores]) -> ScoredRollout:
         if self.renderer:

@@ -20,10 +20,11 @@ from fastsmart.machine.distributed import Ranks
 from fastsmart.notes import NoteBatch
 from fastsmart.policy.transformer import Policy
 from fastsmart.reward import RewardBlend
+from fastsmart.run.provenance import judge_path
 from fastsmart.run.trace import Trace
 from fastsmart.sampling import Engine, RandomStream, SamplingSettings, make_engine
 from fastsmart.tokens.decode import decode
-from fastsmart.tokens.prompts import make_prompts
+from fastsmart.tokens.prompts import asked_styles, make_prompts
 from fastsmart.tokens.token_batch import TokenBatch
 from fastsmart.tokens.vocabulary import Vocabulary
 from fastsmart.trainer.rollout_pipeline import Progress, RolloutPipeline, ScoredRollout, started_thread
@@ -63,7 +64,7 @@ class RolloutWorker:
         self.trace = Trace(self.ranks.rank)
         most_prompts = -(-config.train.prompts // self.ranks.world)
         self.batch = most_prompts * config.sampling.group
-        self.reward = reward or RewardBlend(config.reward, statistics, str(policy.device))
+        self.reward = reward or RewardBlend(config.reward, statistics, str(policy.device), judge_path(config))
         self.engine = engine or make_engine(config.sampling, policy, version, dtype, self.batch)
         self.pool: RenderPool | None = None
         self.mixer: DeviceRenderer | None = None
@@ -77,11 +78,16 @@ class RolloutWorker:
                 scorer = started_thread("score")
                 scorer.submit(self._prepare_rewards, own).result()
             renderer = self.mixer or self.pool
-            self.pipeline = RolloutPipeline(self._decoded, renderer, self.reward, overlap, self.trace, scorer, own)
+            self.pipeline = RolloutPipeline(
+                self._decoded, renderer, self.reward, overlap, self.trace, scorer, own, self._asked
+            )
             self.sampling_thread, self.writing = started_thread("rollout"), started_thread("write")
 
     def _decoded(self, ids: np.ndarray) -> NoteBatch:
         return decode(TokenBatch.pack([ids]), self.vocab, self.config.audio.max_seconds)
+
+    def _asked(self, prompts: TokenBatch) -> list[str]:
+        return asked_styles(prompts, self.vocab) if self.config.prompts.styles else []
 
     def _prepare_rewards(self, own: OwnStream) -> None:
         with own.in_turn():  # after their weights have been copied to the GPU
