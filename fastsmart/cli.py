@@ -79,7 +79,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def _settings(p: argparse.ArgumentParser) -> None:
-    p.add_argument("--preset", help="demo, smart-paper, smart-released or h200")
+    p.add_argument("--preset", help="demo, smart-paper, smart-released, h200 or styles")
     p.add_argument("--config", help="TOML file with the keys that --dry-run prints")
     p.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="set one key; repeatable")
 
@@ -165,8 +165,8 @@ def _sample(p: argparse.ArgumentParser) -> None:
         "--style",
         action="append",
         default=[],
-        help="of a policy that knows styles: one of them; of NotaGen Period/Composer/Instrumentation; repeatable, then "
-        "the pieces take turns",
+        help="of a policy that knows styles: one of them, or STYLE/COMPOSER; of NotaGen Period/Composer/Instrumentation; "
+        "repeatable, then the pieces take turns",
     )
     p.add_argument("--time-signature", action="append", help="such as 4/4; repeatable; default: 4/4")
     real_option(
@@ -282,6 +282,16 @@ def _pretrain(p: argparse.ArgumentParser) -> None:
     p.add_argument("--name", default="", help="name and source of the data, for the model card")
     p.add_argument("--licence", default="", help="licence of the data, for the model card")
     p.add_argument("--vocabulary", default="smart", help="preset, MidiTok JSON or hub id")
+    p.add_argument(
+        "--styles",
+        action="append",
+        default=[],
+        metavar="CSV|STYLE=FOLDER",
+        help="columns path, style and perhaps composer, split; or a folder of one style; repeatable: train a policy "
+        "that is asked for styles",
+    )
+    p.add_argument("--init", help="policy whose weights are trained on; default: fresh ones of the sizes below")
+    p.add_argument("--dtype", help="float32, the default, or bfloat16, of the matrices multiplied in training")
     p.add_argument("--resume", action="store_true", help="go on with the run in --out")
     whole_option(p, "--steps", within=(1, MOST_STEPS), help="optimizer steps at most")
     whole_option(p, "--batch", within=(1, MOST_AT_ONCE), help="rows a step")
@@ -289,6 +299,7 @@ def _pretrain(p: argparse.ArgumentParser) -> None:
     real_option(p, "--learning-rate", within=(0, math.inf), above=True)
     whole_option(p, "--patience", within=(1, MOST_STEPS), help="evaluations without improvement before stopping early")
     whole_option(p, "--eval-every", within=(1, MOST_STEPS), help="steps between evaluations")
+    whole_option(p, "--valid-rows", within=(1, MOST_AT_ONCE), help="rows of an evaluation")
     whole_option(p, "--seed", within=(0, LARGEST_SEED))
     whole_option(p, "--layers", within=(1, 1024), default=4)
     whole_option(p, "--hidden", within=(2, 2**16), default=256)

@@ -86,11 +86,14 @@ def _prompts(policy: Policy, options: argparse.Namespace) -> Prompts:
             f"--max-tokens is {options.max_tokens}, and the policy holds {policy.size.max_positions} tokens with the "
             "prompt; ask for fewer"
         )
+    # BOS, a style and a composer come before the phrase
     if options.prompt:
-        return phrase(options.prompt, policy.vocab, options.number, room, options.bars or 0)
+        asked = phrase(options.prompt, policy.vocab, options.number, room - 3 * bool(options.style), options.bars or 0)
+        return prompts.styled(asked, options.style, "--style") if options.style else asked
     metres, tempi = options.time_signature or ["4/4"], tuple(options.tempo or TEMPI)
     try:
-        return prompts.procedural(policy.vocab, options.number, options.seed, metres, tempi)
+        asked = prompts.procedural(policy.vocab, options.number, options.seed, metres, tempi)
+        return prompts.styled(asked, options.style, "--style") if options.style else asked
     except UserError as error:
         text = str(error).replace("prompts.tempo_min", "--tempo LOW").replace("prompts.tempo_max", "HIGH")
         raise UserError(text.replace("prompts.time_signatures", "--time-signature")) from error

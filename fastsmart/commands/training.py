@@ -18,6 +18,20 @@ if TYPE_CHECKING:
     from fastsmart.tokens.vocabulary import Vocabulary
 
 
+PRETRAIN_OPTIONS = (
+    "steps",
+    "batch",
+    "learning_rate",
+    "patience",
+    "eval_every",
+    "valid_rows",
+    "seed",
+    "device",
+    "init",
+    "dtype",
+)
+
+
 def pretrain(options: argparse.Namespace) -> int:
     import torch
 
@@ -28,17 +42,15 @@ def pretrain(options: argparse.Namespace) -> int:
     from fastsmart.policy.device import usable_device
     from fastsmart.policy.pretrain import PretrainSettings
     from fastsmart.policy.pretrain import pretrain as run_pretraining
+    from fastsmart.policy.style_crops import evened
     from fastsmart.policy.transformer import PolicySize
     from fastsmart.study.card import STATISTICS_FILE, real_statistics, write_release
+    from fastsmart.tokens.labels import read_labels
     from fastsmart.tokens.vocabulary import load_vocabulary
 
     vocab, out = load_vocabulary(options.vocabulary), Path(options.out)
     torch.set_num_threads(options.threads or cpu_cores())
-    given = {
-        key: value
-        for key in ("steps", "batch", "learning_rate", "patience", "eval_every", "seed", "device")
-        if (value := getattr(options, key)) is not None
-    }
+    given = {key: value for key in PRETRAIN_OPTIONS if (value := getattr(options, key)) is not None}
     settings = PretrainSettings(compile=options.compile, **given)
     if options.length:
         settings = replace(settings, crop=CropSettings(length=options.length))
@@ -50,11 +62,10 @@ def pretrain(options: argparse.Namespace) -> int:
         print(f"left out {name}: {reason}", file=sys.stderr)
     damaged = counted(len(dataset.damaged), "damaged file")
     print(f"{counted(len(dataset), 'piece')}, {dataset.offsets[-1]:,} tokens, {damaged} left out")
-    try:
-        statistics = real_statistics(dataset, settings, options.name)
-    except UserError as error:
-        statistics = None
-        print(f"the release will have no {STATISTICS_FILE}: {error}", file=sys.stderr)
+    labels = None
+    if options.styles:
+        labels = read_labels(options.styles, dataset.files, dataset.source, settings.valid_share, settings.seed)
+        dataset = evened(dataset, labels.named())
 
     def report(line: dict[str, Any]) -> None:
         show(line["step"], settings.steps)
@@ -66,12 +77,18 @@ def pretrain(options: argparse.Namespace) -> int:
             )
 
     with stop_signals() as stop, bar("training") as show:
-        result = run_pretraining(dataset, size, settings, out, options.resume, stop, report)
+        result = run_pretraining(dataset, size, settings, out, options.resume, stop, report, labels)
     if stop:
         print(f"saved at step {result.step}; go on with --resume")
         return stop.exit_code
+    try:
+        statistics = real_statistics(dataset, settings, options.name, labels)
+    except UserError as error:
+        statistics = None
+        print(f"the release has no {STATISTICS_FILE}: {error}", file=sys.stderr)
     command = shlex.join(["fastsmart", *sys.argv[1:]])
-    print(write_release(result, dataset, settings, statistics, out / "release", options.name, options.licence, command))
+    about = options.name, options.licence, command
+    print(write_release(result, dataset, settings, statistics, out / "release", *about, labels))
     return 0
 
 

@@ -11,14 +11,16 @@ from fastsmart.machine.files import atomic_folder, os_errors_as_user_errors
 from fastsmart.music.features import features
 from fastsmart.music.windows import cut_windows
 from fastsmart.notes import NoteBatch
-from fastsmart.policy.crops import Cropper
 from fastsmart.policy.hf_format import load_policy, write_policy
-from fastsmart.policy.pretrain import PretrainResult, PretrainSettings, evaluate, split_pieces
+from fastsmart.policy.pretrain import PretrainResult, PretrainSettings, evaluate, split_pieces, valid_rows
+from fastsmart.policy.style_crops import style_cropper
 from fastsmart.reward.typicality import TypicalityStats, fit_typicality
 from fastsmart.run.provenance import STATISTICS_FILE
 from fastsmart.sampling import Rollout, sample
+from fastsmart.study.style_release import write_style_release
 from fastsmart.tokens.dataset import TokenDataset
 from fastsmart.tokens.decode import decode
+from fastsmart.tokens.labels import Labels
 from fastsmart.tokens.token_batch import TokenBatch
 from fastsmart.tokens.vocabulary import Vocabulary
 from fastsmart.words import counted
@@ -41,13 +43,21 @@ ROWS = (
 )
 
 
-def real_statistics(dataset: TokenDataset, settings: PretrainSettings, data: str) -> TypicalityStats:
-    """Statistics of the training pieces, for the rewards that compare with real pieces.
+def real_statistics(
+    dataset: TokenDataset, settings: PretrainSettings, data: str, labels: Labels | None = None
+) -> TypicalityStats:
+    """Statistics of the training pieces, for the rewards that compare with real pieces; of styles, with the velocities
+    and tempi that the policy learns.
 
     Raises UserError when there are too few pieces.
     """
-    pieces, _ = split_pieces(len(dataset), settings.valid_share, settings.seed)
-    notes = decode([dataset.piece(p) for p in pieces], dataset.vocab)
+    if labels:
+        cropper = style_cropper(dataset, labels, "train", settings.crop, settings.styles)
+        pieces, random = labels.pieces("train"), np.random.default_rng([settings.seed, 4])
+        notes = decode([cropper.touched_piece(int(p), random) for p in pieces], dataset.vocab)
+    else:
+        pieces, _ = split_pieces(len(dataset), settings.valid_share, settings.seed)
+        notes = decode([dataset.piece(p) for p in pieces], dataset.vocab)
     return fit_typicality(notes, f"{data or dataset.source}, training split, {counted(len(pieces), 'piece')}", WINDOW_S)
 
 
@@ -60,13 +70,18 @@ def write_release(
     data: str,
     licence: str,
     command: str,
+    labels: Labels | None = None,
 ) -> str:
     """Write the release of a base policy into `folder` and return its card.
 
     statistics             : see `real_statistics`; None leaves them out
     data, licence, command : what the card says of the data and how the policy was made
+    labels                 : of a policy that knows styles; judges of them are then part of the release
     """
-    train_pieces, valid_pieces = split_pieces(len(dataset), settings.valid_share, settings.seed)
+    if labels:
+        train_pieces, valid_pieces = labels.pieces("train"), labels.pieces("valid")
+    else:
+        train_pieces, valid_pieces = split_pieces(len(dataset), settings.valid_share, settings.seed)
     real = decode([dataset.piece(p) for p in valid_pieces], dataset.vocab)
     name = data or f"the pieces in {Path(dataset.source).name}"
     with atomic_folder(folder) as part, os_errors_as_user_errors(folder):
@@ -74,9 +89,7 @@ def write_release(
         policy = load_policy(part)
         if statistics:
             statistics.save(part / STATISTICS_FILE)
-        valid = Cropper(dataset, valid_pieces, settings.crop)
-        rows = valid.rows(np.random.default_rng([settings.seed, 0]), settings.valid_rows, augment=False)
-        loss = evaluate(policy, rows, policy.vocab.pad_id)
+        loss = evaluate(policy, valid_rows(dataset, settings, labels), policy.vocab.pad_id)
         prompts = TokenBatch.pack([dataset.piece(p)[:4] for p in np.resize(valid_pieces, CLIPS)])
         rollout = sample(policy, prompts, 1, 256, seed=settings.seed)
         played = decode(rollout.sequences(), policy.vocab, WINDOW_S)
@@ -108,6 +121,8 @@ standard deviation.
 `{STATISTICS_FILE}` holds the distribution of these features in the training pieces, which the rewards `typicality` and
 `presence` compare with.
 """
+        if labels:
+            card += "\n" + write_style_release(policy, dataset, labels, settings, part)
         (part / "README.md").write_text(card, encoding="utf-8")
     return card
 

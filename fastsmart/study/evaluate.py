@@ -94,8 +94,8 @@ def evaluate(
     progress("fitting on the first policy", 0, 1)
     measures = ClampMeasures.of(clamp, clamp_styles, vocab, store.device) if clamp else None
     judges = judges_of(config, records[0].source)
-    base = None if isinstance(base, SheetPolicy) else base
-    ruler = Ruler.fit(played[pairs[0][0]], training, base, measures, judges)
+    embedder = None if isinstance(base, SheetPolicy) else base
+    ruler = Ruler.fit(played[pairs[0][0]], training, embedder, measures, judges)
     curve = [best_of_point(k, outputs, vocab, config, ruler) for k, outputs in best.items()]
     margin = against(played, best[best_of]) if best else {}
     progress("re-weighting the first policy's outputs", 0, 1)

@@ -1,0 +1,136 @@
+"""A run that asks for styles: what it pays for, what it writes, and what an evaluation says of it."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from small_run import config_for
+from styled_pieces import STYLES, styled_clips
+from tiny_policy import make_policy
+
+from fastsmart.cli import main
+from fastsmart.errors import UserError
+from fastsmart.music.style_forest import FOREST_FILE, grow_forest
+from fastsmart.music.styles import JUDGE_FILE, fit_judge
+from fastsmart.notes import NoteBatch
+from fastsmart.policy.hf_format import load_policy, save_policy
+from fastsmart.run.folder import PROVENANCE_FILE
+from fastsmart.run.top import Top
+from fastsmart.sampling import sample
+from fastsmart.study.evaluate import evaluate
+from fastsmart.study.report import write_report
+from fastsmart.tokens.prompts import make_prompts
+from fastsmart.tokens.styles import Styles
+from fastsmart.trainer.loop import train
+from fastsmart.trainer.micro_batch import micro_batches
+from fastsmart.trainer.style_metrics import divergences, styles_of_step
+from fastsmart.trainer.update import reference_logprobs
+
+ASKED = {
+    "prompts": {"styles": list(STYLES)},
+    "reward": {"terms": {"style_margin": 1.0, "variety": 1.0}, "normalize": "none"},
+    "train": {"steps": 2, "eval_every": 0, "listen": 0},
+}
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory, vocab):
+    """A tiny policy that knows two styles, and its judges."""
+    folder = tmp_path_factory.mktemp("base") / "tiny"
+    styles = Styles(tuple(zip(STYLES, ("INF1_None", "INF2_None"), strict=True)))
+    save_policy(make_policy(replace(vocab, styles=styles)), folder)
+    notes = NoteBatch.concat([styled_clips(style, range(20)) for style in STYLES])
+    named = [style for style in STYLES for _ in range(20)]
+    fit_judge(notes, named, notes, named).save(folder / JUDGE_FILE)
+    grow_forest(notes, named, trees=4).save(folder / FOREST_FILE)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def run(base, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run") / "run"
+    train(config_for(base, ASKED), folder)
+    return folder
+
+
+def test_metrics_say_reward_and_divergence_of_each_style(run):
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    steps = [line for line in lines if "reward" in line]
+    assert len(steps) == 2
+    for line in steps:
+        assert list(line["styles"]) == sorted(STYLES)
+        rewards = [of["reward"] for of in line["styles"].values()]
+        assert np.mean(rewards) == pytest.approx(line["reward"], rel=1e-5)  # as many completions of each
+        assert "style_margin" in line["terms"]
+    # the policy of the first step is the reference
+    assert all(abs(of["kl_per_completion"]) < 1e-2 for of in steps[0]["styles"].values())
+    assert any(abs(of["kl_per_completion"]) > 1e-2 for of in steps[1]["styles"].values())
+    shown = Top(run)
+    from rich.console import Console
+
+    console = Console(width=120, record=True)
+    console.print(shown.render())
+    text = console.export_text()
+    assert all(f"{what} of {style}" in text for what in ("reward", "kl") for style in STYLES)
+
+
+def test_provenance_names_the_judge_and_checkpoints_keep_their_styles(run, base):
+    inputs = json.loads((run / PROVENANCE_FILE).read_text())["inputs"]
+    assert inputs["style_judge"]["path"] == str(base / JUDGE_FILE)
+    assert load_policy(run).vocab.styles == load_policy(base).vocab.styles
+
+
+def test_divergence_is_the_sum_of_log_ratios_whatever_the_order(base):
+    config, policy = config_for(base, ASKED), load_policy(base)
+    prompts = make_prompts(config.prompts, policy.vocab, "train", 0, 4)
+    rollout = sample(policy, prompts, 3, 20)
+    other = make_policy(policy.vocab, seed=5)
+    batches = list(micro_batches(rollout, 5, torch.device("cpu")))
+    found = divergences(batches, reference_logprobs(other, batches, 1.0, torch.float32))
+    for i in range(len(rollout)):
+        ids = torch.from_numpy(rollout.sequence(i).astype(np.int64))[None]
+        with torch.no_grad():
+            logprobs = other(ids[:, :-1]).log_softmax(-1)[0]
+        start = int(rollout.prompt_lengths[i]) - 1
+        reference = logprobs[torch.arange(len(logprobs)), ids[0, 1:]][start:].sum()
+        assert found[i] == pytest.approx(float(rollout.logprobs[i, : rollout.lengths[i]].sum() - reference), abs=1e-3)
+
+
+def test_every_completion_of_a_step_has_the_style_of_its_prompt(base):
+    config = config_for(base, ASKED, {"train": {"prompts": 3}})
+    vocab = load_policy(base).vocab
+    expected = [STYLES[number % 2] for number in range(3, 6) for _ in range(config.sampling.group)]
+    assert styles_of_step(config, vocab, 1) == expected
+
+
+def test_an_evaluation_tells_how_styles_are_heard(run, base, tmp_path):
+    config = config_for(base, ASKED)
+    found = evaluate(["base=" + str(base), "tuned=" + str(run)], tmp_path / "e", config, 12, 0)
+    names = {m.name for m in found.metrics if m.group == "style"}
+    assert "bits between asked and heard, judge" in names
+    assert "bits between asked and heard, second judge" in names
+    assert {f"{style} heard as asked, judge" for style in STYLES} <= names
+    table = np.array(found.record["styles"]["tuned"]["judge"]["confusion"])
+    np.testing.assert_allclose(table.sum(1), 1.0, atol=1e-3)
+    page = write_report(found, tmp_path / "report.html", players=0).read_text()
+    assert "Styles asked for and heard" in page
+    assert "tuned: styles asked for, down, and heard by the second judge, across" in page
+
+
+def test_sample_asks_for_styles_in_turn(base, tmp_path, capsys):
+    plain = ["sample", "--policy", str(base), "--out", str(tmp_path), "-n", "4", "--max-tokens", "20"]
+    assert main([*plain, "--style", "march", "--style", "drone"]) == 0
+    said = capsys.readouterr().out.splitlines()
+    assert [line.split("  ")[1].split(",")[0] for line in said] == ["march", "drone"] * 2
+    assert main([*plain, "--style", "waltz"]) == 2
+    assert "--style 'waltz' is no style of this policy; the policy knows drone, march" in capsys.readouterr().err
+    assert main(["sample", "--policy", "pop909-tiny", "--out", str(tmp_path), "--style", "march"]) == 2
+    assert "--style asks for march, and the policy knows no styles" in capsys.readouterr().err
+
+
+def test_the_margin_needs_a_judge(tmp_path, vocab):
+    save_policy(make_policy(vocab), tmp_path / "plain")
+    with pytest.raises(UserError, match=r"name one with reward\.style_judge"):
+        train(config_for(tmp_path / "plain", ASKED, {"prompts": {"styles": []}}), tmp_path / "run")
