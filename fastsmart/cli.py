@@ -79,7 +79,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def _settings(p: argparse.ArgumentParser) -> None:
-    p.add_argument("--preset", help="demo, smart-paper, smart-released, h200 or styles")
+    p.add_argument("--preset", help="demo, smart-paper, smart-released or h200")
     p.add_argument("--config", help="TOML file with the keys that --dry-run prints")
     p.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="set one key; repeatable")
 

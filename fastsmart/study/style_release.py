@@ -9,6 +9,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+import torch
+import torch.nn.functional as F
 
 from fastsmart.music.bootstrap import Draws
 from fastsmart.music.style_forest import FOREST_FILE, StyleForest, grow_forest
@@ -17,8 +19,8 @@ from fastsmart.music.styles import JUDGE_FILE, StyleJudge, fit_judge, heard_by_f
 from fastsmart.music.training_set import TrainingSet
 from fastsmart.music.windows import cut_windows
 from fastsmart.notes import NoteBatch
-from fastsmart.policy.crops import ngram_losses
-from fastsmart.policy.pretrain import NGRAM_ROWS, PretrainSettings, evaluate
+from fastsmart.policy.crops import IGNORED, ngram_losses, targets
+from fastsmart.policy.pretrain import NGRAM_ROWS, PretrainSettings
 from fastsmart.policy.style_crops import StyleCropper, style_cropper
 from fastsmart.policy.transformer import Policy
 from fastsmart.reward.style_margin import MEDIANS
@@ -132,20 +134,28 @@ def style_losses(policy: Policy, train: StyleCropper, valid: StyleCropper, seed:
         for j, (_, token) in enumerate(valid.tokens.values()):
             asked = own.copy()
             asked[:, 1] = token
-            # the style's own token is given, not guessed: what follows it is what counts
-            under[i, j] = evaluate(policy, asked[:, 1:], train.pad)
+            under[i, j] = _loss_of_music(policy, asked, train.pad)
     unigram, bigram = (np.array([g[name] for g in grams]) for name in ("unigram", "bigram"))
     return StyleLosses(under, unigram, bigram)
 
 
-def played(policy: Policy, styles: list[str], seed: int, clips: int = CLIPS) -> tuple[list, NoteBatch, list[str]]:
-    """Completions of `clips` prompts, each in every style in turn: sequences, the clips as heard, styles asked for."""
-    openings = procedural(policy.vocab, clips, seed, ["4/4"], (60.0, 150.0))
+@torch.no_grad()
+def _loss_of_music(policy: Policy, rows: np.ndarray, pad: int) -> float:
+    """Mean loss over rows [B, T + 1] that begin with BOS and a style, which is given and no target; nats a token."""
+    inputs, target = targets(rows, pad)
+    target[:, 0] = IGNORED
+    logits = policy(torch.from_numpy(inputs))
+    return float(F.cross_entropy(logits.flatten(0, 1), torch.from_numpy(target).flatten(), ignore_index=IGNORED))
+
+
+def played(policy: Policy, styles: list[str], seed: int) -> tuple[list, NoteBatch, list[str]]:
+    """Completions of `CLIPS` prompts, each in every style in turn: sequences, the clips as heard, styles asked for."""
+    openings = procedural(policy.vocab, CLIPS, seed, ["4/4"], (60.0, 150.0))
     rows = [row for row in openings.tokens for _ in styles]
     prompts = styled(replace(openings, tokens=TokenBatch.pack(rows)), styles)
     rollout = sample(policy, prompts.tokens, 1, MAX_TOKENS, seed=seed)
     sequences = list(rollout.sequences())
-    return sequences, decode(sequences, policy.vocab, WINDOW_S), styles * clips
+    return sequences, decode(sequences, policy.vocab, WINDOW_S), styles * CLIPS
 
 
 def write_style_release(

@@ -80,8 +80,8 @@ def read_labels(manifests: Sequence[str], files: Sequence[str], source: str, sha
     share, seed : of a folder's pieces, or of a manifest's without splits, the share that is held out, drawn by the
                   seed; every second of these is for test
 
-    Raises UserError naming the manifest and line that cannot be read, a style that has no piece for training or for
-    validation, or that fewer than two styles were named.
+    Raises UserError naming the manifest and line that cannot be read, a style that has no piece in one of the
+    splits, or that fewer than two styles were named.
     """
     number = {str(Path(source, name).resolve()): p for p, name in enumerate(files)}
     rows: list[Row] = [UNKNOWN] * len(files)
@@ -100,7 +100,7 @@ def read_labels(manifests: Sequence[str], files: Sequence[str], source: str, sha
     if len(styles) < 2:
         raise UserError(f"--styles names {', '.join(styles) or 'no style'}; name at least two styles, or leave it out")
     for name in styles:
-        for part in ("train", "valid"):
+        for part in SPLITS:
             if not len(labels.pieces(part, name)):
                 raise UserError(f"--styles: {name} has no piece in the split {part!r}; add pieces of it")
     return labels
@@ -144,7 +144,7 @@ def _split(found: dict[int, Row], share: float, seed: int) -> dict[int, Row]:
     """The same pieces with splits, as `pretrain.split_pieces` holds them out."""
     pieces = sorted(found)
     order = np.random.default_rng([seed, 2]).permutation(len(pieces))
-    held = round(len(pieces) * share) or 1
+    held = max(round(len(pieces) * share), 2)  # one each
     split = dict.fromkeys(pieces, "train")
     for rank, k in enumerate(np.sort(order[:held])):
         split[pieces[int(k)]] = "test" if rank % 2 else "valid"

@@ -193,7 +193,7 @@ def style_prefixes(vocab: Vocabulary, styles: Sequence[str], where: str = "promp
     if vocab.styles is None:
         raise UserError(
             f"{where} asks for {', '.join(styles)}, and the policy knows no styles (it has no {STYLES_FILE}); "
-            "use one that does, such as styles-tiny, or leave it out"
+            "use one that pretrain --styles has made, or leave it out"
         )
     return [[vocab.bos_id, *map(vocab.id, vocab.styles.prefix(style, where))] for style in styles]
 
