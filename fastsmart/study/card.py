@@ -145,4 +145,4 @@ def _table(rollout: Rollout, played: NoteBatch, real: NoteBatch, vocab: Vocabula
 
 def _cell(values: np.ndarray) -> str:
     values = values[np.isfinite(values)]
-    return f"{values.mean():.2f} ± {values.std():.2f}"
+    return f"{values.mean():.2f} ± {values.std():.2f}" if len(values) else "–"

@@ -246,15 +246,19 @@ def _card(
         row = np.exp(losses.under[i])
         cells = [f"**{x:.2f}**" if j == row.argmin() else f"{x:.2f}" for j, x in enumerate(row)]
         lines.append(f"| {style} | " + " | ".join(cells) + " |")
+    return "\n".join([*lines, "", f"Copies: of {len(distance)} outputs {_copies(distance)}.", ""])
+
+
+def _copies(distance: np.ndarray) -> str:
+    """How near outputs come to training pieces, in words."""
     known = distance[np.isfinite(distance)]
-    lines += [
-        "",
-        f"Copies: of {len(distance)} outputs {int((known < COPY_DISTANCE).sum())} share more than "
-        f"{1 - COPY_DISTANCE:.0%} of their four-note figures with one training piece; the nearest piece lacks "
-        f"{np.median(known):.0%} of the median output's, {known.min():.0%} of the closest one's.",
-        "",
-    ]
-    return "\n".join(lines)
+    if not len(known):
+        return "none has as many as four notes"
+    near, share = int((known < COPY_DISTANCE).sum()), 1 - COPY_DISTANCE
+    return (
+        f"{near} share more than {share:.0%} of their four-note figures with one training piece; the nearest piece "
+        f"lacks {np.median(known):.0%} of the median output's, {known.min():.0%} of the closest one's"
+    )
 
 
 def styles_without(styles: tuple[str, ...], i: int) -> list[str]:
