@@ -165,8 +165,8 @@ def _sample(p: argparse.ArgumentParser) -> None:
         "--style",
         action="append",
         default=[],
-        help="of a policy that knows styles: one of them, or STYLE/COMPOSER; of NotaGen Period/Composer/Instrumentation; "
-        "repeatable, then the pieces take turns",
+        help="of a policy that knows styles: one of them, or STYLE/COMPOSER; of NotaGen "
+        "Period/Composer/Instrumentation; repeatable, then the pieces take turns",
     )
     p.add_argument("--time-signature", action="append", help="such as 4/4; repeatable; default: 4/4")
     real_option(

@@ -37,8 +37,6 @@ def sample(options: argparse.Namespace) -> int:
 
     if is_notagen(options.policy):
         return sample_sheets(options)
-    if options.style:
-        raise UserError(f"--style is for a policy that knows styles, which {options.policy} does not; leave it out")
     for key, usual in USUAL.items():
         if getattr(options, key) is None:
             setattr(options, key, usual)
