@@ -19,7 +19,7 @@ def test_a_written_config_reads_back_the_same(name, tmp_path):
     [
         ("[train]\nstpes = 3", r"unknown key train\.stpes; did you mean train\.steps\?"),
         ("[trian]\nsteps = 3", r"unknown key trian; did you mean train\?"),
-        ("[train]\nzebra = 3", r"unknown key train\.zebra; train has steps, "),
+        ("[train]\nzebra = 3", r"unknown key train\.zebra; train has algorithm, steps, "),
         ("train = 3", "train is a section"),
         ("[train]\nsteps = 'many'", r"train\.steps is 'many'; it must be a whole number"),
         ("[train]\nsteps = 2.5", r"train\.steps is 2\.5; it must be a whole number"),
