@@ -11,7 +11,7 @@ from fastsmart.errors import UserError
 
 LONGEST_MESSAGE = 300  # characters of what argparse says, which quotes what was given
 NAMES = ("files", "answers", "policy", "midi", "evaluation", "run", "source", "sweep", "key", "prompt")
-NEED_OUT = ("pretrain", "bench", "profile", "sample", "evaluate", "sweep")  # the others know what to do without
+NEED_OUT = ("pretrain", "bench", "profile", "sample", "evaluate", "sweep", "live")  # the others know what to do without
 
 
 class Parser(argparse.ArgumentParser):

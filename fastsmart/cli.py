@@ -71,6 +71,7 @@ def parser() -> argparse.ArgumentParser:
     _frontier(commands.add_parser("frontier", help="reward against diversity of everything in evaluations"))
     _report(commands.add_parser("report", help="a run or an evaluation as one page to read and hear"))
     _listen(commands.add_parser("listen", help="a blind listening test: make it, analyse it, plan it"))
+    _live(commands.add_parser("live", help="a page that plays, listens, and has a policy learn what you like"))
     _sweep(commands.add_parser("sweep", help="several runs, and the frontier of reward and diversity they draw"))
     _style_stats(commands.add_parser("style-stats", help="real pieces of several styles as CLaMP hears them"))
     commands.add_parser("doctor", help="what this machine has, what is missing, and the command that mends it")
@@ -390,6 +391,28 @@ def _report(p: argparse.ArgumentParser) -> None:
         p, "--best-of", within=(0, 10_000), default=4, metavar="N", help="of a run's evaluation; default 4, 0 = none"
     )
     p.add_argument("--training-set", default="", help="of a run's evaluation: MIDI files to look for copies in")
+
+
+def _live(p: argparse.ArgumentParser) -> None:
+    p.description = (
+        "Serve one page on this machine: it plays two short pieces, asks which you like, and has the policy trained on "
+        "your answers while you listen. Everything is in OUT, and starting again goes on there."
+    )
+    p.add_argument("--policy", help="that plays at first; default: pop909-tiny")
+    p.add_argument("--out", required=True, help="folder of choices, clips, taste and the run that is trained")
+    p.add_argument("--listener", help="name that choices are written down under; default: me")
+    p.add_argument("--joint", action="store_true", help="one taste of all listeners; default: each has one")
+    p.add_argument("--continue", dest="phrase", default="", metavar="MIDI", help="begin with answers to this phrase")
+    whole_option(p, "--bars", within=(1, MOST_AT_ONCE), help="of --continue that are taken; default: all")
+    real_option(p, "--seconds", within=(2, 60), help="longest piece that is compared; default: 10")
+    whole_option(p, "--max-tokens", within=(8, 4096), help="of a piece; default: 250")
+    whole_option(p, "--boldness", within=(0, 10), help="how far from the first policy it may go; default: 5")
+    p.add_argument("--no-training", action="store_true", help="write choices down and learn from them, train nothing")
+    p.add_argument("--replay", default="", metavar="CHOICES", help="train from a choices.jsonl without the page")
+    p.add_argument("--host", help="address to listen at; default: 127.0.0.1, which only this machine reaches")
+    whole_option(p, "--port", within=(0, 65_535), help="0 = any that is free; default: 8723")
+    whole_option(p, "--threads", within=(1, MOST_THREADS), help="that playing computes with; default: 1")
+    p.add_argument("--soundfont", default="", help="default: one that is installed")
 
 
 def _listen(p: argparse.ArgumentParser) -> None:

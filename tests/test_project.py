@@ -195,7 +195,7 @@ FLOORS = (
     {"notagen", "presets", "run"},
     {"trainer"},
     {"doctor", "selfcheck", "study", "taste"},
-    {"profiling"},
+    {"live", "profiling"},
     {"__init__"},
     {"commands"},
     {"cli"},

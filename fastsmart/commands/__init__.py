@@ -1,5 +1,6 @@
 """The bodies of the subcommands: each reads its options, calls the job and says what came of it."""
 
+from fastsmart.commands.live import live
 from fastsmart.commands.machine import bank, doctor, selfcheck
 from fastsmart.commands.playing import render, sample, score
 from fastsmart.commands.studying import evaluate, frontier, listen, report, style_stats, sweep
@@ -13,6 +14,7 @@ __all__ = [
     "evaluate",
     "frontier",
     "listen",
+    "live",
     "pretrain",
     "profile",
     "render",

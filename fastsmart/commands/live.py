@@ -1,0 +1,53 @@
+"""The body of live."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from fastsmart.errors import UserError
+from fastsmart.words import counted
+
+
+def live(options: argparse.Namespace) -> int:
+    if options.replay:
+        return _replay(options)
+    from fastsmart.live.settings import LOOPBACK, LiveSettings
+
+    given = {
+        key: value
+        for key in ("policy", "listener", "host", "port", "soundfont", "boldness", "threads", "seconds", "max_tokens")
+        if (value := getattr(options, key)) is not None
+    }
+    settings = LiveSettings(joint=options.joint, train=not options.no_training, **given)
+    if options.bars is not None and not options.phrase:
+        raise UserError("--bars is of the MIDI file of --continue; name one, or leave it out")
+
+    from fastsmart.live.server import listen_at, make_app, serve, token_of
+    from fastsmart.live.studio import Studio
+
+    at = listen_at(settings.host, settings.port)
+    studio = Studio.open(options.out, settings)
+    try:
+        if options.phrase:
+            studio.take_file(options.phrase, options.bars or 0)
+        token = token_of(Path(options.out))
+        host = f"[{settings.host}]" if ":" in settings.host else settings.host
+        if settings.host != LOOPBACK:
+            print("fastsmart: whoever reaches this machine and knows the address can use the page", file=sys.stderr)
+        studio.start()
+        print(f"open http://{host}:{at.getsockname()[1]}/{token}/ in a browser; Ctrl-C ends it", flush=True)
+        serve(make_app(studio, token), at)
+    finally:
+        studio.close()
+    return 0
+
+
+def _replay(options: argparse.Namespace) -> int:
+    """Learn the taste of a file of choices without the page, and train what the page had trained."""
+    from fastsmart.live.replay import replay_all
+
+    taste, policy = replay_all(options.replay, options.out, options.listener, print)
+    print(f"{counted(taste.choices, 'choice')} learnt; {policy or 'nothing was trained on them'}")
+    return 0

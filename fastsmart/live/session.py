@@ -1,0 +1,318 @@
+"""What is being listened to: the pair that is heard now, the choices, and what they have taught. All of it is on disk.
+
+A choice is in `choices.jsonl` before anything is made of it; `session.json` holds the rest that a reload, or a server
+that was killed and started again, goes on with.
+"""
+
+from __future__ import annotations
+
+import shutil
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fastsmart.errors import UserError
+from fastsmart.live.place import MOST_HEARD, Pair, Place
+from fastsmart.live.settings import BOLDEST, LONGEST_NAME, LiveSettings
+from fastsmart.machine.files import make_folder
+from fastsmart.reward.taste import Taste
+from fastsmart.reward.taste_features import LEAST_CLIPS, Standard
+from fastsmart.taste import Choice, Clip, append_choice, next_pair, standing
+from fastsmart.taste.choices import of_listener
+from fastsmart.taste.replay import CHOICES_FILE, ROUNDS_FILE, STANDARD_FILE, TasteFolder
+
+SESSION_FILE = "session.json"
+EARLIER = "earlier"  # folder of what a reset has put aside
+SOON = 16  # clips that are rendered before anybody asks for them
+ANSWER = "answer-"  # how the ids of answers to a phrase begin
+STANDARD_CLIPS = 2 * LEAST_CLIPS  # of the first policy, in whose units a taste counts
+
+
+class Stale(UserError):
+    """What was asked is about a pair or a choice that is not the present one."""
+
+
+class Session:
+    """One session, which every open page shows. Safe to use from several threads.
+
+    changed  : called after every change
+    place    : where it stands
+    choices  : lines of the file, oldest first, those of other listeners and those taken back too
+    taste    : of what stands of the present listener's choices; None while the first policy's clips are not measured
+    damaged  : a sentence for every line of the file that could not be read
+    unheard  : clips by id, oldest first, that were never played
+    """
+
+    def __init__(self, out: str | Path, settings: LiveSettings, changed: Callable[[], None] = lambda: None) -> None:
+        self.folder, self.settings, self.changed = TasteFolder(Path(out)), settings, changed
+        self._lock = threading.RLock()
+        make_folder(self.folder.path)
+        log = self.folder.choices()
+        self.choices, self.damaged = list(log.choices), log.damaged
+        self.place = Place.load(self.folder.path / SESSION_FILE, Place(settings.listener, settings.boldness))
+        heard = {*self._judged(), *self.place.heard}
+        self.unheard = {id: self.folder.clips.load(id) for id in self.folder.clips.ids() if id not in heard}
+        self.standard: Standard | None = None
+        self.taste: Taste | None = None
+        if (self.folder.path / STANDARD_FILE).is_file():
+            self.standard = self.folder.standard()
+        else:
+            self._measure()
+        if self.standard is not None:
+            self._learn(self._saved_taste())
+        answered = {(c.left, c.right) for c in standing(self.choices)}  # perhaps just before a kill
+        pairs = [pair for pair in (self.place.pair, *self.place.later) if pair and pair not in answered]
+        pairs = [pair for pair in pairs if all(map(self.has, pair))]
+        self.place = replace(self.place, pair=pairs[0] if pairs else None, later=tuple(pairs[1:]))
+        if not pairs:
+            self._deal()
+
+    # ------------------------------------------------------------------------------------------- what a listener does
+
+    def choose(self, left: str, right: str, answer: str) -> None:
+        """Write down the answer about the present pair, learn from it, and go on to the next pair.
+
+        Raises Stale for another pair, UserError for what is no answer and where the disk is full; then nothing changes.
+        """
+        with self._change():
+            if self.place.pair != (left, right):
+                raise Stale("these two have been judged already; here are the next two")
+            if not (self.has(left) and self.has(right)):
+                raise Stale("these two are still being played; choose when both have ended")
+            self._write(Choice.new(self.place.listener, left, right, answer))
+            self._learn(self.taste)
+            self._deal()
+
+    def undo(self) -> None:
+        """Take back the listener's last choice and hear its pair again; raises Stale where there is none."""
+        with self._change():
+            mine = of_listener(standing(self.choices), self.place.listener)
+            if not mine:
+                raise Stale("there is no choice to take back")
+            self._write(Choice.new(self.place.listener, undo=mine[-1].id))
+            self._learn(self.taste)
+            now = () if self.place.pair is None else (self.place.pair,)
+            again = (mine[-1].left, mine[-1].right)
+            self._keep(pair=again, later=tuple(pair for pair in (*now, *self.place.later) if pair != again))
+
+    def skip(self) -> None:
+        """Go on to another pair without an answer."""
+        with self._change():
+            self._set_aside(self.place.pair or ())
+            self._deal()
+
+    def configure(self, boldness: Any = None, paused: Any = None, listener: Any = None) -> None:
+        """Change what is not None; raises UserError for a value that cannot be meant."""
+        with self._change():
+            if boldness is not None:
+                if type(boldness) is not int or not 0 <= boldness <= BOLDEST:
+                    raise UserError(f"boldness is a whole number from 0 to {BOLDEST}")
+                self._keep(boldness=boldness)
+            if paused is not None:
+                if type(paused) is not bool:
+                    raise UserError("paused is true or false")
+                self._keep(paused=paused)
+            if listener is not None:
+                name = listener.strip() if isinstance(listener, str) else ""
+                if not 0 < len(name) <= LONGEST_NAME or not name.isprintable():
+                    raise UserError(f"a listener's name has from 1 to {LONGEST_NAME} characters")
+                self._keep(listener=name)
+                self._learn(self._saved_taste())
+
+    def reset(self) -> Path:
+        """Begin again without choices. What there was is put aside, with the run that was trained on it, into the
+        folder that is returned, from which it can be replayed."""
+        with self._change():
+            aside = self.folder.path / EARLIER / datetime.now().strftime("%Y%m%d-%H%M%S-%f")
+            make_folder(aside / "clips")
+            copied = [self.folder.clips.path(id) for id in self._judged()] + [self.folder.path / STANDARD_FILE]
+            for path in filter(Path.is_file, copied):
+                shutil.copy(path, aside / path.relative_to(self.folder.path))
+            for name in (CHOICES_FILE, ROUNDS_FILE, "taste.json", "tastes", "run"):
+                if (self.folder.path / name).exists():
+                    (self.folder.path / name).rename(aside / name)
+            self._set_aside((*self._judged(), *self.place.phrase, *(self.place.pair or ())))
+            self.choices, self.taste = [], None
+            self._keep(pair=None, later=(), phrase=())
+            self.unheard = {id: c for id, c in self._free().items() if c.version == 0}
+            self._learn(None)
+            self._deal()
+            return aside
+
+    # ----------------------------------------------------------------------------------------------- what is played
+
+    def add(self, clips: Iterable[Clip]) -> None:
+        """Take in new clips; two of them are heard next where nothing is heard now."""
+        with self._change():
+            for clip in clips:
+                self.folder.clips.save(clip)
+                self.unheard[clip.id] = clip
+            if self.standard is None:
+                self._measure()
+            self._prune()
+            if self.place.pair is None:
+                self._deal()
+
+    def begin_answers(self, ids: tuple[str, ...]) -> None:
+        """Hear the first two of these answers to a phrase, whose clips are still to come."""
+        with self._change():
+            self._set_aside((*(self.place.pair or ()), *self.place.phrase))
+            self._keep(phrase=ids, pair=(ids[0], ids[1]), later=())
+
+    def end_phrase(self) -> None:
+        """Let the policy play freely again."""
+        with self._change():
+            self._set_aside(self.place.phrase)
+            self._keep(phrase=(), pair=None)
+            self._deal()
+
+    def forget_after(self, version: int) -> None:
+        """Play none of the clips of later policies that nobody has heard yet."""
+        with self._change():
+            self._set_aside(id for id, clip in self._free().items() if clip.version > version)
+            if self.place.pair and any(id in self.place.heard for id in self.place.pair):
+                self._deal()
+
+    def has(self, id: str) -> bool:
+        """Whether a clip is finished and there."""
+        return id in self.unheard or self.folder.clips.path(id).is_file()
+
+    def clip(self, id: str) -> Clip:
+        """A clip; raises UserError where there is none."""
+        with self._lock:
+            return self.unheard.get(id) or self.folder.clips.load(id)
+
+    def soon(self) -> list[str]:
+        """Finished clips that may be heard soon, those of the present pair first."""
+        with self._lock:
+            pairs = [self.place.pair or (), *self.place.later, self.place.phrase]
+            ids = [*(id for pair in pairs for id in pair), *reversed(self._newest({*self.place.heard}))]
+            return [id for id in dict.fromkeys(ids) if self.has(id)][:SOON]
+
+    def waiting(self, version: int) -> int:
+        """How many free clips of a policy nobody has heard."""
+        with self._lock:
+            return sum(clip.version == version for clip in self._free().values())
+
+    # ------------------------------------------------------------------------------------------------ what is known
+
+    @property
+    def listener(self) -> str | None:
+        """Whose choices make the taste; None = everybody's."""
+        return None if self.settings.joint else self.place.listener
+
+    def judgements(self) -> list[Choice]:
+        """The choices that make the taste: those of the listener that have not been taken back."""
+        with self._lock:
+            return standing(of_listener(self.choices, self.listener))
+
+    def taste_to_train_on(self, path: Path) -> tuple[str, int] | None:
+        """Write the present taste there; gives the id of the last choice it knows, and how many it stands on. None
+        where nothing is known yet."""
+        with self._lock:
+            if self.taste is None or not self.taste.choices:
+                return None
+            self.taste.save(path)
+            return self.choices[-1].id, self.taste.choices
+
+    # ----------------------------------------------------------------------------------------------------- inside
+
+    @contextmanager
+    def _change(self) -> Iterator[None]:
+        with self._lock:
+            yield
+        self.changed()
+
+    def _write(self, choice: Choice) -> None:
+        append_choice(self.folder.choices_file, choice)
+        self.choices.append(choice)
+
+    def _keep(self, **changes: Any) -> None:
+        self.place = replace(self.place, **changes)
+        self.place.save(self.folder.path / SESSION_FILE)
+
+    def _set_aside(self, ids: Iterable[str]) -> None:
+        """Never play these again."""
+        judged = self._judged()
+        heard = [id for id in dict.fromkeys((*self.place.heard, *ids)) if id not in judged]
+        for id in heard:
+            self.unheard.pop(id, None)
+        self._keep(heard=tuple(heard[-MOST_HEARD:]))
+
+    def _judged(self) -> set[str]:
+        return {id for c in self.choices for id in (c.left, c.right) if id}
+
+    def _saved_taste(self) -> Taste | None:
+        path = self.folder.taste_file(self.listener)
+        return Taste.load(path) if path.is_file() else None
+
+    def _learn(self, before: Taste | None) -> None:
+        """Fit the taste to what stands of the choices.
+
+        before : the taste without the newest of them, which says what was expected; None = learn them one by one
+        """
+        if self.standard is None:
+            return
+        if before is None:
+            self.taste = self.folder.learn(self.choices, self.listener)
+        else:
+            told = of_listener(self.choices, self.listener)
+            self.taste = self.folder.next_taste(told, self.standard, before)
+        self.folder.save(self.taste, self.listener)
+
+    def _measure(self) -> None:
+        """Measure the first policy's clips, once there are enough of them."""
+        first = [clip.vector for clip in self._free().values() if clip.version == 0]
+        known = [vector for vector in first if np.isfinite(vector).any()]
+        if len(known) >= STANDARD_CLIPS:
+            self.standard = Standard.of(np.stack(known))
+            self.folder.write_standard(self.standard)
+            self._learn(None)
+
+    def _free(self) -> dict[str, Clip]:
+        """Clips that were never played and answer no phrase."""
+        return {id: clip for id, clip in self.unheard.items() if not id.startswith(ANSWER)}
+
+    def _deal(self) -> None:
+        """Go on to the pair that an answer is expected to tell most about; to none where there are too few clips."""
+        if self.place.later:
+            self._keep(pair=self.place.later[0], later=self.place.later[1:])
+            return
+        seen = {*self._judged(), *self.place.heard}
+        if self.place.phrase:
+            pool = {id: self.unheard[id] for id in self.place.phrase if id in self.unheard}
+        else:
+            pool = self._newest(seen)
+        pair: Pair | None = None
+        if self.taste is not None:
+            pair = next_pair(self.taste, {id: clip.vector for id, clip in pool.items()}, seen)
+        elif len(fresh := [id for id in pool if id not in seen]) >= 2:
+            pair = fresh[0], fresh[1]
+        for id in self._judged():
+            self.unheard.pop(id, None)
+        self._keep(pair=pair)
+
+    def _newest(self, seen: set[str]) -> dict[str, Clip]:
+        """Free clips that were not played: those of the newest policy, or all where these make no pair."""
+        free = {id: clip for id, clip in self._free().items() if id not in seen}
+        newest = max((clip.version for clip in free.values()), default=0)
+        found = {id: clip for id, clip in free.items() if clip.version == newest}
+        return found if len(found) >= 2 else free
+
+    def _prune(self) -> None:
+        """Remove the files of clips beyond the most that are kept, the oldest first, but none that a choice is about,
+        that is heard now, or that waits to be heard."""
+        kept = {*self._judged(), *(self.place.pair or ()), *self.place.phrase, *sum(self.place.later, ())}
+        others = [id for id in self.folder.clips.ids() if id not in kept]
+        over = len(others) - self.settings.most_clips
+        if over > 0:
+            age = {id: self.folder.clips.path(id).stat().st_mtime_ns for id in others}
+            for id in sorted(others, key=lambda id: age[id])[:over]:
+                self.unheard.pop(id, None)
+                self.folder.clips.path(id).unlink(missing_ok=True)

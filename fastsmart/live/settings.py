@@ -1,0 +1,72 @@
+"""Settings of `fastsmart live`. No torch here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from fastsmart.errors import UserError
+
+LOOPBACK = "127.0.0.1"
+PORT = 8723
+BOLDEST = 10
+LONGEST_NAME = 40
+
+
+@dataclass(frozen=True)
+class LiveSettings:
+    """Settings of a page that plays, listens and has a policy trained.
+
+    Raises UserError naming the option whose value cannot be used.
+    """
+
+    policy: str = "pop909-tiny"
+    """Policy that plays at first: shipped name, checkpoint or run folder, hub id."""
+    listener: str = "me"
+    """Name that choices are written down under."""
+    joint: bool = False
+    """Whether the choices of all listeners make one taste."""
+    host: str = LOOPBACK
+    """Address to listen at; any other than a loopback address opens the page to the network."""
+    port: int = PORT
+    """Port to listen at; 0 = any that is free."""
+    seconds: float = 10.0
+    """Longest clip that is compared, in seconds; of an answer, beside the phrase it answers."""
+    max_tokens: int = 250
+    """Tokens that the policy adds to a prompt at most."""
+    ready: int = 12
+    """Clips kept ready that nobody has heard."""
+    most_clips: int = 4000
+    """Files of clips kept; of those above, the oldest that no choice is about go."""
+    threads: int = 1
+    """Threads that sampling computes with; the other cores are for the training beside it."""
+    soundfont: str = ""
+    """Path of an SF2 or SF3 file; "" = one that is installed."""
+    boldness: int = 5
+    """How far from the first policy its training may go, from 0 to 10, until the page says otherwise."""
+    train: bool = True
+    """Whether a process beside the page trains the policy."""
+
+    def __post_init__(self) -> None:
+        limits = {
+            "port": (0, 65535),
+            "seconds": (2, 60),
+            "max_tokens": (8, 4096),
+            "ready": (4, 1000),
+            "most_clips": (64, 10**6),
+            "threads": (1, 1024),
+            "boldness": (0, BOLDEST),
+        }
+        for key, (low, high) in limits.items():
+            if not low <= getattr(self, key) <= high:
+                raise UserError(
+                    f"--{key.replace('_', '-')} is {getattr(self, key)}; it must be from {low:g} to {high:g}"
+                )
+        if not self.policy:
+            raise UserError("--policy is empty; name a shipped policy, a checkpoint folder or a hub id")
+        if not 0 < len(self.listener) <= LONGEST_NAME or not self.listener.isprintable():
+            raise UserError(f"--listener must have from 1 to {LONGEST_NAME} printable characters")
+
+
+def kl_weight(boldness: int) -> float:
+    """Weight of the KL term at a boldness: a tenth of what it is at 0 for every five steps up, 0.04 in the middle."""
+    return 0.4 * 10 ** (-boldness / 5)

@@ -1,0 +1,112 @@
+"""All that a page is about, put together: session, player, sound, training, and the server before them."""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fastsmart.errors import UserError
+from fastsmart.live.answers import PHRASE_FILE, Answers
+from fastsmart.live.composer import Composer
+from fastsmart.live.config import config_for
+from fastsmart.live.events import Events
+from fastsmart.live.player import Player
+from fastsmart.live.rounds import Rounds
+from fastsmart.live.session import Session
+from fastsmart.live.settings import LiveSettings
+from fastsmart.live.sound import Sound
+from fastsmart.live.view import view
+from fastsmart.machine.files import make_folder, read_file
+from fastsmart.machine.folder_lock import FolderLock
+from fastsmart.notes import LARGEST_BYTES
+from fastsmart.policy.hf_format import load_policy
+
+
+@dataclass
+class Studio:
+    """What the page shows and asks for. Close it when the page is closed."""
+
+    session: Session
+    composer: Composer
+    rounds: Rounds
+    answers: Answers
+    sound: Sound
+    events: Events
+    lock: FolderLock
+
+    @staticmethod
+    def open(out: str | Path, settings: LiveSettings) -> Studio:
+        """Everything but the threads, which `start` starts; goes on where the folder stands.
+
+        Raises UserError when the policy, FluidSynth, the soundfont or the folder cannot be used.
+        """
+        import torch
+
+        out = make_folder(out)
+        lock = FolderLock(out, "playing to a listener")
+        try:
+            torch.set_num_threads(settings.threads)
+            events, sound = Events(), Sound(settings.soundfont)
+            player = Player(load_policy(settings.policy))
+            session = Session(out, settings)
+            rounds = Rounds(session)
+            config = config_for(settings.policy, settings.max_tokens, settings.seconds)
+            composer = Composer(session, player, sound, config, rounds.newest)
+            answers = Answers(session, player, settings.max_tokens, settings.seconds, events.publish)
+        except BaseException:
+            lock.release()
+            raise
+        studio = Studio(session, composer, rounds, answers, sound, events, lock)
+        session.changed = studio.tell
+        studio._go_on_with_the_phrase()
+        return studio
+
+    def start(self) -> None:
+        """Begin to play and, where the settings say so, to train."""
+        self.composer.start()
+        if self.session.settings.train:
+            self.rounds.start()
+
+    def answer(self) -> None:
+        """Answer the phrase, in a thread of its own."""
+        threading.Thread(target=self.answers.answer, name="answer", daemon=True).start()
+
+    def view(self) -> dict[str, Any]:
+        """State of the page."""
+        return view(self.session, self.composer, self.rounds, self.answers)
+
+    def tell(self) -> None:
+        """Send every page the present state, and have the threads look for work."""
+        self.events.publish("state", self.view())
+        self.composer.look()
+        self.rounds.look()
+
+    def close(self) -> None:
+        """End threads and processes; everything is on disk already."""
+        self.composer.stop()
+        self.rounds.stop()
+        for thread in (self.composer, self.rounds):
+            if thread.is_alive():
+                thread.join(30)
+        self.sound.close()
+        self.lock.release()
+
+    def take_file(self, path: str, bars: int) -> None:
+        """Begin with answers to a MIDI file; raises UserError when it cannot be continued."""
+        try:
+            content = read_file(path, LARGEST_BYTES)
+        except OSError as error:
+            raise UserError(f"cannot read {path}: {error.strerror}; name a MIDI file") from error
+        self.answers.take(content, Path(path).name, bars)
+        self.answer()
+
+    def _go_on_with_the_phrase(self) -> None:
+        path = self.session.folder.path / PHRASE_FILE
+        if not self.session.place.phrase or not path.is_file():
+            return
+        try:
+            self.answers.take(read_file(path, LARGEST_BYTES), "your phrase")
+        except (UserError, OSError):
+            self.answers.drop()
