@@ -1,8 +1,9 @@
-"""Small things many tests need: a vocabulary, a tiny policy, a folder of MIDI files, a soundfont."""
+"""Small things many tests need: a vocabulary, a tiny policy, a soundfont, a browser."""
 
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 
 import fastsmart  # noqa: F401  # isort: skip  # before torch, so that OpenMP's threads wait politely
@@ -19,6 +20,10 @@ from fastsmart.audio import find_soundfont
 from fastsmart.policy.hf_format import save_policy
 from fastsmart.policy.transformer import Policy
 from fastsmart.tokens.vocabulary import Vocabulary, load_vocabulary
+
+CHROMIUM = next(
+    (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), ""
+)
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -51,6 +56,19 @@ def checkpoint(policy: Policy, tmp_path: Path) -> Path:
 @pytest.fixture(scope="session")
 def soundfont() -> Path:
     return find_soundfont()
+
+
+@pytest.fixture
+def browser():
+    """Headless Chromium; skips where there is none (Debian: apt-get install chromium)."""
+    if not CHROMIUM:
+        pytest.skip("no Chromium on this machine")
+    sync_api = pytest.importorskip("playwright.sync_api")
+    with sync_api.sync_playwright() as playwright:
+        options = ["--no-sandbox", "--autoplay-policy=no-user-gesture-required"]
+        chromium = playwright.chromium.launch(executable_path=CHROMIUM, args=options)
+        yield chromium
+        chromium.close()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

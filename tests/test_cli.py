@@ -34,7 +34,7 @@ def one_sentence(error: str) -> bool:
     "command",
     [
         *("pretrain", "train", "profile", "sample", "render", "score", "evaluate", "blend", "frontier", "report"),
-        *("listen", "sweep", "doctor"),
+        *("listen", "live", "sweep", "doctor"),
     ],
 )
 def test_every_command_explains_itself(command):

@@ -60,7 +60,8 @@ class Phrase:
 class Answers:
     """Continues one phrase at a time and tells every note the moment it is drawn.
 
-    publish : told "notes" for each part: id of the clip, its new notes as [onset s, duration s, pitch, velocity]
+    publish : told "notes" for each part: id of the clip, its new notes as [onset s, duration s, pitch, velocity]. A
+              duration holds unless the tempo changes before it is over
     """
 
     def __init__(self, session: Session, player: Player, tokens: int, seconds: float, publish: Any) -> None:

@@ -6,6 +6,7 @@ import sys
 import threading
 import uuid
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 
@@ -99,6 +100,6 @@ class Composer(threading.Thread):
         """Render a clip that may be heard soon and is not rendered yet."""
         for id in self.session.soon():
             if not self.sound.has(id):
-                self.sound.clip(id, lambda id=id: self.session.clip(id).notes)
+                self.sound.clip(id, partial(self.session.notes, id))
                 return True
         return False

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import tempfile
 from collections.abc import Callable
+from functools import partial
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -60,7 +61,7 @@ class Handlers:
 
     async def clip(self, request: Request) -> Response:
         id = self._id(request)
-        content = await run_in_threadpool(self.studio.sound.clip, id, lambda: self.session.clip(id).notes)
+        content = await run_in_threadpool(self.studio.sound.clip, id, partial(self.session.notes, id))
         return Response(content, media_type="audio/flac", headers=KEPT)
 
     async def midi(self, request: Request) -> Response:

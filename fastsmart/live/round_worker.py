@@ -25,6 +25,7 @@ def main() -> None:
     answers = sys.stdout
     while True:
         order = json.loads(orders.get())
+        answer: dict[str, Any]
         try:
             with redirect_stdout(sys.stderr):
                 answer = {"step": _train(run, order)}

@@ -21,6 +21,7 @@ from fastsmart.errors import UserError
 from fastsmart.live.place import MOST_HEARD, Pair, Place
 from fastsmart.live.settings import BOLDEST, LONGEST_NAME, LiveSettings
 from fastsmart.machine.files import make_folder
+from fastsmart.notes import NoteBatch
 from fastsmart.reward.taste import Taste
 from fastsmart.reward.taste_features import LEAST_CLIPS, Standard
 from fastsmart.taste import Choice, Clip, append_choice, next_pair, standing
@@ -187,6 +188,10 @@ class Session:
         """A clip; raises UserError where there is none."""
         with self._lock:
             return self.unheard.get(id) or self.folder.clips.load(id)
+
+    def notes(self, id: str) -> NoteBatch:
+        """The notes of a clip; raises UserError where there is none."""
+        return self.clip(id).notes
 
     def soon(self) -> list[str]:
         """Finished clips that may be heard soon, those of the present pair first."""

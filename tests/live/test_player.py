@@ -60,22 +60,25 @@ def test_newer_weights_play_the_next_piece(vocab, policy, prompts):
 
 
 def test_who_waits_for_a_note_goes_before_who_fills_the_shelf(policy, prompts):
-    """Two threads fill the shelf; the one in a hurry has all its parts before they have one more each."""
-    player, order, go = Player(policy), [], threading.Event()
+    """Two threads fill the shelf; between two parts of the one in a hurry, each of them has one more at most."""
+    player, filled, go, stop = Player(policy), [], threading.Event(), threading.Event()
 
-    def fill() -> None:
-        for _ in player.play(prompts, 40 * PART, (1,)):
-            order.append("shelf")
+    def fill(seed: int) -> None:
+        for _ in player.play(prompts, 40 * PART, (seed,)):
+            filled.append(seed)
             go.set()
+            if stop.is_set():
+                return
 
-    threads = [threading.Thread(target=fill) for _ in range(2)]
+    threads = [threading.Thread(target=fill, args=(seed,)) for seed in (1, 2)]
     for thread in threads:
         thread.start()
-    go.wait(60)
-    before = len(order)
-    for _ in player.play(prompts, sum(PARTS), (2,), urgent=True):
-        pass
-    between = len(order) - before
+    assert go.wait(60)
+    before = len(filled)
+    told = list(player.play(prompts, sum(PARTS[:2]), (3,), urgent=True))
+    between = len(filled) - before
+    stop.set()
     for thread in threads:
         thread.join()
-    assert between <= len(PARTS)
+    assert len(told) == 2
+    assert between <= 2 * (len(told) + 1)

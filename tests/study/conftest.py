@@ -1,8 +1,7 @@
-"""A small evaluation to look at, and a browser to look with."""
+"""A small evaluation to look at."""
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 import numpy as np
@@ -15,10 +14,6 @@ from fastsmart.config import merged
 from fastsmart.policy.hf_format import load_policy, save_policy
 from fastsmart.study.evaluate import evaluate
 from fastsmart.study.evaluation import Evaluation
-
-CHROMIUM = next(
-    (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), ""
-)
 
 
 @pytest.fixture(scope="session")
@@ -57,16 +52,3 @@ def sets_test(long_enough, tmp_path_factory):
     folder = tmp_path_factory.mktemp("sets")
     settings = {"design": "sets", "prompts": 4, "set_size": 2, "repeats": 1, "checks": 1}
     return made(long_enough, folder / "t", **settings)
-
-
-@pytest.fixture
-def browser():
-    """Headless Chromium; skips where there is none (Debian: apt-get install chromium)."""
-    if not CHROMIUM:
-        pytest.skip("no Chromium on this machine")
-    sync_api = pytest.importorskip("playwright.sync_api")
-    with sync_api.sync_playwright() as playwright:
-        options = ["--no-sandbox", "--autoplay-policy=no-user-gesture-required"]
-        chromium = playwright.chromium.launch(executable_path=CHROMIUM, args=options)
-        yield chromium
-        chromium.close()
