@@ -38,10 +38,9 @@ def live(options: argparse.Namespace) -> int:
             print("fastsmart: whoever reaches this machine and knows the address can use the page", file=sys.stderr)
         studio.start()
         print(f"open http://{host}:{at.getsockname()[1]}/{token}/ in a browser; Ctrl-C ends it", flush=True)
-        serve(make_app(studio, token), at)
+        return serve(make_app(studio, token), at)
     finally:
         studio.close()
-    return 0
 
 
 def _replay(options: argparse.Namespace) -> int:

@@ -60,6 +60,7 @@ class Phrase:
 class Answers:
     """Continues one phrase at a time and tells every note the moment it is drawn.
 
+    error   : why the last answer came to nothing, in a sentence; "" where it did not
     publish : told "notes" for each part: id of the clip, its new notes as [onset s, duration s, pitch, velocity]. A
               duration holds unless the tempo changes before it is over
     """
@@ -67,8 +68,9 @@ class Answers:
     def __init__(self, session: Session, player: Player, tokens: int, seconds: float, publish: Any) -> None:
         self.session, self.player, self.publish = session, player, publish
         self._tokens, self._seconds = tokens, seconds
-        self._lock, self._turn = threading.Lock(), 0
+        self._lock, self._turn, self._beginning = threading.Lock(), 0, False
         self.phrase: Phrase | None = None
+        self.error = ""
 
     def take(self, content: bytes, name: str, bars: int = 0) -> None:
         """Take a MIDI file for the phrase; raises UserError for one that cannot be continued, and the phrase before
@@ -103,6 +105,29 @@ class Answers:
         (self.session.folder.path / PHRASE_FILE).unlink(missing_ok=True)
         self.session.end_phrase()
 
+    def go_on(self) -> None:
+        """Answer again, in a thread of its own, where all answers have been heard."""
+        with self._lock:
+            heard_all = bool(self.session.place.phrase) and self.session.place.pair is None
+            if self.phrase is None or self._beginning or not heard_all:
+                return
+            self._beginning = True
+        self.begin()
+
+    def begin(self) -> None:
+        """Answer in a thread of its own."""
+        threading.Thread(target=self._answer_or_say, name="answer", daemon=True).start()
+
+    def _answer_or_say(self) -> None:
+        try:
+            self.error = ""
+            self.answer()
+        except UserError as error:
+            self.error = str(error)
+            self.session.changed()
+        finally:
+            self._beginning = False
+
     def answer(self) -> None:
         """Continue the phrase in several ways, of which the session plays the first two; returns when all have ended,
         or when another answer has begun."""
@@ -113,6 +138,7 @@ class Answers:
             turn = self._turn
         ids = tuple(f"{ANSWER}{uuid.uuid4().hex[:12]}" for _ in range(WAYS))
         self.session.begin_answers(ids)
+        self._beginning = False
         version, told = self.player.version, [int(asked.notes.counts[0])] * WAYS
         limit_s = asked.end_s + self._seconds
         seed = uuid.uuid4().int % 2**31

@@ -139,7 +139,7 @@ class Handlers:
 
     async def _answered(self, take: Callable[[], None]) -> Response:
         await run_in_threadpool(take)
-        self.studio.answer()
+        self.studio.answers.begin()
         return JSONResponse({}, headers=FRESH)
 
     def _id(self, request: Request) -> str:

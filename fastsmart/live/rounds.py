@@ -11,6 +11,7 @@ import os
 import subprocess
 import sys
 import threading
+from contextlib import suppress
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -18,13 +19,14 @@ from typing import Any
 from fastsmart.errors import UserError
 from fastsmart.live.session import EARLIER, Session
 from fastsmart.live.settings import kl_weight
-from fastsmart.machine.files import write_atomic
+from fastsmart.machine.files import os_errors_as_user_errors, write_atomic
 from fastsmart.policy.hf_format import step_folders, step_of
 from fastsmart.taste.replay import ROUNDS_FILE, Round, TasteFolder
 
 FIRST_CHOICES = 6  # before anything is trained on them
 STEPS_A_ROUND = 1
 STEPS_A_CHOICE = 2  # at most, of all rounds together
+LOG_FILE = "training.log"
 TRAINED_ON = "training.json"  # the taste of the present round
 LOOK_EVERY_S = 1.0
 AFTER_A_FAILURE_S = 30.0
@@ -93,16 +95,23 @@ class Rounds(threading.Thread):
     def end_process(self) -> None:
         """End the process at once."""
         with self._guard:
-            if self._process is not None:
-                self._process.kill()
-                self._process.wait()
-                self._process = None
+            process, self._process = self._process, None
+            if process is not None:
+                process.kill()
+                process.wait()
+                for pipe in (process.stdin, process.stdout):
+                    with suppress(OSError):  # of an order that was not taken
+                        pipe.close()  # type: ignore[union-attr]
 
     def run(self) -> None:
         while not self._stopped:
             wait_s = LOOK_EVERY_S
-            if self._is_due():
-                wait_s = 0.0 if self._round() else AFTER_A_FAILURE_S
+            try:
+                if self._is_due():
+                    wait_s = 0.0 if self._round() else AFTER_A_FAILURE_S
+            except UserError as error:  # a full disk, a damaged file
+                wait_s = AFTER_A_FAILURE_S
+                self._tell(str(error))
             if wait_s and not self._stopped:
                 self._wake.wait(wait_s)
                 self._wake.clear()
@@ -122,7 +131,7 @@ class Rounds(threading.Thread):
     def _round(self) -> bool:
         """Have one round trained; False where it came to nothing.
 
-        It is written down before it begins. One that was not finished is struck out when the server starts again.
+        It is written down before it begins. One that was not finished is struck out before the next.
         """
         session, folder = self.session, self.session.folder
         taste = (folder.path / TRAINED_ON).resolve()
@@ -139,38 +148,39 @@ class Rounds(threading.Thread):
         }
         self._say("training")
         with self._guard:
-            if self._stopped:
+            if self._stopped or session.place.paused:
                 return True
             keep_rounds(folder, self.newest()[0])
             folder.append_round(Round(known[0], STEPS_A_ROUND, beta, session.listener))
-        answer = self._ask(order)
-        if self._stopped or answer is None:
-            return True  # it was ended on purpose
-        self.error = answer.get("error", "")
-        session.changed()
-        return not self.error
-
-    def _ask(self, order: dict[str, Any]) -> dict[str, Any] | None:
-        """The process's answer to an order; None where it was ended by `end_process`."""
-        with self._guard:
             if self._process is None:
-                self._process = _start(self.session.folder.run.resolve())
+                self._process = _start(folder.run.resolve(), folder.path / LOG_FILE)
             process = self._process
+        error = self._error_of(process, order)
+        if error is not None:
+            self._tell(error)
+        return not error
+
+    def _error_of(self, process: subprocess.Popen[str], order: dict[str, Any]) -> str | None:
+        """Why the process did not do as ordered; "" = it did, None = it was ended by `end_process`."""
         assert process.stdin is not None
         assert process.stdout is not None
         try:
             process.stdin.write(json.dumps(order) + "\n")
             process.stdin.flush()
-            line = process.stdout.readline()
-            if line:
-                return json.loads(line)
+            if line := process.stdout.readline():
+                return str(json.loads(line).get("error", ""))
         except (OSError, ValueError):
-            line = ""
+            pass  # it has died, or its pipes were closed
         with self._guard:
             if self._process is not process:
                 return None
             self.end_process()
-        return {"error": f"the training process has died (exit code {process.returncode}); it is started again soon"}
+        log = self.session.folder.path / LOG_FILE
+        return f"the training process has died (exit code {process.returncode}, see {log}); it is started again soon"
+
+    def _tell(self, error: str) -> None:
+        self.error = error
+        self.session.changed()
 
     def _say(self, doing: str) -> None:
         if doing != self.doing:
@@ -189,15 +199,17 @@ def keep_rounds(folder: TasteFolder, steps: int) -> None:
         write_atomic(folder.path / ROUNDS_FILE, "".join(json.dumps(vars(r)) + "\n" for r in kept))
 
 
-def _start(run: Path) -> subprocess.Popen[str]:
-    """The process; it has this one's modules, and neither its terminal nor its Ctrl-C."""
+def _start(run: Path, log: Path) -> subprocess.Popen[str]:
+    """The process; it has this one's modules, and neither its terminal nor its Ctrl-C. What it complains of is in the
+    log, which begins anew."""
     search_path = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
-    return subprocess.Popen(
-        [sys.executable, "-P", "-m", "fastsmart.live.round_worker", str(run)],
-        env=os.environ | {"PYTHONPATH": search_path},
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        text=True,
-        start_new_session=True,
-    )
+    with os_errors_as_user_errors(log), open(log, "wb") as complaints:
+        return subprocess.Popen(
+            [sys.executable, "-P", "-m", "fastsmart.live.round_worker", str(run)],
+            env=os.environ | {"PYTHONPATH": search_path},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=complaints,
+            text=True,
+            start_new_session=True,
+        )

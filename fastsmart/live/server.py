@@ -23,6 +23,7 @@ from fastsmart.live.handlers import PAGE, Handlers
 from fastsmart.live.session import Stale
 from fastsmart.live.studio import Studio
 from fastsmart.machine.files import read_file
+from fastsmart.machine.signals import stop_signals
 from fastsmart.words import in_one_line
 
 TOKEN_FILE = ".token"
@@ -110,10 +111,12 @@ def listen_at(host: str, port: int) -> socket.socket:
     return found
 
 
-def serve(app: Guard, at: socket.socket) -> None:
-    """Serve until Ctrl-C or SIGTERM."""
+def serve(app: Guard, at: socket.socket) -> int:
+    """Serve until Ctrl-C or SIGTERM; returns 128 + the signal's number, the exit code."""
     config = uvicorn.Config(
         app, http="h11", ws="none", loop="asyncio", log_level="warning", access_log=False, server_header=False,
         timeout_graceful_shutdown=2, h11_max_incomplete_event_size=32 * 1024, lifespan="on",
     )  # fmt: skip
-    asyncio.run(uvicorn.Server(config).serve(sockets=[at]))
+    with stop_signals() as stop:  # uvicorn takes the signal, ends in order, and passes it on
+        asyncio.run(uvicorn.Server(config).serve(sockets=[at]))
+    return stop.exit_code

@@ -9,7 +9,7 @@ from __future__ import annotations
 import shutil
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
@@ -58,7 +58,11 @@ class Session:
         self.choices, self.damaged = list(log.choices), log.damaged
         self.place = Place.load(self.folder.path / SESSION_FILE, Place(settings.listener, settings.boldness))
         heard = {*self._judged(), *self.place.heard}
-        self.unheard = {id: self.folder.clips.load(id) for id in self.folder.clips.ids() if id not in heard}
+        self.unheard: dict[str, Clip] = {}
+        for id in self.folder.clips.ids():
+            with suppress(UserError):  # a damaged one that nobody has judged is no loss
+                if id not in heard:
+                    self.unheard[id] = self.folder.clips.load(id)
         self.standard: Standard | None = None
         self.taste: Taste | None = None
         if (self.folder.path / STANDARD_FILE).is_file():

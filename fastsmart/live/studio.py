@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -66,12 +65,11 @@ class Studio:
     def start(self) -> None:
         """Begin to play and, where the settings say so, to train."""
         self.composer.start()
+        self.answers.go_on()
         if self.session.settings.train:
             self.rounds.start()
-
-    def answer(self) -> None:
-        """Answer the phrase, in a thread of its own."""
-        threading.Thread(target=self.answers.answer, name="answer", daemon=True).start()
+        else:
+            self.rounds.doing = "off"
 
     def view(self) -> dict[str, Any]:
         """State of the page."""
@@ -82,6 +80,7 @@ class Studio:
         self.events.publish("state", self.view())
         self.composer.look()
         self.rounds.look()
+        self.answers.go_on()
 
     def close(self) -> None:
         """End threads and processes; everything is on disk already."""
@@ -100,13 +99,13 @@ class Studio:
         except OSError as error:
             raise UserError(f"cannot read {path}: {error.strerror}; name a MIDI file") from error
         self.answers.take(content, Path(path).name, bars)
-        self.answer()
+        self.answers.begin()
 
     def _go_on_with_the_phrase(self) -> None:
-        path = self.session.folder.path / PHRASE_FILE
-        if not self.session.place.phrase or not path.is_file():
+        if not self.session.place.phrase:
             return
         try:
-            self.answers.take(read_file(path, LARGEST_BYTES), "your phrase")
+            content = read_file(self.session.folder.path / PHRASE_FILE, LARGEST_BYTES)
+            self.answers.take(content, "your phrase")
         except (UserError, OSError):
             self.answers.drop()

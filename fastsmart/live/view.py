@@ -38,7 +38,7 @@ def view(session: Session, composer: Composer, rounds: Rounds, answers: Answers)
         "learnt": learnt(session.taste),
         "policies": [{"version": v, "name": policy_name(v), "now": v == version} for v in rounds.versions()],
         "damaged": list(session.damaged[:3]),
-        "trouble": composer.error,
+        "trouble": composer.error or answers.error,
     }
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import numpy as np
 import pytest
 from made_notes import made, melody
@@ -62,6 +64,20 @@ def test_an_answer_that_is_chosen_is_a_choice_like_any_other(told, tmp_path):
     studio.answers.drop()
     assert not studio.session.place.phrase
     assert not set(studio.session.place.pair) & {*free, *first, *second}
+
+
+def test_when_all_answers_have_been_heard_there_are_more(told):
+    studio, _ = told
+    studio.answers.take_played(PLAYED, 100.0)
+    studio.answers.answer()
+    first = studio.session.place.phrase
+    for _ in range(WAYS // 2):
+        studio.session.choose(*studio.session.place.pair, "left")
+    until = time.monotonic() + 300
+    while not (pair := studio.session.place.pair) or not all(map(studio.session.has, pair)):
+        assert time.monotonic() < until
+        time.sleep(0.05)
+    assert not set(pair) & set(first)
 
 
 def test_what_was_played_keeps_its_notes_and_tempo():

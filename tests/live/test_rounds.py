@@ -107,7 +107,7 @@ def test_a_process_that_dies_is_said_and_another_is_started(session, monkeypatch
     judge(session, FIRST_CHOICES)
     rounds = Rounds(session)
 
-    def dying(run: Path) -> subprocess.Popen[str]:
+    def dying(run: Path, log: Path) -> subprocess.Popen[str]:
         command = [sys.executable, "-c", "import sys; sys.stdin.readline(); sys.exit(3)"]
         return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
@@ -117,7 +117,7 @@ def test_a_process_that_dies_is_said_and_another_is_started(session, monkeypatch
     told = """import sys
 for line in sys.stdin: print('{"step": 1}', flush=True)"""
 
-    def working(run: Path) -> subprocess.Popen[str]:
+    def working(run: Path, log: Path) -> subprocess.Popen[str]:
         return subprocess.Popen([sys.executable, "-c", told], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
     monkeypatch.setattr(module, "_start", working)
