@@ -174,7 +174,8 @@ def test_a_clip_sounds_and_its_roll_follows(served, tab):
     later = tab.evaluate("[sound.context.currentTime, sound.position, cards.left.roll.now]")
     assert all(b > a for a, b in zip(began, later, strict=True))
     length, loudest = tab.evaluate(
-        "sound.clip(state.pair[0].id).then((b) => [b.duration, b.getChannelData(0).reduce((a, x) => Math.max(a, Math.abs(x)), 0)])"
+        """sound.clip(state.pair[0].id).then((buffer) =>
+        [buffer.duration, buffer.getChannelData(0).reduce((most, x) => Math.max(most, Math.abs(x)), 0)])"""
     )
     assert length >= tab.evaluate("state.pair[0].seconds")
     assert 0.01 < loudest < 1
