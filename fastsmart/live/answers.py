@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 import threading
 import uuid
 from collections.abc import Sequence
@@ -96,6 +97,13 @@ class Answers:
         finally:
             part.unlink(missing_ok=True)
         self.take(content, "what you played")
+
+    def warm(self) -> None:
+        """Load what the first phrase would else have to wait for: MidiTok takes seconds."""
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / PHRASE_FILE
+            notes_of([(0.0, 0.5, 60, 80)], 120.0).to_midi(0, path)
+            Phrase(path, path.name, self.player, self._tokens)
 
     def drop(self) -> None:
         """Forget the phrase."""

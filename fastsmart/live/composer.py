@@ -29,6 +29,7 @@ class Composer(threading.Thread):
     """A thread that plays clips into a session.
 
     newest : gives version and place of the policy that is to play
+    idle   : called once, when there is nothing else to do for the first time
     error  : why it cannot go on, in a sentence; "" while it can
     """
 
@@ -38,6 +39,7 @@ class Composer(threading.Thread):
         super().__init__(name="composer", daemon=True)
         self.session, self.player, self.sound, self.config, self.newest = session, player, sound, config, newest
         self.error = ""
+        self.idle: Callable[[], None] | None = None
         self._wake, self._stopped = threading.Event(), False
         self._random = np.random.default_rng()
 
@@ -75,7 +77,12 @@ class Composer(threading.Thread):
         wanted = self.session.settings.ready if measured else max(self.session.settings.ready, STANDARD_CLIPS + 2)
         if self.session.waiting(version) < wanted:
             return self._play()
-        return self._render()
+        if self._render():
+            return True
+        idle, self.idle = self.idle, None
+        if idle:
+            idle()
+        return False
 
     def _play(self) -> bool:
         """Play some clips into the session; those without notes are not for anybody's ears."""

@@ -57,6 +57,7 @@ class Studio:
         except BaseException:
             lock.release()
             raise
+        composer.idle = answers.warm
         studio = Studio(session, composer, rounds, answers, sound, events, lock)
         session.changed = studio.tell
         studio._go_on_with_the_phrase()

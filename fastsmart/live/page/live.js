@@ -177,8 +177,9 @@ function follow() {
   for (const side of SIDES) {
     if (!isPlaying(side)) continue;
     const now = sound.playing ? sound.position : sound.context.currentTime - stream.at;
-    if (stream && !sound.playing && now > cards[side].roll.seconds + 1) stream = null;
-    cards[side].roll.draw(now);
+    const over = stream && !sound.playing && now > cards[side].roll.seconds + 1;
+    if (over) stream = null;
+    cards[side].roll.draw(over ? 0 : now);
   }
   drawButtons();
   if (sound.playing || stream) requestAnimationFrame(follow);
