@@ -220,7 +220,7 @@ def test_ctrl_c_ends_it_in_order(served):
 MIDI = """
 window.input = { name: "Test piano", onmidimessage: null };
 navigator.requestMIDIAccess = async () => ({ inputs: new Map([["1", input]]), onstatechange: null });
-window.play = (data) => input.onmidimessage({ data, timeStamp: performance.now() });
+window.strike = (data) => input.onmidimessage({ data, timeStamp: performance.now() });
 """
 
 
@@ -235,9 +235,9 @@ def test_a_phrase_from_a_midi_keyboard_is_answered(browser, served):
     waits(page, "input.onmidimessage !== null")
     assert "Test piano" in page.inner_text("#midi-say")
     for pitch in (60, 64, 67):
-        page.evaluate(f"play([0x90, {pitch}, 90])")
+        page.evaluate(f"strike([0x90, {pitch}, 90])")
         page.wait_for_timeout(150)
-        page.evaluate(f"play([0x80, {pitch}, 0])")
+        page.evaluate(f"strike([0x80, {pitch}, 0])")
     waits(page, f"{READY} && state.answering")
     assert page.evaluate("state.phrase.notes.map((note) => note[2])") == [60, 64, 67]
     page.click("#drop-phrase")
