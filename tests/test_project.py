@@ -62,6 +62,13 @@ def run_python(code: str, cwd: Path) -> str:
 # Pinned lists
 
 
+def test_an_installation_has_every_package_once():
+    """Also one that is no link to the checkout."""
+    listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
+    found = {str(path.parent.relative_to(ROOT)).replace("/", ".") for path in ROOT.glob("fastsmart/**/__init__.py")}
+    assert listed == sorted(found | {"fastsmart.kernels"})
+
+
 def test_lists_pin_each_package_once():
     for name in ("cpu.txt", "dev.txt", "vllm.txt"):
         assert len(pins(name)) == len((ROOT / ".ci" / name).read_text().splitlines())
