@@ -112,3 +112,10 @@ def refuse_empty_names(options: argparse.Namespace) -> None:
 
 def _shown(text: str) -> str:
     return text if len(text) <= 80 else f"{text[:80]}... ({len(text):,} characters)"
+
+
+def settings_options(p: argparse.ArgumentParser) -> None:
+    """Add what chooses the settings of a run: a preset, a file, single keys."""
+    p.add_argument("--preset", help="demo, diverse, dpo, notagen-dpo, smart-paper, smart-released or h200")
+    p.add_argument("--config", help="TOML file with the keys that --dry-run prints")
+    p.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="set one key; repeatable")
