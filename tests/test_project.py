@@ -69,6 +69,12 @@ def test_an_installation_has_every_package_once():
     assert listed == sorted(found | {"fastsmart.kernels"})
 
 
+def test_no_two_files_of_tests_have_one_name():
+    """pytest imports them by it, and collects neither."""
+    names = [path.name for path in (ROOT / "tests").rglob("test_*.py")]
+    assert sorted(names) == sorted(set(names))
+
+
 def test_lists_pin_each_package_once():
     for name in ("cpu.txt", "dev.txt", "vllm.txt"):
         assert len(pins(name)) == len((ROOT / ".ci" / name).read_text().splitlines())
