@@ -68,7 +68,8 @@ def test_nothing_listens_beyond_this_machine():
     assert VllmSettings().transfer_host == "127.0.0.1"
     for path in SOURCES:
         texts = {node.value for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Constant)}
-        assert not texts & {"0.0.0.0", "::"}, path
+        bar_line = {"::"} if path.match("notagen/patches.py") else set()  # of ABC, between two repeats
+        assert not texts & {"0.0.0.0", "::"} - bar_line, path
 
 
 class Opens:
