@@ -97,12 +97,13 @@ def _private(name: str, flags: int) -> int:
 
 
 def listen_at(host: str, port: int) -> socket.socket:
-    """A socket that listens there; raises UserError where it cannot."""
+    """A socket that listens there: who comes before `serve` waits. Raises UserError where it cannot."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     found = socket.socket(family, socket.SOCK_STREAM)
     try:
         found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         found.bind((host, port))
+        found.listen()
     except OSError as error:
         found.close()
         raise UserError(

@@ -5,7 +5,9 @@ from __future__ import annotations
 import io
 import json
 import random
+import socket
 import struct
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -194,7 +196,7 @@ def fuzzed(chance: random.Random) -> dict:
     return {"method": method, "url": path, "content": content, "headers": headers}
 
 
-def withstands(client, studio, count: int, seed: int) -> None:
+def withstands(client, studio, clips, count: int, seed: int) -> None:
     """Send so many; the server answers each, never with an error of its own, and afterwards it is as it should be."""
     chance, statuses = random.Random(seed), set()
     for _ in range(count):
@@ -207,19 +209,32 @@ def withstands(client, studio, count: int, seed: int) -> None:
             refused_in_a_sentence(answer, answer.status_code)
         statuses.add(answer.status_code)
     assert {200, 403, 404, 405} <= statuses
+    if not client.get("state").json()["pair"]:  # all of its sixty pieces have been passed over
+        more = [replace(clip, id=f"more-{clip.id}") for clip in clips[:4]]
+        studio.session.add(more)
     assert client.get("state").json()["pair"]
     files = {path.name.partition("-")[0] for path in studio.session.folder.path.rglob("*") if path.is_file()}
-    known = {"clip", "answer", "choices.jsonl", "session.json", "standard.json", "taste.json", "me.json", ".lock"}
+    known = {
+        "clip",
+        "more",
+        "answer",
+        "choices.jsonl",
+        "session.json",
+        "standard.json",
+        "taste.json",
+        "me.json",
+        ".lock",
+    }
     assert {name for name in files if not name.endswith(".json")} <= known | {"phrase.mid"}
 
 
-def test_hundreds_of_garbled_requests_do_no_harm(client, studio):
-    withstands(client, studio, 300, 1)
+def test_hundreds_of_garbled_requests_do_no_harm(client, studio, clips):
+    withstands(client, studio, clips, 300, 1)
 
 
 @pytest.mark.slow
-def test_ten_thousand_garbled_requests_do_no_harm(client, studio):
-    withstands(client, studio, 10_000, 2)
+def test_ten_thousand_garbled_requests_do_no_harm(client, studio, clips):
+    withstands(client, studio, clips, 10_000, 2)
 
 
 def test_the_token_stays_and_only_its_owner_reads_it(tmp_path):
@@ -229,6 +244,11 @@ def test_the_token_stays_and_only_its_owner_reads_it(tmp_path):
     assert (tmp_path / ".token").stat().st_mode & 0o077 == 0
     (tmp_path / ".token").write_text("short")
     assert len(token_of(tmp_path)) >= 40
+
+
+def test_who_comes_before_the_server_is_up_waits():
+    with listen_at("127.0.0.1", 0) as at, socket.create_connection(at.getsockname(), timeout=5):
+        pass
 
 
 def test_a_port_that_is_taken_is_said_in_one_sentence():
