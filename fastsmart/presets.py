@@ -131,8 +131,11 @@ def h200() -> Config:
 
 
 def diverse() -> Config:
-    """The demo by credit for single notes: four rounds of 512 completions, after which outputs are better and as
-    different from each other as before (docs/algorithms.md)."""
+    """The demo by credit for single notes: four rounds of 512 completions.
+
+    Outputs are to become better and stay different from each other; docs/log.md has what one run gave,
+    docs/diversity-protocol.md what has yet to be shown.
+    """
     base = demo()
     return replace(
         base,

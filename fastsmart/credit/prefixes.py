@@ -33,11 +33,6 @@ class Prefixes:
     features: np.ndarray
     offsets: np.ndarray
 
-    def segments(self) -> tuple[np.ndarray, np.ndarray]:
-        """Tokens of each step from one prefix of a clip to the next, int64 [P - N], and the clip it is of."""
-        inner = self.clip[1:] == self.clip[:-1]
-        return np.diff(self.tokens)[inner], self.clip[1:][inner]
-
     def steps(self, values: np.ndarray) -> np.ndarray:
         """Change of values [P] from each prefix of a clip to the next, [P - N]."""
         return np.diff(values)[self.clip[1:] == self.clip[:-1]]

@@ -14,6 +14,7 @@ from torch import Tensor
 from fastsmart.errors import UserError
 from fastsmart.machine.files import atomic_file
 from fastsmart.machine.hub import fetch
+from fastsmart.machine.torch_checkpoints import first_difference, read_plain
 from fastsmart.notagen.model import HEAD_SIZE, NotaGen, NotaGenSize, shapes
 
 HUB_ID = "ElectricAlexis/NotaGen"
@@ -146,12 +147,7 @@ def _located(source: str | Path) -> Path:
 
 def _read(path: Path) -> dict[str, Any]:
     """The tensors of a file, which stay on the disk until they are read."""
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:  # torch's reader raises whatever a file of another kind leads it to
-        raise UserError(
-            f"{path} is not a complete checkpoint of plain tensors (nothing in it was run); {_how_to_get_them()}"
-        ) from error
+    content = read_plain(path, _how_to_get_them(), mapped=True)
     state = content.get("model") if isinstance(content, dict) else None
     if not isinstance(state, dict) or not all(isinstance(name, str) for name in state):
         raise UserError(f"{path} is not a checkpoint of NotaGen: it has no weights under 'model'; {_how_to_get_them()}")
@@ -166,27 +162,12 @@ def _checked(path: Path, state: dict[str, Any]) -> dict[str, Tensor]:
         size = size_of(state)
     except (KeyError, ValueError, AttributeError) as error:
         raise UserError(f"{path} is not a checkpoint of NotaGen ({error}); {_how_to_get_them()}") from error
-    wrong = _first_difference(state, shapes(size))
+    wrong = first_difference(state, shapes(size))
     if not wrong and head is not None and not torch.equal(head, state[WORDS]):
         wrong = f"{HEAD} is not the embedding it should be tied to"
     if wrong:
         raise UserError(f"{path} holds the weights of another model than NotaGen: {wrong}")
     return state
-
-
-def _first_difference(state: Mapping[str, Any], expected: Mapping[str, tuple[int, ...]]) -> str:
-    for name in sorted(state.keys() | expected.keys()):
-        if name not in state:
-            return f"{name} is missing"
-        if name not in expected:
-            return f"{name} is unknown"
-        if not isinstance(state[name], Tensor) or not state[name].is_floating_point():
-            return f"{name} is no tensor of floats"
-        if tuple(state[name].shape) != expected[name]:
-            return f"{name} has the shape {tuple(state[name].shape)} and not {expected[name]}"
-        if not state[name].isfinite().all():
-            return f"{name} holds numbers that are not finite"
-    return ""
 
 
 def _how_to_get_them() -> str:

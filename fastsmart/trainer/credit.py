@@ -51,6 +51,7 @@ class Credit:
         self.rounds = Rounds(trainer, folder, "credit")
         self.unit: float | None = trainer.record.get(_UNIT_KEY)
         self._held: tuple[Round, Arrays] | None = None
+        self._scored: dict[int, tuple[np.ndarray, ...]] = {}  # by round: see `_of_round`
         self._last = np.zeros(0, np.int64)
         note_ends(trainer.policy.vocab)  # refuses now what could not be cut into notes after the first rollout
 
@@ -143,7 +144,9 @@ class Credit:
     def _values(self, here: Prefixes, reward: np.ndarray, group: np.ndarray, number: int) -> np.ndarray:
         """Values of the prefixes of a round, float64 [P], each by a regression on the clips of other prompts."""
         longest = self.trainer.config.sampling.max_tokens
-        earlier = [self._earlier(n) for n in range(max(0, number - self.settings.window + 1), number)]
+        first = max(0, number - self.settings.window + 1)
+        self._scored = {n: self._scored.get(n) or self._of_round(n) for n in range(first, number)}
+        earlier = list(self._scored.values())
         columns = [np.concatenate(part) if part else None for part in zip(*earlier, strict=True)] or [None] * 3
         fold, values = group[here.clip] % FOLDS, np.zeros(len(here.clip))
         for left_out in np.unique(fold):
@@ -159,7 +162,7 @@ class Credit:
             values[judged] = value(here.features[judged], here.tokens[judged])
         return values
 
-    def _earlier(self, number: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def _of_round(self, number: int) -> tuple[np.ndarray, ...]:
         """Features, tokens and reward of the prefixes of an earlier round, of clips that have one."""
         found = self.rounds.earlier(number)
         reward, here = found.batch.scores.total.astype(np.float64), self._prefixes(found.rollout)

@@ -15,9 +15,9 @@ from torch import Tensor
 from fastsmart.errors import UserError
 from fastsmart.machine.files import file_hash, os_errors_as_user_errors
 from fastsmart.machine.hub import cached, fetch
+from fastsmart.machine.torch_checkpoints import first_difference, read_plain
 from fastsmart.reward.audiobox.architecture import Size, encoder_shapes, head_shapes, size_of
 from fastsmart.reward.settings import AUDIOBOX_AXES
-from fastsmart.reward.tensor_check import first_difference
 
 HUB_ID = "facebook/audiobox-aesthetics"
 HUB_FILES = ("config.json", "model.safetensors")
@@ -135,12 +135,7 @@ def _drawn(name: str, shape: tuple[int, ...], generator: torch.Generator) -> Ten
 
 
 def _read_torch(path: Path) -> Weights:
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch's reader raises whatever a file of another kind leads it to
-        raise UserError(
-            f"{path} is not a complete checkpoint of plain tensors (nothing in it was run); {_how_to_get_them()}"
-        ) from error
+    content = read_plain(path, _how_to_get_them())
     try:
         state = {re.sub(r"^model\.", "", key): tensor for key, tensor in content["state_dict"].items()}
         config, target = content["model_cfg"], content["target_transform"]

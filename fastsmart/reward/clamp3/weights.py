@@ -19,8 +19,8 @@ from torch import Tensor
 from fastsmart.errors import UserError
 from fastsmart.machine.files import atomic_file, cache_folder
 from fastsmart.machine.hub import fetch
+from fastsmart.machine.torch_checkpoints import first_difference, read_plain
 from fastsmart.reward.clamp3.architecture import KINDS, Kind, Size, kind_of, music_shapes, size_of
-from fastsmart.reward.tensor_check import first_difference
 
 # name of a published model -> hub repository and file
 PUBLISHED = {
@@ -143,12 +143,7 @@ def make_random_weights(path: str | Path, kind: Kind, seed: int = 0, size: Size 
 
 def _load(path: Path) -> dict[str, Any]:
     """Content of a published file, its tensors mapped; raises UserError for any other file."""
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:  # torch's reader raises whatever a file of another kind leads it to
-        raise UserError(
-            f"{path} is not a complete checkpoint of plain tensors (nothing in it was run); {_how_to_get_them()}"
-        ) from error
+    content = read_plain(path, _how_to_get_them(), mapped=True)
     if not isinstance(content, dict) or not isinstance(content.get("model"), dict):
         raise UserError(f"{path} is no checkpoint of CLaMP, it lacks 'model'; {_how_to_get_them()}")
     return content
