@@ -91,7 +91,7 @@ def test_what_is_no_such_file_at_all_is_refused_too(text, rating_test, tmp_path,
 def test_an_answer_given_twice_and_a_set_judged_by_half_are_refused(sets_test, tmp_path, capsys):
     _, data, key = sets_test
     good = answered(data, key, "Ada", judged(key, "base", set()), "0" * 16)
-    music = next(i for i, a in enumerate(good["answers"]) if a["trial"] in key["trials"])
+    music = next(i for i, a in enumerate(good["answers"]) if a["trial"] not in key["checks"])
     bad = [put(good, ["answers"], good["answers"] + [good["answers"][music]])]
     bad += [put(good, ["answers", music, "answer"], value) for value in ({}, {"varied": "none"}, "none", None)]
     clips = good["answers"][music]["clips"]
