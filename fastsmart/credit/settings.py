@@ -31,6 +31,9 @@ class CreditSettings:
     pull: float = 0.0
     """Share of its log-ratio to the base that a note is to give back in a round; with one above 0 the policy settles
     where each note's log-ratio to the base is strength / pull times its advantage."""
+    neutral: tuple[str, ...] = ()
+    """Features of a clip (`fastsmart.music.features`) that are to earn nothing: of the reward, what they foretell is
+    taken out before notes are judged, so that outputs need not move to where it is highest."""
 
     def __post_init__(self) -> None:
         require(self, "credit.", LIMITS)

@@ -56,6 +56,19 @@ class PrefixValue:
         return values
 
 
+def without(reward: np.ndarray, features: np.ndarray) -> np.ndarray:
+    """The rewards [N] less what features [N, F] foretell of them: the residuals of least squares on the standardised
+    features and their products, about the mean of the rewards. Rewards that are not finite stay so."""
+    known = np.isfinite(reward)
+    if known.sum() < FEWEST or not np.ptp(reward[known]):  # of a constant only rounding would be left
+        return reward
+    terms = _terms(features[known], features[known].mean(0), features[known].std(0) + 1e-6)
+    foretold = terms @ np.linalg.lstsq(terms, reward[known], rcond=None)[0]
+    kept = reward.copy()
+    kept[known] += reward[known].mean() - foretold
+    return kept
+
+
 def explained(values: np.ndarray, reward: np.ndarray) -> float:
     """Share of the variance of the reward that values explain (R²), NaN where the reward has none."""
     variance = float(reward.var()) if len(reward) else 0.0

@@ -12,6 +12,7 @@ a micro-batch, M completion tokens of a micro-batch.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,9 @@ import torch
 from torch import Tensor
 
 from fastsmart.credit.prefixes import Prefixes, note_ends, note_prefixes
-from fastsmart.credit.value import PrefixValue, explained
+from fastsmart.credit.value import PrefixValue, explained, without
+from fastsmart.errors import UserError
+from fastsmart.music.features import FEATURES
 from fastsmart.policy.optimizer import forget_moments
 from fastsmart.sampling import RandomStream, Rollout
 from fastsmart.tokens.token_batch import TokenBatch
@@ -54,6 +57,7 @@ class Credit:
         self._scored: dict[int, tuple[np.ndarray, ...]] = {}  # by round: see `_of_round`
         self._last = np.zeros(0, np.int64)
         note_ends(trainer.policy.vocab)  # refuses now what could not be cut into notes after the first rollout
+        self._neutral = _columns(self.settings.neutral)
 
     def step(self, progress: Progress | None = None) -> StepResult:
         trainer, (number, step) = self.trainer, self.rounds.place
@@ -112,8 +116,7 @@ class Credit:
         value_r2, half_value_r2 : share of the variance of the reward that values explain of whole clips and of their
                     halves, of clips that they were not fitted to
         """
-        rollout, reward = found.rollout, found.batch.scores.total.astype(np.float64)
-        here = self._prefixes(rollout)
+        rollout, here, reward = found.rollout, *self._judged(found)
         worth = self._values(here, reward, found.batch.group, found.number)
         unit = self.unit or 1.0
         ends, advantage = np.zeros(rollout.ids.shape, bool), np.zeros(rollout.ids.shape, np.float32)
@@ -164,10 +167,15 @@ class Credit:
 
     def _of_round(self, number: int) -> tuple[np.ndarray, ...]:
         """Features, tokens and reward of the prefixes of an earlier round, of clips that have one."""
-        found = self.rounds.earlier(number)
-        reward, here = found.batch.scores.total.astype(np.float64), self._prefixes(found.rollout)
+        here, reward = self._judged(self.rounds.earlier(number))
         known = np.isfinite(reward[here.clip])
         return here.features[known], here.tokens[known], reward[here.clip[known]]
+
+    def _judged(self, found: Round) -> tuple[Prefixes, np.ndarray]:
+        """The prefixes of a round and the rewards [N] that its notes are judged by."""
+        here, reward = self._prefixes(found.rollout), found.batch.scores.total.astype(np.float64)
+        whole = here.features[here.offsets[1:] - 1]
+        return here, without(reward, whole[:, self._neutral]) if self._neutral else reward
 
     def _prefixes(self, rollout: Rollout) -> Prefixes:
         config = self.trainer.config
@@ -231,6 +239,14 @@ class Credit:
         parts = (loss.detach().double(), ratio.detach().double().sum())
         numbers = torch.tensor([float(len(target)), float(len(row))], dtype=torch.float64, device=trainer.device)
         return torch.cat([torch.stack(parts), numbers])
+
+
+def _columns(names: Sequence[str]) -> list[int]:
+    """Columns of these features among those of a prefix. Raises UserError for one that there is not."""
+    for name in names:
+        if name not in FEATURES:
+            raise UserError(f"credit.neutral has {name!r}; choose of {', '.join(FEATURES)}")
+    return [FEATURES.index(name) for name in names]
 
 
 def _places(batch: MicroBatch) -> tuple[np.ndarray, np.ndarray]:

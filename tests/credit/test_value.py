@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from fastsmart.credit.value import RIDGE, STAGES, PrefixValue, explained
+from fastsmart.credit.value import FEWEST, RIDGE, STAGES, PrefixValue, explained, without
 
 LONGEST = 240
 
@@ -60,3 +60,22 @@ def test_explained_is_r_squared():
     assert explained(np.full(3, 2.0), reward) == pytest.approx(0.0)
     assert np.isnan(explained(np.ones(3), np.ones(3)))
     assert np.isnan(explained(np.zeros(0), np.zeros(0)))
+
+
+def test_without_features_a_reward_has_nothing_to_do_with_them_and_keeps_its_mean_and_the_rest():
+    random = np.random.default_rng(0)
+    features, rest = random.normal(size=(400, 2)) * [10, 1] + [60, 0], random.normal(size=400)
+    reward = rest + 0.05 * (features[:, 0] - 60) ** 2 + features[:, 1] * (features[:, 0] - 60)
+    reward[7] = np.nan
+    kept, known = without(reward, features), np.isfinite(reward)
+    assert np.isnan(kept[7])
+    assert kept[known].mean() == pytest.approx(reward[known].mean())
+    unit = (features[known] - features[known].mean(0)) / features[known].std(0)
+    for term in (*unit.T, unit[:, 0] ** 2, unit[:, 1] ** 2, unit[:, 0] * unit[:, 1]):
+        assert abs(np.corrcoef(term, kept[known])[0, 1]) < 0.02
+    assert np.corrcoef(kept[known], rest[known])[0, 1] > 0.97
+
+
+def test_of_too_few_clips_nothing_is_taken_out():
+    reward = np.arange(FEWEST - 1, dtype=float)
+    np.testing.assert_array_equal(without(reward, reward[:, None]), reward)

@@ -36,7 +36,7 @@ PLAYS = Path("pop909-tiny")  # a random policy plays next to nothing, so that al
 SETTINGS = {
     "dpo": {"prompts": 3, "round_steps": 3, "pairs": 4, "keep": 0.25, "fewest_notes": 0},
     "tilt": {"prompts": 3, "round_steps": 3, "clips": 5, "best_of": 4},
-    "credit": {"prompts": 6, "round_steps": 3, "clips": 5, "pull": 0.1},
+    "credit": {"prompts": 6, "round_steps": 3, "clips": 5, "pull": 0.1, "neutral": ["mean_pitch"]},
 }
 
 
@@ -274,3 +274,10 @@ def test_a_round_needs_a_prompt_for_each_rank(tmp_path):
     few = SimpleNamespace(config=Config(dpo=DpoSettings(prompts=3), train=DPO), ranks=Ranks(0, 4))
     with pytest.raises(UserError, match=r"dpo\.prompts is 3, fewer than the 4 ranks"):
         Rounds(few, tmp_path, "dpo")
+
+
+def test_a_neutral_feature_that_there_is_not_is_refused_before_anything_is_sampled(tmp_path):
+    changes = [*changes_for("credit"), {"credit": {**SETTINGS["credit"], "neutral": ["mean_pitch", "loudness"]}}]
+    with pytest.raises(UserError, match=r"^credit\.neutral has 'loudness'; choose of notes, .*mean_pitch"):
+        train(config_for(PLAYS, *changes), tmp_path / "run")
+    assert not list((tmp_path / "run").glob("rounds/samples*"))

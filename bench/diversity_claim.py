@@ -1,0 +1,104 @@
+"""What docs/diversity-protocol.md asks, over seeds: python bench/diversity_claim.py EVALUATION ... --out JSON
+
+Each argument is the folder of a `fastsmart evaluate` of one seed with the policies base, unconstrained and candidate.
+Writes the ratios of every seed, their means and bounds, and whether the claim holds.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import fastsmart  # noqa: F401  # isort: skip  # before torch: OpenMP's threads then wait politely
+
+import numpy as np
+from results import write_result
+from scipy import stats
+
+from fastsmart.machine.text_table import text_table
+from fastsmart.study.evaluation import Evaluation
+
+BASE, UNCONSTRAINED, CANDIDATE = "base", "unconstrained", "candidate"
+LEVEL = 0.95  # of a bound to one side
+LEAST, LEAST_DISTANCE = 0.90, 0.80  # what has to be retained, of the primary measures and of each distance
+PRIMARY = ("rarefied_effective_outputs", "rarefied_effective_embeddings_order_2")
+BESIDE = ("rarefied_effective_outputs_order_2", "rarefied_effective_embeddings")
+DISTANCES = ("pitch_class", "onset", "move", "register", "dynamics")
+GAIN = "reward gain"
+
+
+def lower_bound(values: Sequence[float]) -> float:
+    """One-sided lower bound of the mean by Student's t, at level `LEVEL`; NaN of a single value."""
+    if len(values) < 2:
+        return float("nan")
+    error = float(np.std(values, ddof=1)) / len(values) ** 0.5
+    return float(np.mean(values) - stats.t.ppf(LEVEL, len(values) - 1) * error)
+
+
+def retained(values: Mapping[str, Mapping[str, float]], label: str) -> dict[str, float]:
+    """What a policy retains: of the reward gain of unconstrained tuning, of the base's diversity, distances and notes.
+
+    values : by metric, the value of every label
+    """
+    reward = values["reward"]
+    gain = (reward[label] - reward[BASE]) / (reward[UNCONSTRAINED] - reward[BASE])
+    others = [name for name in values if name != "reward"]
+    return {GAIN: gain} | {name: values[name][label] / values[name][BASE] for name in others}
+
+
+def verdict(seeds: Sequence[Mapping[str, float]]) -> dict[str, Any]:
+    """Means, bounds and whether the claim holds, of what the candidate retains with every seed."""
+    mean = {name: float(np.mean([s[name] for s in seeds])) for name in seeds[0]}
+    bound = {name: lower_bound([s[name] for s in seeds]) for name in seeds[0]}
+    primary = all(bound[name] > LEAST for name in (GAIN, *PRIMARY))
+    return {
+        "mean": mean,
+        "lower_bound": bound,
+        "primary_hold": primary,
+        "distances_hold": all(mean[f"rarefied_{name}_distance_across"] >= LEAST_DISTANCE for name in DISTANCES),
+    }
+
+
+def values_of(evaluation: Evaluation) -> dict[str, dict[str, float]]:
+    """The metrics that the protocol names, by label."""
+    wanted = {"reward": "reward", "notes": "feature"} | dict.fromkeys((*PRIMARY, *BESIDE), "diversity")
+    wanted |= {f"rarefied_{name}_distance_across": "diversity" for name in DISTANCES}
+    found = {name: evaluation.metric(group, name).values for name, group in wanted.items()}
+    return {name: {label: e.value for label, e in values.items()} for name, values in found.items()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("evaluation", nargs="+")
+    parser.add_argument("--out", required=True)
+    options = parser.parse_args()
+    opened = [Evaluation.open(Path(folder)) for folder in options.evaluation]
+    values = [values_of(e) for e in opened]
+    labels = [label for label in values[0]["reward"] if label not in (BASE, UNCONSTRAINED)]
+    found = {label: verdict([retained(v, label) for v in values]) for label in (UNCONSTRAINED, *labels)}
+    rows = [["mean (lower bound)", *found]]
+    rows += [
+        [name, *(f"{f['mean'][name]:.3f} ({f['lower_bound'][name]:.3f})" for f in found.values())]
+        for name in found[CANDIDATE]["mean"]
+    ]
+    print(text_table(rows))
+    print(
+        f"The claim holds: {found[CANDIDATE]['primary_hold']}; distances hold: {found[CANDIDATE]['distances_hold']}; "
+        f"{len(opened)} seeds, of each {opened[0].basis}"
+    )
+    write_result(
+        options.out,
+        {
+            "seeds": [
+                {"evaluation": folder, "train_seed": e.config.train.seed, "values": v}
+                for folder, e, v in zip(options.evaluation, opened, values, strict=True)
+            ],
+            "retained": found,
+        },
+    )
+
+
+if __name__ == "__main__":
+    main()
