@@ -131,9 +131,9 @@ def h200() -> Config:
 
 
 def diverse() -> Config:
-    """The demo by credit for single notes: four rounds of 512 completions.
+    """The demo by credit for single notes: ten rounds of 512 completions.
 
-    Outputs are to become better and stay different from each other; docs/log.md has what one run gave,
+    Outputs are to become better and stay different from each other; docs/log.md has what a pilot gave,
     docs/diversity-protocol.md what has yet to be shown.
     """
     base = demo()
@@ -143,16 +143,25 @@ def diverse() -> Config:
         train=replace(
             base.train,
             algorithm="credit",
-            steps=80,
-            prompts=32,
-            learning_rate=1e-4,
-            schedule="constant",
-            eval_every=20,
+            steps=200,
+            prompts=128,
+            learning_rate=2.5e-4,
+            schedule="linear",
+            eval_every=40,
             eval_prompts=256,
             save_every=20,
-            keep=4,
+            keep=10,
         ),
-        credit=CreditSettings(prompts=256, round_steps=20, clips=64, strength=2.0),
+        credit=CreditSettings(
+            prompts=256,
+            round_steps=20,
+            clips=64,
+            window=6,
+            alternatives=4,
+            strength=6.0,
+            neutral=("mean_pitch", "mean_velocity"),
+            neutral_share=0.5,
+        ),
     )
 
 

@@ -64,6 +64,29 @@ def note_prefixes(
     return Prefixes(clip, tokens, np.column_stack([np.concatenate(found), tokens, ended]), offsets)
 
 
+def swapped(
+    prompts: TokenBatch,
+    completions: TokenBatch,
+    vocab: Vocabulary,
+    prefixes: Prefixes,
+    chosen: np.ndarray,
+    place: np.ndarray,
+    token: np.ndarray,
+    max_seconds: float,
+) -> np.ndarray:
+    """Features [J, F] of prefixes of these numbers [J], with one token each in place of what was played.
+
+    prefixes     : of the same clips
+    place, token : int [J], where in the completion, and what
+    """
+    clip, tokens = prefixes.clip[chosen], prefixes.tokens[chosen]
+    found = [
+        _features(prompts, completions, vocab, clip[part], tokens[part], max_seconds, (place[part], token[part]))
+        for part in (slice(s, s + AT_ONCE) for s in range(0, len(chosen), AT_ONCE))
+    ]
+    return np.column_stack([np.concatenate(found), prefixes.features[chosen, -2:]])
+
+
 def note_ends(vocab: Vocabulary) -> np.ndarray:
     """Whether each token ends a note, bool [V]: those of durations. Raises UserError where there are none."""
     ends = np.zeros(len(vocab), bool)
@@ -88,8 +111,12 @@ def _features(
     clip: np.ndarray,
     tokens: np.ndarray,
     max_seconds: float,
+    swap: tuple[np.ndarray, np.ndarray] | None = None,
 ) -> np.ndarray:
-    """Features of some prefixes, [P, F - 2]; 0 where one has no value."""
+    """Features of some prefixes, [P, F - 2]; 0 where one has no value.
+
+    swap : of each a place in the completion and the token that is to stand there, [P] each
+    """
     rows = [
         np.concatenate(
             [
@@ -100,6 +127,8 @@ def _features(
         for n, count in zip(clip, tokens, strict=True)
     ]
     sequences = TokenBatch.pack(rows)
+    if swap is not None:
+        sequences.ids[sequences.offsets[:-1] + np.diff(prompts.offsets)[clip] + swap[0]] = swap[1]
     played = np.asarray(decode(sequences, vocab).end_s)
     counted = features(decode(sequences, vocab, max_seconds=max_seconds))
     columns = [np.nan_to_num(values) for values in counted.values()]

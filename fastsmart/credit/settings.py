@@ -10,6 +10,7 @@ from fastsmart.limits import MOST_AT_ONCE, MOST_STEPS, require, require_finite
 LIMITS = {
     **dict.fromkeys(("prompts", "clips"), (1, MOST_AT_ONCE)),
     "round_steps": (1, MOST_STEPS),
+    "alternatives": (0, 64),
     "window": (1, 1000),
 }
 
@@ -26,19 +27,24 @@ class CreditSettings:
     """Clips of a step, none twice before all have been taken."""
     window: int = 4
     """Rounds, the present one included, whose clips the value of a prefix is fitted to."""
+    alternatives: int = 0
+    """Other pitches, velocities and durations, drawn by the policy, that those of a note are judged against."""
     strength: float = 1.0
     """Nats by which a round is to raise a clip that is better by one standard deviation of the base's reward."""
     pull: float = 0.0
     """Share of its log-ratio to the base that a note is to give back in a round; with one above 0 the policy settles
     where each note's log-ratio to the base is strength / pull times its advantage."""
     neutral: tuple[str, ...] = ()
-    """Features of a clip (`fastsmart.music.features`) that are to earn nothing: of the reward, what they foretell is
-    taken out before notes are judged, so that outputs need not move to where it is highest."""
+    """Features of a clip (`fastsmart.music.features`) that are to earn less: of the reward, what they foretell is taken
+    out before notes are judged, so that outputs need not move to where it is highest."""
+    neutral_share: float = 1.0
+    """Share of it that is taken out; 1 = such features earn nothing."""
 
     def __post_init__(self) -> None:
         require(self, "credit.", LIMITS)
-        require_finite(self, "credit.", "strength", "pull")
+        require_finite(self, "credit.", "strength", "pull", "neutral_share")
         if not self.strength > 0:
             raise UserError(f"credit.strength is {self.strength}; it must be above 0")
-        if not 0 <= self.pull <= 1:
-            raise UserError(f"credit.pull is {self.pull}; it must be from 0 to 1")
+        for key in ("pull", "neutral_share"):
+            if not 0 <= getattr(self, key) <= 1:
+                raise UserError(f"credit.{key} is {getattr(self, key)}; it must be from 0 to 1")

@@ -56,16 +56,47 @@ class PrefixValue:
         return values
 
 
-def without(reward: np.ndarray, features: np.ndarray) -> np.ndarray:
-    """The rewards [N] less what features [N, F] foretell of them: the residuals of least squares on the standardised
-    features and their products, about the mean of the rewards. Rewards that are not finite stay so."""
+class CrossFittedValue:
+    """Values of prefixes of N clips, each by a regression on clips of other prompts.
+
+    fold     : int [N], of the clips
+    features, tokens, reward : of prefixes to fit to, [P, F], [P] and [P], as of `PrefixValue`
+    fitted   : int [P], fold of each of them, -1 for none; a clip is judged by prefixes that are not of its own fold, or
+               by all where all are of that
+    """
+
+    def __init__(
+        self, fold: np.ndarray, features: np.ndarray, tokens: np.ndarray, reward: np.ndarray, fitted: np.ndarray,
+        longest: int,
+    ) -> None:  # fmt: skip
+        self.fold = fold
+        self._values: dict[int, PrefixValue] = {}
+        for left_out in np.unique(fold):
+            fits = fitted != left_out
+            if not fits.any():
+                fits[:] = True
+            self._values[int(left_out)] = PrefixValue(features[fits], tokens[fits], reward[fits], longest)
+
+    def __call__(self, clip: np.ndarray, features: np.ndarray, tokens: np.ndarray) -> np.ndarray:
+        """Values float64 [P] of prefixes of these clips [P]."""
+        values = np.zeros(len(clip))
+        for fold, value in self._values.items():
+            judged = self.fold[clip] == fold
+            values[judged] = value(features[judged], tokens[judged])
+        return values
+
+
+def without(reward: np.ndarray, features: np.ndarray, share: float = 1.0) -> np.ndarray:
+    """The rewards [N] less a share of what features [N, F] foretell of them; with all of it, the residuals of least
+    squares on the standardised features and their products, about the mean of the rewards. Rewards that are not finite
+    stay so."""
     known = np.isfinite(reward)
     if known.sum() < FEWEST or not np.ptp(reward[known]):  # of a constant only rounding would be left
         return reward
     terms = _terms(features[known], features[known].mean(0), features[known].std(0) + 1e-6)
     foretold = terms @ np.linalg.lstsq(terms, reward[known], rcond=None)[0]
     kept = reward.copy()
-    kept[known] += reward[known].mean() - foretold
+    kept[known] += share * (reward[known].mean() - foretold)
     return kept
 
 

@@ -29,6 +29,7 @@ class RandomStream(IntEnum):
     PARITY = 3
     CALIBRATE = 4
     ROUND = 5
+    ALTERNATIVES = 6
 
 
 @dataclass(frozen=True)

@@ -49,6 +49,14 @@ def completion_logprobs(
     policy: Policy, batch: MicroBatch, temperature: float, dtype: torch.dtype, kernel: str = "auto"
 ) -> LogProb:
     """Log-prob, entropy and log-sum-exp of every completion token of a micro-batch, [M] each."""
+    picked = completion_states(policy, batch, temperature, dtype, kernel)
+    return logprob(picked, policy.lm_head.weight, batch.ids, temperature, kernel)
+
+
+def completion_states(
+    policy: Policy, batch: MicroBatch, temperature: float, dtype: torch.dtype, kernel: str = "auto"
+) -> Tensor:
+    """Hidden states float32 [M, D] that predict every completion token of a micro-batch."""
     device = batch.rows.device
     if fused(device, dtype, kernel):
         cast = passes_of(policy, dtype, temperature, kernel).cast
@@ -57,8 +65,7 @@ def completion_logprobs(
     else:
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             hidden = policy.hidden(batch.rows)
-    picked = hidden.flatten(0, 1).index_select(0, batch.gather_index).float()
-    return logprob(picked, policy.lm_head.weight, batch.ids, temperature, kernel)
+    return hidden.flatten(0, 1).index_select(0, batch.gather_index).float()
 
 
 def fused(device: torch.device, dtype: torch.dtype, kernel: str) -> bool:

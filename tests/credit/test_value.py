@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from fastsmart.credit.value import FEWEST, RIDGE, STAGES, PrefixValue, explained, without
+from fastsmart.credit.value import FEWEST, RIDGE, STAGES, CrossFittedValue, PrefixValue, explained, without
 
 LONGEST = 240
 
@@ -62,6 +62,25 @@ def test_explained_is_r_squared():
     assert np.isnan(explained(np.zeros(0), np.zeros(0)))
 
 
+def test_a_clip_is_judged_by_clips_of_other_folds_and_by_those_of_none():
+    """Rewards that only a fold's own clips foretell are not foretold; of prefixes of no fold everybody learns."""
+    features, tokens, _ = made(4_000, 0)
+    fold = np.arange(4_000) % 2
+    reward = np.where(fold == 0, features[:, 0], -features[:, 0])
+    apart = CrossFittedValue(fold, features, tokens, reward, fold, LONGEST)
+    judged = apart(np.arange(4_000), features, tokens)
+    assert np.corrcoef(judged, reward)[0, 1] < -0.9
+    for left_out in (0, 1):
+        others = PrefixValue(*(part[fold != left_out] for part in (features, tokens, reward)), LONGEST)
+        mine = fold == left_out
+        np.testing.assert_allclose(judged[mine], others(features[mine], tokens[mine]))
+    shared = CrossFittedValue(fold, features, tokens, features[:, 0], np.full(4_000, -1), LONGEST)
+    alone = CrossFittedValue(np.zeros(4_000, int), features, tokens, features[:, 0], np.zeros(4_000, int), LONGEST)
+    everything = PrefixValue(features, tokens, features[:, 0], LONGEST)(features, tokens)
+    np.testing.assert_allclose(shared(np.arange(4_000), features, tokens), everything)
+    np.testing.assert_allclose(alone(np.arange(4_000), features, tokens), everything)
+
+
 def test_without_features_a_reward_has_nothing_to_do_with_them_and_keeps_its_mean_and_the_rest():
     random = np.random.default_rng(0)
     features, rest = random.normal(size=(400, 2)) * [10, 1] + [60, 0], random.normal(size=400)
@@ -74,6 +93,14 @@ def test_without_features_a_reward_has_nothing_to_do_with_them_and_keeps_its_mea
     for term in (*unit.T, unit[:, 0] ** 2, unit[:, 1] ** 2, unit[:, 0] * unit[:, 1]):
         assert abs(np.corrcoef(term, kept[known])[0, 1]) < 0.02
     assert np.corrcoef(kept[known], rest[known])[0, 1] > 0.97
+
+
+def test_a_share_of_it_is_taken_out():
+    random = np.random.default_rng(1)
+    features, reward = random.normal(size=(300, 1)), random.normal(size=300)
+    whole, half = without(reward, features), without(reward, features, 0.5)
+    np.testing.assert_allclose(half, (reward + whole) / 2)
+    np.testing.assert_array_equal(without(reward, features, 0.0), reward)
 
 
 def test_of_too_few_clips_nothing_is_taken_out():

@@ -31,6 +31,7 @@ from fastsmart.presets import load_preset
         (["credit.strength=2"], r"^credit\.strength is set, and train\.algorithm 'grpo' does not read it"),
         (["train.algorithm=credit", "credit.strength=0"], r"^credit\.strength is 0\.0; it must be above 0"),
         (["train.algorithm=credit", "credit.pull=2"], r"^credit\.pull is 2\.0; it must be from 0 to 1"),
+        (["train.algorithm=credit", "credit.neutral_share=1.5"], r"^credit\.neutral_share is 1\.5; it must be from"),
         (["train.algorithm=tilt", "tilt.best_of=1"], r"^tilt\.best_of is 1; it must be at least 2"),
     ],
 )
@@ -54,7 +55,7 @@ def test_a_config_of_a_run_begun_before_there_was_a_choice_is_grpo(tmp_path):
 
 
 def test_the_presets_have_whole_rounds():
-    for name, algorithm, rounds in (("dpo", "dpo", 3), ("notagen-dpo", "dpo", 3), ("diverse", "credit", 4)):
+    for name, algorithm, rounds in (("dpo", "dpo", 3), ("notagen-dpo", "dpo", 3), ("diverse", "credit", 10)):
         config = load_preset(name)
         assert config.train.algorithm == algorithm
         assert config.train.steps == rounds * getattr(config, algorithm).round_steps

@@ -25,7 +25,7 @@ from fastsmart.machine.distributed import Ranks
 from fastsmart.policy.hf_format import load_policy
 from fastsmart.reward import RewardBlend, register
 from fastsmart.sampling import Rollout
-from fastsmart.trainer import credit, dpo, tilt
+from fastsmart.trainer import credit, credit_targets, dpo, tilt
 from fastsmart.trainer.dpo import pair_batches
 from fastsmart.trainer.rollout_worker import RolloutWorker
 from fastsmart.trainer.rounds import Rounds
@@ -36,7 +36,7 @@ PLAYS = Path("pop909-tiny")  # a random policy plays next to nothing, so that al
 SETTINGS = {
     "dpo": {"prompts": 3, "round_steps": 3, "pairs": 4, "keep": 0.25, "fewest_notes": 0},
     "tilt": {"prompts": 3, "round_steps": 3, "clips": 5, "best_of": 4},
-    "credit": {"prompts": 6, "round_steps": 3, "clips": 5, "pull": 0.1, "neutral": ["mean_pitch"]},
+    "credit": {"prompts": 6, "round_steps": 3, "clips": 5, "pull": 0.1, "neutral": ["mean_pitch"], "alternatives": 2},
 }
 
 
@@ -80,7 +80,7 @@ INSTANTS = {
     "the first step": (dpo, "step_on_gradients", 1),
     "a step of tilt": (tilt, "step_on_gradients", 5),
     "a step of credit": (credit, "step_on_gradients", 5),
-    "the value of credit": (credit, "explained", 3),
+    "the value of credit": (credit_targets, "explained", 3),
 }
 
 
@@ -194,6 +194,11 @@ def test_the_lines_of_a_credit_run_say_how_well_values_predict_and_the_loss_fall
     }
     with np.load(whole / "credit" / "rounds" / "credit-0001.npz", allow_pickle=False) as kept:
         target, advantage, ends = kept["target"], kept["advantage"], kept["ends"]
+        chosen, wanted = kept["chosen"], kept["other_target"]
+    assert (
+        wanted[chosen].any(axis=1).mean() > 0.5
+    )  # where all alternatives are the token itself there is nothing to learn
+    assert not wanted[~chosen].any()
     assert np.abs(target - advantage)[ends].max() > 1e-4  # what has been learnt is partly given back
     assert not target[~ends].any()
 
