@@ -103,18 +103,13 @@ class CreditTargets:
         earlier = self._other_logprobs(self.trainer.policy.eval(), rollout, found, others)
         width = rollout.ids.shape[1] + 1
         prefix = np.searchsorted(here.clip * width + here.tokens, found.clip * width + found.end)
-        choice, number = np.nonzero(others != rollout.ids[found.at][:, None])
-        heard = swapped(
-            *_packed(rollout),
-            self.trainer.policy.vocab,
-            here,
-            prefix[choice],
-            found.place[choice],
-            others[choice, number],
-            self.trainer.config.audio.max_seconds,
-        )
         worths = np.repeat(worth[prefix][:, None], 1 + others.shape[1], axis=1)
-        worths[choice, 1 + number] = value(found.clip[choice], heard, here.tokens[prefix[choice]])
+        choice, number = np.nonzero(others != rollout.ids[found.at][:, None])
+        if len(choice):
+            swap = prefix[choice], found.place[choice], others[choice, number]
+            vocab, heard = self.trainer.policy.vocab, self.trainer.config.audio.max_seconds
+            features = swapped(*_packed(rollout), vocab, here, *swap, heard)
+            worths[choice, 1 + number] = value(found.clip[choice], features, here.tokens[prefix[choice]])
         given_back = np.zeros_like(earlier)
         if self.settings.pull:
             base = self._other_logprobs(self.trainer.reference, rollout, found, others)
@@ -191,10 +186,10 @@ class CreditTargets:
     def _judged(self, found: Round) -> tuple[Prefixes, np.ndarray]:
         """The prefixes of a round and the rewards [N] that its notes are judged by."""
         here, reward = self._prefixes(found.rollout), found.batch.scores.total.astype(np.float64)
-        whole = here.features[here.offsets[1:] - 1]
-        if not self._neutral:
-            return here, reward
-        return here, without(reward, whole[:, self._neutral], self.settings.neutral_share)
+        if self._neutral:
+            whole = here.features[here.offsets[1:] - 1]
+            reward = without(reward, whole[:, self._neutral], self.settings.neutral_share)
+        return here, reward
 
     def _prefixes(self, rollout: Rollout) -> Prefixes:
         config = self.trainer.config

@@ -286,3 +286,10 @@ def test_a_neutral_feature_that_there_is_not_is_refused_before_anything_is_sampl
     with pytest.raises(UserError, match=r"^credit\.neutral has 'loudness'; choose of notes, .*mean_pitch"):
         train(config_for(PLAYS, *changes), tmp_path / "run")
     assert not list((tmp_path / "run").glob("rounds/samples*"))
+
+
+def test_clips_too_short_for_a_note_move_nothing(tmp_path):
+    changes = [*changes_for("credit", steps=2, average=0.0), {"sampling": {"group": 4, "max_tokens": 1}}]
+    train(config_for(PLAYS, *changes), tmp_path / "run")
+    before, after = load_policy("pop909-tiny"), load_policy(tmp_path / "run")
+    assert all(torch.equal(a, b) for a, b in zip(before.parameters(), after.parameters(), strict=True))
