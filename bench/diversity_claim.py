@@ -75,6 +75,11 @@ def main() -> None:
     parser.add_argument("--out", required=True)
     options = parser.parse_args()
     opened = [Evaluation.open(Path(folder)) for folder in options.evaluation]
+    for folder, evaluation in zip(options.evaluation, opened, strict=True):
+        if missing := {BASE, UNCONSTRAINED, CANDIDATE} - set(evaluation.labels):
+            parser.error(f"{folder} has no policy labelled {sorted(missing)[0]}; evaluate with --policy LABEL=POLICY")
+    if len({e.config.train.seed for e in opened}) < len(opened):
+        parser.error("two evaluations are of the same train.seed; give each seed once")
     values = [values_of(e) for e in opened]
     labels = [label for label in values[0]["reward"] if label not in (BASE, UNCONSTRAINED)]
     found = {label: verdict([retained(v, label) for v in values]) for label in (UNCONSTRAINED, *labels)}
@@ -86,7 +91,7 @@ def main() -> None:
     print(text_table(rows))
     print(
         f"The claim holds: {found[CANDIDATE]['primary_hold']}; distances hold: {found[CANDIDATE]['distances_hold']}; "
-        f"{len(opened)} seeds, of each {opened[0].basis}"
+        f"{len(opened)} seeds, {opened[0].basis}"
     )
     write_result(
         options.out,
