@@ -195,9 +195,8 @@ def test_the_lines_of_a_credit_run_say_how_well_values_predict_and_the_loss_fall
     with np.load(whole / "credit" / "rounds" / "credit-0001.npz", allow_pickle=False) as kept:
         target, advantage, ends = kept["target"], kept["advantage"], kept["ends"]
         chosen, wanted = kept["chosen"], kept["other_target"]
-    assert (
-        wanted[chosen].any(axis=1).mean() > 0.5
-    )  # where all alternatives are the token itself there is nothing to learn
+    # where all alternatives are the token itself there is nothing to learn
+    assert wanted[chosen].any(axis=1).mean() > 0.5
     assert not wanted[~chosen].any()
     assert np.abs(target - advantage)[ends].max() > 1e-4  # what has been learnt is partly given back
     assert not target[~ends].any()
