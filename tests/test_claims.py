@@ -1,4 +1,4 @@
-"""Every figure in README.md and docs/results.md stands in the file that bench/claims.toml names for it."""
+"""Every figure in README.md, docs/results.md and docs/listening.md stands in the file that bench/claims.toml names."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 TABLE = tomllib.loads((ROOT / "bench/claims.toml").read_text())
 CLAIMS = [(claim["document"], claim["file"], text) for claim in TABLE["claims"] for text in claim["texts"]]
-DOCUMENTS = ("README.md", "docs/results.md")
+DOCUMENTS = ("README.md", "docs/listening.md", "docs/results.md")
 RECORDS = ("bench/results/", "bench/records/", "fastsmart/policy/shipped/")
 FOLDS = {"mean": np.mean, "median": np.median, "sum": np.sum}
 
