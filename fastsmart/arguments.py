@@ -99,6 +99,18 @@ def alphas(text: str) -> list[float]:
     return found
 
 
+def weighted(text: str) -> tuple[str, float]:
+    """NAME:WEIGHT as its two parts; raises UserError where the weight is missing or not from -2 to 2."""
+    name, colon, number = text.rpartition(":")
+    try:
+        weight = float(number)
+    except ValueError:
+        weight = math.nan
+    if not colon or not name or not -2 <= weight <= 2:
+        raise UserError(f"--add has {_shown(text)!r}; write a policy and a weight from -2 to 2, such as runs/other:0.1")
+    return name, weight
+
+
 def refuse_empty_names(options: argparse.Namespace) -> None:
     """Raises UserError for an empty path or name, as an unset variable of a shell leaves it: it would mean the folder
     one stands in; and for one with a NUL in it, which no file system knows."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from fastsmart.arguments import alphas, real_option, settings_options, whole_option
+from fastsmart.arguments import alphas, real_option, settings_options, weighted, whole_option
 from fastsmart.limits import MOST_AT_ONCE, MOST_THREADS
 
 
@@ -58,6 +58,14 @@ def blend(p: argparse.ArgumentParser) -> None:
     p.add_argument("run", metavar="RUN", help="folder of a run or of a checkpoint: the tuned policy")
     p.add_argument("--alphas", type=alphas, default="0.25,0.5,0.75,1", help="from 0 to 1; default 0.25,0.5,0.75,1")
     p.add_argument("--base", default="", metavar="POLICY", help="default: the policy the run started from")
+    p.add_argument(
+        "--add",
+        action="append",
+        type=weighted,
+        default=[],
+        metavar="RUN:WEIGHT",
+        help="another policy tuned from the base, whose change is added with this weight; repeatable",
+    )
     p.add_argument("--average", action="store_true", help="of the mean weights that train.average has kept")
     p.add_argument("--out", default="", help="folder for them; default: RUN/blends")
 

@@ -154,7 +154,7 @@ def blend(options: argparse.Namespace) -> int:
             raise UserError(f"{run} is no run, which would say what it was tuned from; name that with --base POLICY")
         base, vocabulary = (settings := read_config(run / CONFIG_FILE).policy).source, settings.vocabulary
     out = options.out or run / "blends"
-    for folder in write_blends(base, options.run, options.alphas, out, vocabulary, options.average):
+    for folder in write_blends(base, options.run, options.alphas, out, vocabulary, options.average, options.add):
         print(folder)
     return 0
 

@@ -3,6 +3,10 @@
 Fine-tuned and original weights are joined by a straight line of usable policies (Wortsman et al. 2022, "Robust
 fine-tuning of zero-shot models", CVPR; for reinforcement learning Rame et al. 2024, arXiv 2406.16768). Each alpha is a
 policy with some of the gain and some of the loss, which costs an evaluation and no training.
+
+Changes of several policies that were tuned from one base can be added (Ilharco et al. 2023, "Editing models with task
+arithmetic", ICLR): base + alpha (tuned - base) + sum of weight (other - base). What runs of different seeds have in
+common adds up, and what each has by chance much less so.
 """
 
 from __future__ import annotations
@@ -11,6 +15,7 @@ import copy
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -23,46 +28,65 @@ from fastsmart.policy.transformer import Policy
 BLEND_FILE = "blend.json"
 
 
-def blended(base: Policy, tuned: Policy, alpha: float) -> Policy:
+def blended(base: Policy, tuned: Policy, alpha: float, added: Sequence[tuple[Policy, float]] = ()) -> Policy:
     """The policy of weights base + alpha (tuned - base), computed in float64; with 0 and 1 base and tuned bit for bit.
 
-    Both are of one size and vocabulary; alpha is from 0 to 1.
+    All are of one size and vocabulary; alpha is from 0 to 1.
+
+    added : others with the weights that their differences from the base are added with
     """
     policy = copy.deepcopy(tuned if alpha == 1 else base)
-    if alpha in (0, 1):
+    if alpha in (0, 1) and not added:
         return policy
-    others = dict(tuned.named_parameters())
+    first, second = dict(base.named_parameters()), dict(tuned.named_parameters())
+    others = [(dict(other.named_parameters()), share) for other, share in added]
     with torch.no_grad():
         for name, weight in policy.named_parameters():
-            weight.copy_(torch.lerp(weight.double(), others[name].double(), alpha))
+            start = first[name].double()
+            total = torch.lerp(start, second[name].double(), alpha)
+            for other, share in others:
+                total += share * (other[name].double() - start)
+            weight.copy_(total)
     return policy
 
 
 def write_blends(
-    base: str, tuned: str, alphas: Sequence[float], out: str | Path, vocabulary: str = "", average: bool = False
+    base: str,
+    tuned: str,
+    alphas: Sequence[float],
+    out: str | Path,
+    vocabulary: str = "",
+    average: bool = False,
+    added: Sequence[tuple[str, float]] = (),
 ) -> list[Path]:
     """Write a checkpoint `alpha-A` below `out` for each alpha; they say in blend.json what they are of.
 
     base, tuned : shipped name, checkpoint or run folder, or hub id
     vocabulary  : of a base without one of its own
     average     : take the mean weights that `train.average` has kept for the tuned ones
+    added       : others like `tuned`, with weights (see `blended`)
 
     Raises UserError where one cannot be loaded, the two are of different size or vocabulary, or the disk is full.
     """
-    sources = policy_source(base), policy_source(tuned)
-    first = load_policy(sources[0], vocabulary=vocabulary)
-    second = averaged_policy(Path(sources[1])) if average else load_policy(sources[1], vocabulary=vocabulary)
-    if first.size != second.size or first.vocab.tokens != second.vocab.tokens:
-        what = "size" if first.size != second.size else "vocabulary"
-        raise UserError(
-            f"{tuned} is of another {what} than {base}, so there is nothing between them; name its own base"
-        )
+    names = [tuned, *(name for name, _ in added)]
+    sources = [policy_source(name) for name in names]
+    first = load_policy(start := policy_source(base), vocabulary=vocabulary)
+    policies = [averaged_policy(Path(s)) if average else load_policy(s, vocabulary=vocabulary) for s in sources]
+    for name, policy in zip(names, policies, strict=True):
+        if first.size != policy.size or first.vocab.tokens != policy.vocab.tokens:
+            what = "size" if first.size != policy.size else "vocabulary"
+            raise UserError(
+                f"{name} is of another {what} than {base}, so there is nothing between them; name its own base"
+            )
+    shares = [share for _, share in added]
     written = []
     for alpha in alphas:
         folder = make_folder(out) / f"alpha-{alpha:g}"
         with atomic_folder(folder) as part, os_errors_as_user_errors(folder):
-            write_policy(blended(first, second, alpha), part)
-            record = {"alpha": alpha, "base": sources[0], "tuned": sources[1], "average": average}
+            write_policy(blended(first, policies[0], alpha, list(zip(policies[1:], shares, strict=True))), part)
+            record: dict[str, Any] = {"alpha": alpha, "base": start, "tuned": sources[0], "average": average}
+            if added:
+                record["added"] = [list(pair) for pair in zip(sources[1:], shares, strict=True)]
             (part / BLEND_FILE).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
         written.append(folder)
     return written

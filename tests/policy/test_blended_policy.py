@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -56,11 +57,31 @@ def test_a_blend_leaves_both_policies_as_they_were(two):
         assert all(torch.equal(now, kept[name]) for name, now in bits(policy).items())
 
 
+def test_changes_of_others_are_added_with_their_weights(two, vocab, tmp_path, capsys):
+    save_policy(make_policy(vocab, 7), tmp_path / "other")
+    other = str(tmp_path / "other")
+    code = main(
+        ["blend", two[1], "--base", two[0], "--alphas", "0,1", "--add", f"{other}:0.25", "--add", f"{two[1]}:-1"]
+    )
+    assert code == 0
+    written = capsys.readouterr().out.splitlines()
+    base, tuned, third = (dict(load_policy(s).named_parameters()) for s in (*two, other))
+    for path, alpha in zip(written, (0, 1), strict=True):
+        for name, weight in load_policy(path).named_parameters():
+            a, b, c = (p[name].double() for p in (base, tuned, third))
+            torch.testing.assert_close(
+                weight, (a + (alpha - 1) * (b - a) + 0.25 * (c - a)).float(), rtol=1e-5, atol=1e-7
+            )
+    assert json.loads((Path(written[0]) / "blend.json").read_text())["added"] == [[other, 0.25], [two[1], -1.0]]
+
+
 def test_nothing_lies_between_policies_of_different_size(two, vocab, tmp_path, capsys):
     save_policy(make_policy(vocab, num_layers=1), tmp_path / "other")
     with pytest.raises(UserError, match="of another size"):
         write_blends(two[0], str(tmp_path / "other"), [0.5], tmp_path / "blends")
     assert not (tmp_path / "blends").exists()
+    assert main(["blend", two[1], "--base", two[0], "--add", f"{tmp_path / 'other'}:0.1"]) == 2
+    assert f"{tmp_path / 'other'} is of another size" in capsys.readouterr().err
     assert main(["blend", str(tmp_path / "other"), "--base", two[0]]) == 2
     error = capsys.readouterr().err
     assert "of another size" in error
@@ -73,6 +94,8 @@ def test_nothing_lies_between_policies_of_different_size(two, vocab, tmp_path, c
         (["--alphas", "0.5,x"], "--alphas has 'x'"),
         (["--alphas", "1.5"], "--alphas has '1.5'"),
         (["--alphas", "0.5,0.5"], "--alphas has 0.5 twice"),
+        (["--add", "runs/b"], "--add has 'runs/b'; write a policy and a weight from -2 to 2"),
+        (["--add", "runs/b:nan"], "--add has 'runs/b:nan'"),
         ([], "is no run, which would say what it was tuned from; name that with --base"),
     ],
 )
