@@ -24,9 +24,10 @@ SETTINGS = SamplingSettings("vllm", group=6, max_tokens=60, max_rows=24)
 
 @pytest.fixture(autouse=True)
 def _one_thread():
+    threads = torch.get_num_threads()
     torch.set_num_threads(1)  # for policies as small as these
     yield
-    torch.set_num_threads(2)
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
