@@ -9,19 +9,22 @@ demo: ## train the shipped piano model on how it sounds; hear it in runs/demo/li
 	@bash .ci/setup demo
 	.venv/bin/fastsmart train --preset demo --out runs/demo --resume=auto
 
-test: ## run the tests; make test ARGS="-k decode" runs some
+test: ## run the tests, on up to four cores; make test ARGS="-k decode" runs some, ARGS="-n0" one after the other
 	@bash .ci/setup test
-	.venv/bin/pytest $(ARGS)
+	.venv/bin/pytest -n auto --dist worksteal $(ARGS)
 
 bench: ## measure every stage on the CPU and compare with earlier runs; make bench ARGS=--accept keeps this one
 	@bash .ci/setup demo
 	.venv/bin/python bench/suite.py $(ARGS)
 
-# Small tensors spread over many cores only wait for each other; what is large in a benchmark sets its own threads.
-test bench: export OMP_NUM_THREADS ?= 2
-test bench: export MKL_NUM_THREADS ?= 2
-test bench: export OPENBLAS_NUM_THREADS ?= 2
-test bench: export NUMBA_NUM_THREADS ?= 2
+# Small tensors spread over many cores only wait for each other; what is large in a benchmark sets its own threads, and
+# tests have a process for each core.
+test: THREADS := 1
+bench: THREADS := 2
+test bench: export OMP_NUM_THREADS ?= $(THREADS)
+test bench: export MKL_NUM_THREADS ?= $(THREADS)
+test bench: export OPENBLAS_NUM_THREADS ?= $(THREADS)
+test bench: export NUMBA_NUM_THREADS ?= $(THREADS)
 test: export MPLBACKEND ?= Agg
 
 bench-peers: ## install what bench/ measures against

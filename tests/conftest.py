@@ -17,6 +17,7 @@ os.environ.setdefault("TRITON_INTERPRET", "0" if torch.cuda.is_available() else 
 from tiny_policy import make_policy
 
 from fastsmart.audio import find_soundfont
+from fastsmart.machine.files import cpu_cores
 from fastsmart.policy.hf_format import save_policy
 from fastsmart.policy.transformer import Policy
 from fastsmart.tokens.vocabulary import Vocabulary, load_vocabulary
@@ -25,15 +26,35 @@ CHROMIUM = next(
     (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), ""
 )
 
+MOST_PROCESSES = 4  # with torch, vLLM and a browser each takes gigabytes
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int:
+    """Processes that `-n auto` shares the tests among, one a core; 0, none but this one, where there is one core."""
+    cores = min(cpu_cores(), MOST_PROCESSES)
+    return cores if cores > 1 else 0
+
+
+def is_one_of_several(config: pytest.Config) -> bool:
+    """Whether this process shares the tests with others, as pytest-xdist spreads them."""
+    return hasattr(config, "workerinput")
+
 
 @pytest.fixture(scope="session", autouse=True)
-def _two_threads() -> None:
-    torch.set_num_threads(2)  # as on the smallest machine we support; more only wait for each other
+def _threads(pytestconfig: pytest.Config) -> None:
+    # Alone as many as the smallest machine we support has cores: more only wait for each other
+    torch.set_num_threads(1 if is_one_of_several(pytestconfig) else 2)
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
-    os.environ["FASTSMART_CACHE"] = str(tmp_path_factory.mktemp("cache"))  # not the note banks of whoever runs this
+def _own_cache(pytestconfig: pytest.Config, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Not the note banks of whoever runs this; processes that share the tests share them, as those of a run do."""
+    folder = tmp_path_factory.getbasetemp()
+    if is_one_of_several(pytestconfig):
+        folder = folder.parent  # above the folders of each
+    (folder / "cache").mkdir(exist_ok=True)
+    os.environ["FASTSMART_CACHE"] = str(folder / "cache")
 
 
 @pytest.fixture(scope="session")
