@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from importlib import resources
 from pathlib import Path
@@ -51,10 +51,12 @@ def write_report(
     path: str | Path,
     players: int = 6,
     progress: Progress = lambda stage, done, total: None,
+    drawn: Sequence[dict[str, Any]] | None = None,
 ) -> Path:
     """Write the page about an evaluation, with the runs its policies came from.
 
     players : held-out prompts that can be heard, 0 = none
+    drawn   : its `drawn_figures`, where somebody has drawn them already
 
     Raises UserError when the page cannot be written, or a player's audio cannot be rendered.
     """
@@ -73,7 +75,7 @@ def write_report(
         pairs=pairs,
         notes=notes,
         soundfont=f"played with {next(iter(evaluation.record['soundfonts']), 'the default soundfont')}, 48 kHz stereo",
-        figures=drawn_figures(evaluation),
+        figures=drawn_figures(evaluation) if drawn is None else drawn,
         groups=_table(evaluation),
         choosing=choosing_tables(evaluation),
         confusions=_confusions(evaluation),

@@ -119,9 +119,9 @@ def _compare(sweep: Sweep, out: Path, training_set: str, progress: Progress) -> 
         [base, *finished], folder, sweep.common, sweep.prompts, sweep.best_of, (), training_set, progress=progress
     )
     pictures = make_folder(out / "figures")
-    for figure in drawn_figures(found):
+    for figure in (drawn := drawn_figures(found)):
         write_atomic(pictures / f"{figure['name']}.svg", standalone(figure["svg"]))
-    write_report(found, out / "report.html", progress=progress)
+    write_report(found, out / "report.html", progress=progress, drawn=drawn)
 
 
 def _require_form(tree: dict[str, Any]) -> None:

@@ -48,14 +48,15 @@ def test_a_sweep_is_a_grid_and_a_list(sweep, capsys):
     assert capsys.readouterr().out.splitlines()[2] == "2  longer: 3 steps"
 
 
-def test_a_sweep_trains_compares_and_draws_and_does_nothing_twice(sweep, tmp_path, capsys):
+def test_a_sweep_trains_compares_and_draws_and_does_nothing_twice(sweep, tmp_path, capsys, monkeypatch):
     assert main(["sweep", str(sweep), "--out", str(tmp_path / "s")]) == 0
     found = Evaluation.open(tmp_path / "s" / "evaluation")
     assert found.labels == ["tiny", "beta-0.0", "beta-0.5", "longer", "best of 2"]
     for name in ("changes", "frontier", "diversity", "distributions", "rolls"):
         picture = ElementTree.parse(tmp_path / "s" / "figures" / f"{name}.svg").getroot()
         assert "--series-1" in (picture[0].text or "")  # brings its own colours
-    assert (tmp_path / "s" / "report.html").is_file()
+    page = (tmp_path / "s" / "report.html").read_text(encoding="utf-8")
+    assert page.count("<svg") == 5 + 3  # and the curves of each run
     capsys.readouterr()
     written = (tmp_path / "s" / "runs" / "longer" / "metrics.jsonl").stat().st_mtime_ns
     assert main(["sweep", str(sweep), "--out", str(tmp_path / "s")]) == 0
@@ -65,11 +66,14 @@ def test_a_sweep_trains_compares_and_draws_and_does_nothing_twice(sweep, tmp_pat
     assert main(["sweep", str(sweep), "--out", str(tmp_path / "s")]) == 2
     assert "other settings" in capsys.readouterr().err
 
-    # the same as jobs of an array, in any order: the last one compares
+    # the same as jobs of an array, in any order: the last one compares, and writes a page like the one above
+    pages = []
+    monkeypatch.setattr("fastsmart.study.sweep.write_report", lambda found, path, **_: pages.append(path))
     sweep.write_text(SWEEP.format(policy=tmp_path / "tiny"))
     for index in (2, 0, 1):
         assert not (tmp_path / "a" / "figures" / "frontier.svg").exists()
         assert main(["sweep", str(sweep), "--out", str(tmp_path / "a"), "--index", str(index)]) == 0
+    assert pages == [tmp_path / "a" / "report.html"]
     one, array = (json.loads((tmp_path / f / "evaluation" / "evaluation.json").read_text()) for f in ("s", "a"))
     assert one["metrics"] == array["metrics"]
 
