@@ -18,7 +18,8 @@ from processes import started
 from small_run import SYMBOLIC, comparable, config_for, write_config
 from tiny_policy import make_policy
 
-from fastsmart import UserError
+from fastsmart import UserError, train
+from fastsmart.config import read_config
 from fastsmart.machine.cpu_affinity import parse_cores, rank_cores, split_cores
 from fastsmart.machine.distributed import Ranks, of_this_attempt
 from fastsmart.machine.files import JsonLines
@@ -73,9 +74,7 @@ def alone(vocab, tmp_path_factory) -> Path:
     """The folder of a run on one rank, with its settings beside it."""
     folder = tmp_path_factory.mktemp("alone")
     save_policy(make_policy(vocab), folder / "tiny")
-    settings = str(write_config(folder, folder / "tiny", TWENTY))
-    command = [sys.executable, "-m", "fastsmart", "train", "--out", str(folder / "run"), "--config", settings]
-    subprocess.run(command, check=True, capture_output=True, timeout=300)
+    train(read_config(write_config(folder, folder / "tiny", TWENTY)), folder / "run")
     return folder / "run"
 
 

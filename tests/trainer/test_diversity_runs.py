@@ -14,6 +14,8 @@ import pytest
 from processes import started
 from small_run import SYMBOLIC, command, comparable, write_config
 
+from fastsmart import train
+from fastsmart.config import read_config
 from fastsmart.policy.checkpoints import best_of
 from fastsmart.trainer.evaluate import held_out_distance
 
@@ -38,8 +40,7 @@ CHANGES = (
 def whole(tmp_path_factory) -> Path:
     """The folder of a run never killed, with its settings beside it."""
     folder = tmp_path_factory.mktemp("diversity")
-    settings = write_config(folder, Path("pop909-tiny"), *CHANGES)
-    subprocess.run(command(folder / "run", "--config", str(settings)), check=True, capture_output=True, timeout=600)
+    train(read_config(write_config(folder, Path("pop909-tiny"), *CHANGES)), folder / "run")
     return folder / "run"
 
 
