@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from contextlib import nullcontext, suppress
 from pathlib import Path
 
 import fastsmart  # noqa: F401  # isort: skip  # before torch, so that OpenMP's threads wait politely
@@ -20,6 +21,7 @@ from fastsmart.audio import find_soundfont
 from fastsmart.machine.files import cpu_cores
 from fastsmart.policy.hf_format import save_policy
 from fastsmart.policy.transformer import Policy
+from fastsmart.run.curves import curves
 from fastsmart.tokens.vocabulary import Vocabulary, load_vocabulary
 
 CHROMIUM = next(
@@ -77,6 +79,24 @@ def checkpoint(policy: Policy, tmp_path: Path) -> Path:
 @pytest.fixture(scope="session")
 def soundfont() -> Path:
     return find_soundfont()
+
+
+@pytest.fixture
+def light_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For tests of many runs: leaves out what takes longer than all else that a run so small does.
+
+    The figure of its curves is made, but not painted; the heap, which holds all that any test has imported, is not
+    searched through as it begins. Tests of single runs (tests/trainer/test_run.py) and those that a module shares do
+    both.
+    """
+
+    def made(lines: list[dict], path: Path) -> None:
+        with suppress(ImportError):  # a run goes on without matplotlib
+            if curves(lines):
+                path.touch()
+
+    monkeypatch.setattr("fastsmart.trainer.outcome.plot_curves", made)
+    monkeypatch.setattr("fastsmart.trainer.loop.gc_at_steps", lambda: nullcontext(lambda step: None))
 
 
 @pytest.fixture

@@ -18,6 +18,7 @@ from fastsmart.policy.blend import write_blends
 from fastsmart.policy.checkpoints import averaged_policy
 from fastsmart.policy.hf_format import load_policy
 
+pytestmark = pytest.mark.usefixtures("light_runs")
 DECAY = 0.8
 
 

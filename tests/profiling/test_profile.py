@@ -13,6 +13,8 @@ from fastsmart.cli import main
 from fastsmart.profiling.analysis import ELSEWHERE, GPU, OUTSIDE, Interval, Memory, Operator, ProfiledSteps, summary
 from fastsmart.profiling.profile import profile
 
+pytestmark = pytest.mark.usefixtures("light_runs")
+
 
 @pytest.fixture(scope="module")
 def profiled(tmp_path_factory):

@@ -22,6 +22,8 @@ from fastsmart.run.display import Silent
 from fastsmart.run.folder import RunFolder
 from fastsmart.run.resumed_config import CHANGEABLE, resumed_config
 
+pytestmark = pytest.mark.usefixtures("light_runs")
+
 
 class Said(Silent):
     def __init__(self):

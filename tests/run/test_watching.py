@@ -20,6 +20,8 @@ from fastsmart.run.folder import LIVE_FILE
 from fastsmart.run.top import Top, curve
 from fastsmart.run.writers import numbers
 
+pytestmark = pytest.mark.usefixtures("light_runs")
+
 
 def shown(view: Top) -> str:
     console = Console(file=io.StringIO(), width=200)

@@ -48,6 +48,7 @@ def test_a_sweep_is_a_grid_and_a_list(sweep, capsys):
     assert capsys.readouterr().out.splitlines()[2] == "2  longer: 3 steps"
 
 
+@pytest.mark.usefixtures("light_runs")
 def test_a_sweep_trains_compares_and_draws_and_does_nothing_twice(sweep, tmp_path, capsys, monkeypatch):
     assert main(["sweep", str(sweep), "--out", str(tmp_path / "s")]) == 0
     found = Evaluation.open(tmp_path / "s" / "evaluation")

@@ -21,6 +21,7 @@ from fastsmart.trainer.micro_batch import micro_batches
 from fastsmart.trainer.rehearsal import rehearse
 from fastsmart.trainer.update import completion_logprobs
 
+pytestmark = pytest.mark.usefixtures("light_runs")
 EVERYTHING = {"stratify": 0.25, "weight": 0.5, "floor": 0.9, "clips": 64, "gate": 0.1, "rehearse": 3}
 PLAIN = {"reward": {"normalize": "none"}}
 

@@ -137,6 +137,7 @@ FULL_DISK = """
 """
 
 
+@pytest.mark.usefixtures("light_runs")
 def test_a_disk_that_is_full_for_a_while_costs_nothing_but_checkpoints(checkpoint, tmp_path):
     often = {"train": {"save_every": 1, "eval_every": 0}}
     settings = write_config(tmp_path, checkpoint, SYMBOLIC, often)
@@ -177,6 +178,7 @@ def test_lines_that_found_the_disk_full_come_later_and_whole(tmp_path):
 
 
 @pytest.mark.parametrize(("sign", "fate"), [(signal.SIGKILL, "died"), (signal.SIGSTOP, "hung")])
+@pytest.mark.usefixtures("light_runs")
 def test_a_worker_that_dies_or_hangs_is_named_replaced_and_changes_nothing(checkpoint, tmp_path, sign, fate):
     patient = {"audio": {"clip_timeout_s": 2.0}, "train": {"steps": 3, "eval_every": 0}}
 
@@ -196,6 +198,7 @@ def test_a_worker_that_dies_or_hangs_is_named_replaced_and_changes_nothing(check
     assert note in display.said
 
 
+@pytest.mark.usefixtures("light_runs")
 def test_what_happened_in_steps_that_are_done_again_stays_in_the_account(checkpoint, tmp_path):
     out, config = tmp_path / "run", config_for(checkpoint, SYMBOLIC, {"train": {"eval_every": 0}})
     train(config, out)

@@ -17,6 +17,7 @@ from fastsmart.config import Config, merged
 from fastsmart.machine.files import JsonLines
 from fastsmart.policy.hf_format import load_policy
 
+pytestmark = pytest.mark.usefixtures("light_runs")
 MANY = {"train": {"prompts": 4, "score_batch": 4, "steps": 5, "eval_every": 3, "eval_prompts": 7, "save_every": 1}}
 SHORT = {"sampling": {"max_tokens": 30}, "train": {"steps": 1, "eval_prompts": 2, "listen": 0}}
 

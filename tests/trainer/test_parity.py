@@ -19,6 +19,7 @@ from fastsmart.tokens.prompts import make_prompts
 from fastsmart.trainer.parity import check_engine, mismatch_limit
 from fastsmart.trainer.rollout_worker import RolloutWorker
 
+pytestmark = pytest.mark.usefixtures("light_runs")
 LEFT_OUT = "model.layers.1.mlp.down_proj.weight"
 SMALL = {
     "prompts": {"time_signatures": ["4/4"]},

@@ -75,6 +75,7 @@ def test_a_run_leaves_what_a_person_opens(checkpoint, tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(tuned.parameters(), result.policy.parameters(), strict=True))
 
 
+@pytest.mark.usefixtures("light_runs")
 def test_the_same_run_twice_gives_the_same_metrics_and_another_seed_does_not(checkpoint, tmp_path):
     short = {"train": {"steps": 2}}
     for name, change in (("a", {}), ("b", {}), ("c", {"train": {"seed": 1}})):
@@ -83,6 +84,7 @@ def test_the_same_run_twice_gives_the_same_metrics_and_another_seed_does_not(che
     assert comparable(tmp_path / "a") != comparable(tmp_path / "c")
 
 
+@pytest.mark.usefixtures("light_runs")
 def test_a_symbolic_reward_is_learnt_and_renders_nothing(tmp_path):
     longer = {"train": {"steps": 6, "prompts": 4, "eval_prompts": 32, "eval_every": 0, "learning_rate": 5e-4}}
     group = {"sampling": {"group": 8}, "reward": {"terms": {"pitch_range": 1.0}}}
@@ -197,12 +199,14 @@ def test_a_folder_that_cannot_be_written_is_named(checkpoint, tmp_path):
         train(config_for(checkpoint), tmp_path / "file" / "run")
 
 
+@pytest.mark.usefixtures("light_runs")
 def test_a_first_try_that_failed_does_not_stand_in_the_way_of_the_next(checkpoint, tmp_path):
     with pytest.raises(UserError, match="kv_cache_bytes is 1"):
         train(config_for(checkpoint, {"sampling": {"engine": "vllm", "vllm": {"kv_cache_bytes": 1}}}), tmp_path / "run")
     assert train(config_for(checkpoint, SYMBOLIC, {"train": {"steps": 1}}), tmp_path / "run").step == 1
 
 
+@pytest.mark.usefixtures("light_runs")
 def test_a_run_does_not_go_on_with_another_soundfont(checkpoint, tmp_path, soundfont, monkeypatch):
     monkeypatch.setenv("FASTSMART_SOUNDFONT", str(soundfont))
     out = tmp_path / "run"

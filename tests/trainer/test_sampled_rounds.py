@@ -31,6 +31,7 @@ from fastsmart.trainer.rollout_worker import RolloutWorker
 from fastsmart.trainer.rounds import Rounds
 from fastsmart.trainer.settings import TrainSettings
 
+pytestmark = pytest.mark.usefixtures("light_runs")
 DPO = TrainSettings(algorithm="dpo")
 PLAYS = Path("pop909-tiny")  # a random policy plays next to nothing, so that all its clips score the same
 SETTINGS = {
