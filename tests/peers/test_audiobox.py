@@ -82,7 +82,8 @@ def rendered(tmp_path_factory: pytest.TempPathFactory, soundfont: Path) -> np.nd
     """Half a minute of piano."""
     path = tmp_path_factory.mktemp("pieces") / "piece.mid"
     write_piece(path, 1, bars=24)
-    return render(read_midi(path), soundfont, max_seconds=40.0).clip(0)
+    # not from a bank, into which each of its notes would first be rendered 40 s long
+    return render(read_midi(path), soundfont, max_seconds=40.0, backend="fluidsynth", workers=1).clip(0)
 
 
 def audio_of(clips: list[np.ndarray]) -> AudioBatch:
