@@ -7,6 +7,7 @@ spills registers, 2 when Triton is not installed.
 from __future__ import annotations
 
 import importlib.util
+import io
 import os
 import pkgutil
 import re
@@ -14,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
+from contextlib import redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,6 +35,8 @@ class Footprint:
 
 def main(arguments: Sequence[str]) -> int:
     os.environ.pop("TRITON_INTERPRET", None)  # interpreted kernels cannot be compiled; read when they are imported
+    # Registers and spills are told where ptxas runs, which it does not for a kernel that Triton has kept
+    os.environ |= {"TRITON_ALWAYS_COMPILE": "1", "TRITON_DUMP_PTXAS_LOG": "1"}
     if importlib.util.find_spec("triton") is None:
         print("Triton is not installed: pip install triton", file=sys.stderr)
         return 2
@@ -78,21 +82,28 @@ def compiled(shipped: Any, architecture: str) -> Any:
 
 
 def footprint(shipped: Any, architecture: str) -> Footprint:
-    """Compile one configuration and ask ptxas what it takes."""
+    """Compile one configuration, and read what ptxas says that it takes."""
+    said = io.StringIO()
+    with redirect_stdout(said):
+        kernel = compiled(shipped, architecture)
+    told = said.getvalue() or ptxas(kernel.asm["ptx"], int(architecture.removeprefix("sm_")))
+    registers = re.search(r"Used (\d+) registers", told)
+    spills = re.findall(r"(\d+) bytes spill (?:stores|loads)", told)
+    if registers is None or not spills:
+        raise RuntimeError(f"ptxas said nothing of registers and spills: {told}")
+    return Footprint(int(registers[1]), sum(map(int, spills)), kernel.metadata.shared)
+
+
+def ptxas(code: str, capability: int) -> str:
+    """What ptxas says of a kernel's PTX, where Triton keeps to itself what its own call was told."""
     from triton.backends.nvidia.compiler import get_ptxas, sm_arch_from_capability
 
-    capability, kernel = int(architecture.removeprefix("sm_")), compiled(shipped, architecture)
     with tempfile.TemporaryDirectory() as folder:
         ptx = Path(folder, "kernel.ptx")
-        ptx.write_text(kernel.asm["ptx"])
-        # as Triton calls it, with -v for the numbers it keeps to itself until there is a device
+        ptx.write_text(code)
         command = [get_ptxas(capability).path, "-v", f"--gpu-name={sm_arch_from_capability(capability)}"]
         done = subprocess.run([*command, str(ptx), "-o", os.devnull], capture_output=True, text=True, check=True)
-    registers = re.search(r"Used (\d+) registers", done.stderr)
-    spills = re.findall(r"(\d+) bytes spill (?:stores|loads)", done.stderr)
-    if registers is None or not spills:
-        raise RuntimeError(f"ptxas said nothing of registers and spills: {done.stderr}")
-    return Footprint(int(registers[1]), sum(map(int, spills)), kernel.metadata.shared)
+    return done.stderr
 
 
 if __name__ == "__main__":
