@@ -21,73 +21,44 @@ import torch
 from torch import Tensor
 
 from fastsmart.kernels.logprob import logprob
-from fastsmart.policy.optimizer import forget_moments
-from fastsmart.sampling import RandomStream, Rollout
-from fastsmart.trainer.algorithm import StepResult
-from fastsmart.trainer.batch import metrics
+from fastsmart.sampling import RandomStream
 from fastsmart.trainer.credit_targets import CreditTargets, places
-from fastsmart.trainer.micro_batch import MicroBatch, micro_batches, uploaded
-from fastsmart.trainer.rollout_pipeline import Progress, ScoredRollout
-from fastsmart.trainer.rounds import Arrays, Round, Rounds
+from fastsmart.trainer.micro_batch import MicroBatch, uploaded
+from fastsmart.trainer.rounds import Arrays, Round, RoundAlgorithm
 from fastsmart.trainer.trainer import Trainer
-from fastsmart.trainer.update import Update, completion_states, step_on_gradients
+from fastsmart.trainer.update import Update, completion_states
 
 SUMS = ("loss", "log_ratio", "segments")  # over the clips of a step
 _UNIT_KEY = "credit_unit"
 
 
-class Credit:
-    """An `Algorithm`: rounds of regression on the credit of notes (see `fastsmart.credit.settings.CreditSettings`).
+class Credit(RoundAlgorithm[Arrays]):
+    """Rounds of regression on the credit of notes (see `fastsmart.credit.settings.CreditSettings`).
 
-    folder : of the run, where its rounds lie
+    unit : standard deviation of the first round's rewards; None before there is one
 
     Raises UserError for a policy whose notes have no token that ends them.
     """
 
-    def __init__(self, trainer: Trainer, folder: Path) -> None:
-        self.trainer, self.settings = trainer, trainer.config.credit
-        self.rounds = Rounds(trainer, folder, "credit")
-        self.unit: float | None = trainer.record.get(_UNIT_KEY)
-        self._held: tuple[Round, Arrays] | None = None
-        self._last = np.zeros(0, np.int64)
-        self.targets = CreditTargets(trainer, self.rounds)
+    section, making = "credit", "credit"
 
-    def step(self, progress: Progress | None = None) -> StepResult:
-        trainer, (number, step) = self.trainer, self.rounds.place
-        sampled: ScoredRollout | None = None
-        if self._held is None or self._held[0].number != number:
-            found, sampled = self.rounds.current(progress)
-            unit = self.unit = self.unit or _spread(found.batch.scores.total)
-            with trainer.worker.trace("credit"):
-                self._held = found, self.rounds.kept("credit", lambda: self.targets.of(found, unit))
-        found, credit = self._held
-        if step == 0:
-            forget_moments(trainer.optimizer)  # of the round before
-        self._last = self._taken(len(found.rollout), number, step)
-        with trainer.worker.trace("update"):
-            change = self._learn(found.rollout, credit)
-        measured = {name: found.stats[name] for name in ("kl", "kl_per_completion", "token_mult_prob_error")}
-        change = replace(change, stats=change.stats | measured)
-        line = metrics(trainer.steps_done + 1, found.batch, torch.from_numpy(credit["advantage"].sum(1)), change)
-        about = {name: float(credit[name]) for name in ("value_r2", "half_value_r2")}
-        line["round"] = {"number": number, "distance": found.stats["distance"], **about}
-        return StepResult(change, line, sampled, len(found.rollout) if sampled else 0)
+    def __init__(self, trainer: Trainer, folder: Path) -> None:
+        super().__init__(trainer, folder)
+        self.unit: float | None = trainer.record.get(_UNIT_KEY)
+        self.targets = CreditTargets(trainer, self.rounds)
 
     @property
     def state(self) -> dict[str, Any]:
         return {} if self.unit is None else {_UNIT_KEY: self.unit}
 
-    @property
-    def ends_round(self) -> bool:
-        return self.rounds.ends
+    def made_of(self, found: Round) -> Arrays:
+        """The arrays of `CreditTargets.of`."""
+        unit = self.unit = self.unit or _spread(found.batch.scores.total)
+        return self.rounds.kept("credit", lambda: self.targets.of(found, unit))
 
-    def evidence(self) -> dict[str, np.ndarray]:
-        assert self._held is not None
-        found, credit = self._held
-        return {**vars(found.rollout.select(self._last)), "advantage": credit["advantage"][self._last]}
-
-    def _taken(self, count: int, number: int, step: int) -> np.ndarray:
-        """Numbers of the clips of a step; a function of seed, round and step, which takes all before any again."""
+    def chosen(self, made: Arrays, number: int, step: int) -> np.ndarray:
+        """Numbers of clips, which takes all before any again."""
+        count = len(made["ends"])
         size = min(self.settings.clips, count)
         first, taken = divmod(step * size, count)
         order = [self._order(count, number, first + turn) for turn in range(2)]
@@ -98,35 +69,33 @@ class Credit:
         random = np.random.default_rng(np.random.SeedSequence(self.trainer.settings.seed, spawn_key=key))
         return random.permutation(count)
 
-    def _learn(self, rollout: Rollout, credit: Arrays) -> Update:
-        """Take a step on the mean squared error over this step's clips, of which each rank computes its share."""
-        trainer, config, count = self.trainer, self.trainer.config, len(self._last)
+    def learn(self, found: Round, made: Arrays, chosen: np.ndarray) -> Update:
+        """Take a step on the mean squared error over this step's clips."""
+        trainer, count = self.trainer, len(chosen)
         if not any(
-            credit[name].any() for name in ("target", "other_target") if name in credit
+            made[name].any() for name in ("target", "other_target") if name in made
         ):  # no note was worth more than another; what is left would be rounding
             return Update(dict.fromkeys(SUMS, float("nan")) | {"tokens": 0}, 0.0, trainer.learning_rate)
         share = trainer.ranks.share(count)
-        mine = self._last[share.start : share.stop]
-        sums = torch.zeros(len(SUMS) + 1, dtype=torch.float64, device=trainer.device)
-        trainer.policy.train()
-        for batch in micro_batches(rollout.select(mine), config.train.micro_batch, trainer.device) if len(mine) else ():
-            sums += self._add_gradient(batch, mine, credit, count)
-        total, change = step_on_gradients(
-            trainer.policy,
-            trainer.optimizer,
-            sums,
-            learning_rate=trainer.learning_rate,
-            max_grad_norm=config.train.max_grad_norm,
-            ranks=trainer.ranks,
-            trace=trainer.worker.trace,
+        mine = chosen[share.start : share.stop]
+        total, change = self.step_on(
+            trainer.micro_batches(found.rollout.select(mine)),
+            lambda batch: self._add_gradient(batch, mine, made, count),
+            sums=len(SUMS) + 1,
         )
         means = {name: value / count for name, value in zip(SUMS, total, strict=False)}
         return replace(change, stats=means | {"tokens": int(total[-1])})
 
+    def about(self, found: Round, made: Arrays) -> tuple[np.ndarray, dict[str, Any]]:
+        about = {name: float(made[name]) for name in ("value_r2", "half_value_r2")}
+        return made["advantage"].sum(1), about
+
+    def evidence_of(self, found: Round, made: Arrays, chosen: np.ndarray) -> dict[str, np.ndarray]:
+        return {**vars(found.rollout.select(chosen)), "advantage": made["advantage"][chosen]}
+
     def _add_gradient(self, batch: MicroBatch, mine: np.ndarray, credit: Arrays, count: int) -> Tensor:
         """Add a micro-batch's share of the gradient; gives `SUMS` and its tokens, float64."""
-        trainer, config = self.trainer, self.trainer.config
-        temperature, kernel = config.sampling.temperature, config.grpo.kernel
+        trainer, (temperature, dtype, kernel) = self.trainer, self.trainer.forward_options
         row, step = places(batch)
         clip = mine[row]
         ends = credit["ends"][clip, step]
@@ -135,7 +104,7 @@ class Credit:
             uploaded(part, trainer.device)
             for part in (credit["target"][clip, step][ends], credit["logprob"][clip, step], segment)
         )
-        states = completion_states(trainer.policy, batch, temperature, trainer.dtype, kernel)
+        states = completion_states(trainer.policy, batch, temperature, dtype, kernel)
         weight = trainer.policy.lm_head.weight
         ratio = logprob(states, weight, batch.ids, temperature, kernel).logprob - before
         own, error = ratio, torch.zeros((), device=trainer.device)

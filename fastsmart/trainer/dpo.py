@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,15 +16,10 @@ import torch
 
 from fastsmart.dpo.losses import completion_sums, pair_loss
 from fastsmart.dpo.pairs import choose, pairs_of_step, repeated
-from fastsmart.policy.optimizer import forget_moments
 from fastsmart.sampling import RandomStream, Rollout
-from fastsmart.trainer.algorithm import StepResult
-from fastsmart.trainer.batch import metrics
-from fastsmart.trainer.micro_batch import MicroBatch, micro_batches, packed, uploaded
-from fastsmart.trainer.rollout_pipeline import Progress, ScoredRollout
-from fastsmart.trainer.rounds import Arrays, Round, Rounds
-from fastsmart.trainer.trainer import Trainer
-from fastsmart.trainer.update import Update, completion_logprobs, reference_logprobs, step_on_gradients
+from fastsmart.trainer.micro_batch import MicroBatch, packed, uploaded
+from fastsmart.trainer.rounds import Arrays, Round, RoundAlgorithm
+from fastsmart.trainer.update import Update, completion_logprobs, reference_logprobs
 
 # Sums over the pairs of a step; their means are metrics
 SUMS = ("loss", "chosen_gain", "rejected_gain", "margin", "accuracy", "penalised")
@@ -46,53 +40,12 @@ class Pairs:
     about: dict[str, Any]
 
 
-class Dpo:
-    """An `Algorithm`: rounds of preference steps (see `fastsmart.dpo.settings.DpoSettings`).
+class Dpo(RoundAlgorithm[Pairs]):
+    """Rounds of preference steps (see `fastsmart.dpo.settings.DpoSettings`)."""
 
-    folder : of the run, where its rounds lie
-    """
+    section, making = "dpo", "reference"
 
-    def __init__(self, trainer: Trainer, folder: Path) -> None:
-        self.trainer, self.settings = trainer, trainer.config.dpo
-        self.rounds = Rounds(trainer, folder, "dpo")
-        self._held: tuple[Round, Pairs] | None = None
-        self._last = np.zeros(0, np.int64)
-
-    def step(self, progress: Progress | None = None) -> StepResult:
-        trainer, (number, step) = self.trainer, self.rounds.place
-        sampled: ScoredRollout | None = None
-        if self._held is None or self._held[0].number != number:
-            found, sampled = self.rounds.current(progress)
-            with trainer.worker.trace("reference"):
-                self._held = found, self._pairs(found)
-        found, pairs = self._held
-        if step == 0:
-            forget_moments(trainer.optimizer)  # of the round before
-        seed = (trainer.settings.seed, RandomStream.ROUND, number)
-        self._last = pairs_of_step(len(pairs.chosen), self.settings.pairs, step, seed)
-        with trainer.worker.trace("update"):
-            change = self._learn(found, pairs)
-        used = torch.zeros(len(found.rollout))
-        used[np.concatenate([pairs.chosen, pairs.rejected])] = 1.0
-        about = {"number": number, "distance": found.stats["distance"], **pairs.about}
-        line = metrics(trainer.steps_done + 1, found.batch, used, change) | {"round": about}
-        return StepResult(change, line, sampled, len(used) if sampled else 0)
-
-    @property
-    def state(self) -> dict[str, Any]:
-        return {}
-
-    @property
-    def ends_round(self) -> bool:
-        return self.rounds.ends
-
-    def evidence(self) -> dict[str, np.ndarray]:
-        assert self._held is not None
-        found, pairs = self._held
-        chosen, rejected = pairs.chosen[self._last], pairs.rejected[self._last]
-        return {**vars(found.rollout), "chosen": chosen, "rejected": rejected, "reference": pairs.reference}
-
-    def _pairs(self, found: Round) -> Pairs:
+    def made_of(self, found: Round) -> Pairs:
         """The pairs of a round and the reference's log-probs, which all ranks compute together once a round.
 
         Completions are ranked within their prompt: only such have one reference distribution.
@@ -124,50 +77,51 @@ class Dpo:
 
     def _reference(self, rollout: Rollout, needed: np.ndarray) -> Arrays:
         """Log-prob of each of these completions [U] under the reference."""
-        trainer, config = self.trainer, self.trainer.config
+        trainer = self.trainer
         policy = trainer.reference if self.settings.reference == "base" else trainer.policy
-        share = trainer.ranks.share(len(needed))
-        mine = rollout.select(needed[share.start : share.stop])
-        sums = np.zeros(len(mine))
-        batches = list(micro_batches(mine, config.train.micro_batch, trainer.device)) if len(mine) else []
-        temperature, kernel = config.sampling.temperature, config.grpo.kernel
-        found = reference_logprobs(policy.eval(), batches, temperature, trainer.dtype, kernel)
+        batches = trainer.share_in_micro_batches(rollout.select(needed))
+        sums = np.zeros(len(trainer.ranks.share(len(needed))))
+        found = reference_logprobs(policy.eval(), batches, *trainer.forward_options)
         for batch, logprob in zip(batches, found, strict=True):
             sums[batch.completions.numpy()] = completion_sums(logprob, batch.sequence, len(batch.lengths)).cpu().numpy()
         return {"logprob": trainer.ranks.gather(sums[:, None], len(needed))[:, 0]}
 
-    def _learn(self, found: Round, pairs: Pairs) -> Update:
-        """Take a preference step on the pairs of this step, of which each rank computes its share."""
-        trainer, config, count = self.trainer, self.trainer.config, len(self._last)
-        measured = {name: found.stats[name] for name in ("kl", "kl_per_completion", "token_mult_prob_error")}
+    def chosen(self, made: Pairs, number: int, step: int) -> np.ndarray:
+        """Numbers of pairs."""
+        seed = (self.trainer.settings.seed, RandomStream.ROUND, number)
+        return pairs_of_step(len(made.chosen), self.settings.pairs, step, seed)
+
+    def learn(self, found: Round, made: Pairs, chosen: np.ndarray) -> Update:
+        """Take a preference step on the pairs of this step."""
+        trainer, count = self.trainer, len(chosen)
         if not count:  # nothing was better than anything else, so there is nothing to learn
-            stats = measured | dict.fromkeys(SUMS, float("nan")) | {"pairs": 0.0, "tokens": 0.0}
+            stats = dict.fromkeys(SUMS, float("nan")) | {"pairs": 0.0, "tokens": 0.0}
             return Update(stats, 0.0, trainer.learning_rate)
         share = trainer.ranks.share(count)
-        mine = self._last[share.start : share.stop]
-        chosen, rejected = pairs.chosen[mine], pairs.rejected[mine]
-        sums = torch.zeros(len(SUMS) + 1, dtype=torch.float64, device=trainer.device)
-        trainer.policy.train()
-        for batch in pair_batches(found.rollout, chosen, rejected, config.train.micro_batch, trainer.device):
-            sums += self._add_gradient(batch, pairs.reference, count)
-        total, change = step_on_gradients(
-            trainer.policy,
-            trainer.optimizer,
-            sums,
-            learning_rate=trainer.learning_rate,
-            max_grad_norm=config.train.max_grad_norm,
-            ranks=trainer.ranks,
-            trace=trainer.worker.trace,
+        mine = chosen[share.start : share.stop]
+        size = trainer.settings.micro_batch
+        total, change = self.step_on(
+            pair_batches(found.rollout, made.chosen[mine], made.rejected[mine], size, trainer.device),
+            lambda batch: self._add_gradient(batch, made.reference, count),
+            sums=len(SUMS) + 1,
         )
         means = {name: value / count for name, value in zip(SUMS, total, strict=False)}
-        return replace(change, stats=means | {"pairs": float(count), "tokens": total[-1]} | measured)
+        return replace(change, stats=means | {"pairs": float(count), "tokens": total[-1]})
+
+    def about(self, found: Round, made: Pairs) -> tuple[np.ndarray, dict[str, Any]]:
+        used = np.zeros(len(found.rollout))
+        used[np.concatenate([made.chosen, made.rejected])] = 1.0
+        return used, made.about
+
+    def evidence_of(self, found: Round, made: Pairs, chosen: np.ndarray) -> dict[str, np.ndarray]:
+        pairs = {"chosen": made.chosen[chosen], "rejected": made.rejected[chosen]}
+        return {**vars(found.rollout), **pairs, "reference": made.reference}
 
     def _add_gradient(self, batch: MicroBatch, reference: np.ndarray, count: int) -> torch.Tensor:
         """Add a micro-batch's share of the gradient of the mean loss over `count` pairs; gives `SUMS` and the tokens of
         its pairs, float64."""
-        trainer, config, half = self.trainer, self.trainer.config, len(batch.lengths) // 2
-        given = config.sampling.temperature, trainer.dtype, config.grpo.kernel
-        logprob = completion_logprobs(trainer.policy, batch, *given).logprob
+        trainer, half = self.trainer, len(batch.lengths) // 2
+        logprob = completion_logprobs(trainer.policy, batch, *trainer.forward_options).logprob
         base = uploaded(reference[batch.completions.numpy()], trainer.device)
         normalised = self.settings.length_normalised
         lengths: torch.Tensor | float = uploaded(batch.lengths.double(), trainer.device) if normalised else 1.0

@@ -14,8 +14,7 @@ from fastsmart.config import Config
 from fastsmart.grpo.advantages import group_advantages, normalised_sum
 from fastsmart.trainer.algorithm import StepResult
 from fastsmart.trainer.batch import Batch, metrics
-from fastsmart.trainer.diversity_control import diversity_control
-from fastsmart.trainer.micro_batch import micro_batches
+from fastsmart.trainer.diversity_control import DiversityControl, diversity_control
 from fastsmart.trainer.rehearsal import rehearse
 from fastsmart.trainer.rollout_pipeline import Progress, ScoredRollout
 from fastsmart.trainer.style_metrics import divergences, style_metrics, styles_of_step
@@ -84,23 +83,23 @@ class Grpo:
         which the two hold the same policy.
         """
         trainer, settings = self.trainer, self.trainer.settings
-        temperature, loss = trainer.config.sampling.temperature, trainer.config.grpo
         trainer.previous = copy.deepcopy(trainer.policy) if settings.pipeline == "one-step-off" else None
-        batches = list(micro_batches(self.scored.rollout, settings.micro_batch, trainer.device))
-        ref_logprobs = reference_logprobs(trainer.reference, batches, temperature, trainer.dtype, loss.kernel)
+        batches = trainer.micro_batches(self.scored.rollout)
+        ref_logprobs = reference_logprobs(trainer.reference, batches, *trainer.forward_options)
         if trainer.config.prompts.styles:
             self.divergence = divergences(batches, ref_logprobs)
         mismatch: dict[str, float] = {}
         for _ in range(settings.iterations):
-            self._rehearse()
+            if self.control and self.control.settings.rehearse:
+                self._rehearse(self.control)
             change = update(
                 trainer.policy,
                 trainer.optimizer,
                 batches,
                 ref_logprobs,
                 self.advantage,
-                loss,
-                temperature=temperature,
+                trainer.config.grpo,
+                temperature=trainer.config.sampling.temperature,
                 learning_rate=trainer.learning_rate,
                 max_grad_norm=settings.max_grad_norm,
                 dtype=trainer.dtype,
@@ -113,18 +112,12 @@ class Grpo:
                 break
         return replace(change, stats=change.stats | mismatch)
 
-    def _rehearse(self) -> None:
+    def _rehearse(self, control: DiversityControl) -> None:
         """Add the gradient of the clips that this step rehearses, this rank's share of them."""
-        if self.control is None or not self.control.settings.rehearse:
-            return
-        trainer, settings = self.trainer, self.control.settings
-        drawn = self.control.rehearsal(trainer.settings.seed, trainer.steps_done)
-        mine = trainer.ranks.share(len(drawn))
-        size = trainer.settings.micro_batch
-        batches = list(micro_batches(drawn.select(mine), size, trainer.device)) if mine else []
-        temperature, kernel = trainer.config.sampling.temperature, trainer.config.grpo.kernel
-        tokens, weight = int(drawn.lengths.sum()), settings.rehearse_weight
-        rehearse(trainer.policy, batches, tokens, weight, temperature, trainer.dtype, kernel)
+        trainer, weight = self.trainer, control.settings.rehearse_weight
+        drawn = control.rehearsal(trainer.settings.seed, trainer.steps_done)
+        batches, tokens = trainer.share_in_micro_batches(drawn), int(drawn.lengths.sum())
+        rehearse(trainer.policy, batches, tokens, weight, *trainer.forward_options)
 
 
 def advantages(batch: Batch, config: Config) -> torch.Tensor:

@@ -4,32 +4,37 @@ A round is sampled by the policy as it is at the round's first step. What has be
 `rounds/<name>-<number>.npz` from the moment it is whole. A run that goes on within a round finds it there; one that
 goes on at the first step of a round takes it only where the same weights made it, and makes it again otherwise.
 
-Shape letters: N completions of a round, of all ranks.
+`RoundAlgorithm` is the step of all algorithms that learn so. Shape letters: N completions of a round, of all ranks.
 """
 
 from __future__ import annotations
 
 import io
-from collections.abc import Callable
-from dataclasses import dataclass
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any, Generic, TypeVar
 from zipfile import BadZipFile
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from fastsmart.errors import UserError
 from fastsmart.machine.distributed import Ranks
 from fastsmart.machine.files import make_folder, write_atomic
 from fastsmart.music.likeness import likeness, split_rows
+from fastsmart.policy.optimizer import forget_moments
 from fastsmart.reward import Scores
 from fastsmart.run.provenance import weights_hash
 from fastsmart.sampling import Rollout
-from fastsmart.trainer.batch import Batch
-from fastsmart.trainer.micro_batch import micro_batches
+from fastsmart.trainer.algorithm import StepResult
+from fastsmart.trainer.batch import Batch, metrics
+from fastsmart.trainer.micro_batch import MicroBatch
 from fastsmart.trainer.rollout_pipeline import Progress, ScoredRollout
 from fastsmart.trainer.trainer import Trainer
-from fastsmart.trainer.update import reference_logprobs
+from fastsmart.trainer.update import Update, reference_logprobs, step_on_gradients
 
 FOLDER = "rounds"
 WEIGHTS_KEY = "weights_sha256"
@@ -147,22 +152,112 @@ class Rounds:
     def _drift(self, rollout: Rollout) -> dict[str, float]:
         """How far the policy is from the base, by the estimator k3, and from its sampler, over the first completion of
         each prompt of this rank's and the other ranks' rollout."""
-        trainer, config = self.trainer, self.trainer.config
-        first = rollout.select(np.arange(0, len(rollout), config.sampling.group))
-        batches = list(micro_batches(first, config.train.micro_batch, trainer.device))
-        given = (batches, config.sampling.temperature, trainer.dtype, config.grpo.kernel)
+        trainer = self.trainer
+        first = rollout.select(np.arange(0, len(rollout), trainer.config.sampling.group))
+        batches = trainer.micro_batches(first)
+        ours_of_all, base_of_all = (
+            reference_logprobs(policy, batches, *trainer.forward_options)
+            for policy in (trainer.policy, trainer.reference)
+        )
         sums = np.zeros(4)
-        for batch, ours, base in zip(
-            batches,
-            reference_logprobs(trainer.policy, *given),
-            reference_logprobs(trainer.reference, *given),
-            strict=True,
-        ):
+        for batch, ours, base in zip(batches, ours_of_all, base_of_all, strict=True):
             gap = (base - ours).double()
             error = (ours - batch.sampler_logprobs).double().abs().exp().sum()
             sums += [float((torch.expm1(gap) - gap).sum()), float(error), len(gap), len(batch.lengths)]
         kl, error, tokens, count = trainer.ranks.gather(sums[None], trainer.ranks.world).sum(0)
         return {"kl": kl / tokens, "kl_per_completion": kl / count, "token_mult_prob_error": error / tokens}
+
+
+Made = TypeVar("Made")
+
+
+class RoundAlgorithm(ABC, Generic[Made]):
+    """An `Algorithm` in rounds: what is to be learnt from a round is made once, and every step learns some of it.
+
+    folder : of the run, where its rounds lie
+
+    section : of the configuration, and of the settings that are `settings`
+    making  : name in the trace of what `made_of` does
+    """
+
+    section: str
+    making: str
+
+    def __init__(self, trainer: Trainer, folder: Path) -> None:
+        self.trainer, self.settings = trainer, getattr(trainer.config, self.section)
+        self.rounds = Rounds(trainer, folder, self.section)
+        self._held: tuple[Round, Made] | None = None
+        self._last = np.zeros(0, np.int64)
+
+    @abstractmethod
+    def made_of(self, found: Round) -> Made:
+        """What the steps of a round learn from; the same on every rank."""
+
+    @abstractmethod
+    def chosen(self, made: Made, number: int, step: int) -> np.ndarray:
+        """Numbers int64 of what a step learns from; a function of seed, round and step besides."""
+
+    @abstractmethod
+    def learn(self, found: Round, made: Made, chosen: np.ndarray) -> Update:
+        """Take an optimizer step, of whose gradient each rank computes its share."""
+
+    @abstractmethod
+    def about(self, found: Round, made: Made) -> tuple[np.ndarray, dict[str, Any]]:
+        """Share of each completion, float [N], 0 where nothing is learnt from it, and the metrics of the round."""
+
+    @abstractmethod
+    def evidence_of(self, found: Round, made: Made, chosen: np.ndarray) -> dict[str, np.ndarray]:
+        """Arrays of the last step's batch (see `Algorithm.evidence`)."""
+
+    def step(self, progress: Progress | None = None) -> StepResult:
+        trainer, (number, step) = self.trainer, self.rounds.place
+        sampled: ScoredRollout | None = None
+        if self._held is None or self._held[0].number != number:
+            found, sampled = self.rounds.current(progress)
+            with trainer.worker.trace(self.making):
+                self._held = found, self.made_of(found)
+        found, made = self._held
+        if step == 0:
+            forget_moments(trainer.optimizer)  # of the round before
+        self._last = self.chosen(made, number, step)
+        with trainer.worker.trace("update"):
+            change = self.learn(found, made, self._last)
+        measured = {name: found.stats[name] for name in ("kl", "kl_per_completion", "token_mult_prob_error")}
+        change = replace(change, stats=change.stats | measured)
+        used, about = self.about(found, made)
+        line = metrics(trainer.steps_done + 1, found.batch, torch.from_numpy(used), change)
+        line["round"] = {"number": number, "distance": found.stats["distance"], **about}
+        return StepResult(change, line, sampled, len(found.rollout) if sampled else 0)
+
+    @property
+    def state(self) -> dict[str, Any]:
+        return {}
+
+    @property
+    def ends_round(self) -> bool:
+        return self.rounds.ends
+
+    def evidence(self) -> dict[str, np.ndarray]:
+        assert self._held is not None
+        return self.evidence_of(*self._held, self._last)
+
+    def step_on(
+        self, batches: Iterable[MicroBatch], add_gradient: Callable[[MicroBatch], Tensor], sums: int
+    ) -> tuple[list[float], Update]:
+        """Take an optimizer step on the gradients of this rank's micro-batches and the other ranks'.
+
+        add_gradient : adds a micro-batch's gradient, and gives statistics of it, float64 [sums]
+
+        Gives the statistics, added up over all, and the update without `stats`.
+        """
+        trainer = self.trainer
+        trainer.policy.train()
+        total = torch.zeros(sums, dtype=torch.float64, device=trainer.device)
+        for batch in batches:
+            total += add_gradient(batch)
+        how = trainer.learning_rate, trainer.settings.max_grad_norm, trainer.ranks, trainer.worker.trace
+        of_all, _, change = step_on_gradients(trainer.policy, trainer.optimizer, total, total[:0], *how)
+        return of_all.tolist(), change
 
 
 _TOKENS = ("prompt_ids", "prompt_lengths", "ids", "lengths", "group")

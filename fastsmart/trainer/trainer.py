@@ -19,9 +19,11 @@ from fastsmart.policy.hf_format import load_policy
 from fastsmart.policy.optimizer import make_optimizer, scheduled_rate
 from fastsmart.policy.transformer import Policy
 from fastsmart.run.provenance import statistics_path
+from fastsmart.sampling import Rollout
 from fastsmart.trainer.algorithm import Algorithm
 from fastsmart.trainer.batch import timing
 from fastsmart.trainer.evaluate import held_out_distance
+from fastsmart.trainer.micro_batch import MicroBatch, micro_batches
 from fastsmart.trainer.rollout_pipeline import Progress
 from fastsmart.trainer.rollout_worker import RolloutScheduler, RolloutWorker
 from fastsmart.trainer.update import Update
@@ -47,6 +49,7 @@ class Trainer:
     steps_done : the version of `policy`
     skipped    : how many of the last steps, in a row, had a gradient that was not finite
     previous   : with train.pipeline "one-step-off" the policy of the step before, else None
+    forward_options : temperature, dtype and kernel of every pass over completions (see `completion_logprobs`)
     average    : of the weights after each step, where train.average asks for one, else None
     record     : of the checkpoint that the run goes on from, empty at its beginning
     base_distance : `held_out_distance` of the untrained policy, where a floor of diversity is set; None = not measured
@@ -63,6 +66,7 @@ class Trainer:
             torch.cuda.set_device(self.device)  # where Triton's kernels run
         choose_kernel(config.grpo.kernel, self.device)  # refuses now what could not run after the first rollout
         source, vocabulary = config.policy.source, config.policy.vocabulary
+        self.forward_options = config.sampling.temperature, self.dtype, config.grpo.kernel
         self.reference = load_policy(source, device=self.device, vocabulary=vocabulary)
         self.policy = copy.deepcopy(self.reference)
         self.optimizer = make_optimizer(
@@ -114,6 +118,14 @@ class Trainer:
         return scheduled_rate(
             self.steps_done, settings.steps, settings.learning_rate, settings.schedule, settings.warmup
         )
+
+    def micro_batches(self, rollout: Rollout) -> list[MicroBatch]:
+        """Completions in micro-batches of `train.micro_batch`, on the device; none of none."""
+        return list(micro_batches(rollout, self.settings.micro_batch, self.device))
+
+    def share_in_micro_batches(self, rollout: Rollout) -> list[MicroBatch]:
+        """This rank's share of completions that all ranks have, numbered from 0, as `micro_batches`."""
+        return self.micro_batches(rollout.select(self.ranks.share(len(rollout))))
 
     def sync_weights(self) -> None:
         """Give the sampler the policy as it is now, when it has sampled what it is sampling."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -137,81 +137,46 @@ def update(
             loss.backward()
         total = stats if total is None else total.merge(stats)
     assert total is not None  # a rollout holds at least one completion
-    numbers = _stepped(policy, optimizer, learning_rate, max_grad_norm, ranks, trace)
-    total, norm, top = _told(total, numbers)  # the step's only wait for the device
-    with trace("reduce"):
-        total = over_ranks(total, ranks)
-    _require_finite(top)
-    return Update(total.means(len(lengths)), norm, learning_rate, not math.isfinite(norm))
+    sums, peaks, change = step_on_gradients(
+        policy, optimizer, total.sums, total.peaks, learning_rate, max_grad_norm, ranks, trace
+    )
+    of_all = LossStats(torch.from_numpy(sums), torch.from_numpy(peaks))
+    return replace(change, stats=of_all.means(len(lengths)))
 
 
 def step_on_gradients(
     policy: Policy,
     optimizer: torch.optim.Optimizer,
     sums: Tensor,
-    *,
+    peaks: Tensor,
     learning_rate: float,
     max_grad_norm: float,
     ranks: Ranks,
     trace: Trace,
-) -> tuple[list[float], Update]:
-    """One optimizer step on the gradients that the policy's parameters hold, added up over the ranks.
+) -> tuple[np.ndarray, np.ndarray, Update]:
+    """One optimizer step on the gradients that the policy's parameters hold, added up over the ranks, which drops them.
 
-    sums : float64 [K], statistics of this rank, which are added up over the ranks too
+    sums, peaks : float64 [K] and [L], statistics of this rank
 
-    Gives these K numbers, and the update without `stats`. A gradient that is not finite changes nothing. A rank that
-    had nothing to learn from holds no gradients, which count as zeros. Raises UserError as `update` does.
+    Gives the sums [K] and the maxima [L] over all ranks, and the update without `stats`. A rank that had nothing to
+    learn from holds no gradients, which count as zeros. Raises UserError as `update` does.
     """
     for parameter in policy.parameters():
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
-    numbers = _stepped(policy, optimizer, learning_rate, max_grad_norm, ranks, trace)
-    *mine, norm, top = torch.cat([sums, numbers]).tolist()
-    with trace("reduce"):
-        total = ranks.gather(np.array([mine], np.float64), ranks.world).sum(0)
-    _require_finite(top)
-    return total.tolist(), Update({}, norm, learning_rate, not math.isfinite(norm))
-
-
-def _stepped(
-    policy: Policy,
-    optimizer: torch.optim.Optimizer,
-    learning_rate: float,
-    max_grad_norm: float,
-    ranks: Ranks,
-    trace: Trace,
-) -> Tensor:
-    """Step on the gradients and drop them; gives their norm before clipping, and the largest weight after the step,
-    float64 [2] on the policy's device."""
     with trace("reduce"):
         ranks.all_reduce_gradients(policy.parameters())
     grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), max_grad_norm)
     set_learning_rate(optimizer, learning_rate)
     step_if_finite(optimizer, grad_norm)
-    tops = torch._foreach_norm([p.detach() for p in policy.parameters()], math.inf)
+    largest = torch.stack(torch._foreach_norm([p.detach() for p in policy.parameters()], math.inf)).amax()
     optimizer.zero_grad(set_to_none=True)
     policy.eval()
-    return torch.stack([grad_norm.double(), torch.stack(tops).amax().double()])
-
-
-def _require_finite(top: float) -> None:
-    """Raises UserError where the largest weight is no number."""
+    numbers = torch.cat([sums, peaks, torch.stack([grad_norm.double(), largest.double()])])
+    *mine, norm, top = numbers.tolist()  # the step's only wait for the device
+    with trace("reduce"):
+        of_all = ranks.gather(np.array([mine], np.float64), ranks.world)
     if not math.isfinite(top):
         raise UserError("the weights are no longer finite; lower train.learning_rate and start again")
-
-
-def _told(stats: LossStats, scalars: Tensor) -> tuple[LossStats, float, float]:
-    """The same on the CPU, in one transfer."""
-    numbers = torch.cat([stats.sums, stats.peaks, scalars]).cpu()
-    sums, peaks, scalars = numbers.split([len(stats.sums), len(stats.peaks), 2])
-    norm, largest = scalars.tolist()
-    return LossStats(sums, peaks), norm, largest
-
-
-def over_ranks(stats: LossStats, ranks: Ranks) -> LossStats:
-    """The statistics of all ranks' micro-batches."""
-    if ranks.world == 1:
-        return stats
-    sums = len(stats.sums)
-    rows = ranks.gather(torch.cat([stats.sums, stats.peaks]).numpy()[None], ranks.world)
-    return LossStats(torch.from_numpy(rows[:, :sums].sum(0)), torch.from_numpy(rows[:, sums:].max(0)))
+    change = Update({}, norm, learning_rate, not math.isfinite(norm))
+    return of_all[:, : len(sums)].sum(0), of_all[:, len(sums) :].max(0), change

@@ -25,7 +25,7 @@ from fastsmart.machine.distributed import Ranks
 from fastsmart.policy.hf_format import load_policy
 from fastsmart.reward import RewardBlend, register
 from fastsmart.sampling import Rollout
-from fastsmart.trainer import credit, credit_targets, dpo, tilt
+from fastsmart.trainer import credit_targets, dpo, rounds
 from fastsmart.trainer.dpo import pair_batches
 from fastsmart.trainer.rollout_worker import RolloutWorker
 from fastsmart.trainer.rounds import Rounds
@@ -77,10 +77,10 @@ INSTANTS = {
     "sampling": (RolloutWorker, "generate", 5),
     "scoring": (RewardBlend, "__call__", 5),
     "the reference": (dpo, "reference_logprobs", 2),
-    "a step": (dpo, "step_on_gradients", 5),
-    "the first step": (dpo, "step_on_gradients", 1),
-    "a step of tilt": (tilt, "step_on_gradients", 5),
-    "a step of credit": (credit, "step_on_gradients", 5),
+    "a step": (rounds, "step_on_gradients", 5),
+    "the first step": (rounds, "step_on_gradients", 1),
+    "a step of tilt": (rounds, "step_on_gradients", 5),
+    "a step of credit": (rounds, "step_on_gradients", 5),
     "the value of credit": (credit_targets, "explained", 3),
 }
 
@@ -147,7 +147,7 @@ def test_the_reference_is_computed_once_a_round_without_dropout(tmp_path, monkey
 def test_what_is_kept_of_a_round_must_be_there_within_it(whole, tmp_path, monkeypatch, algorithm):
     config, out = config_for(PLAYS, *changes_for(algorithm, save_every=1)), tmp_path / "run"
     with monkeypatch.context() as patch:
-        ends_at(patch, {"dpo": dpo, "tilt": tilt, "credit": credit}[algorithm], "step_on_gradients", 3)
+        ends_at(patch, rounds, "step_on_gradients", 3)
         with pytest.raises(Killed):
             train(config, out)
     path = out / "rounds" / "samples-0000.npz"
