@@ -40,6 +40,9 @@ class Choices:
         return self.clip, self.place
 
 
+NO_CHOICES = Choices(*np.zeros((3, 0), np.int64))
+
+
 def token_kinds(vocab: Vocabulary) -> np.ndarray:
     """Number of the kind in `KINDS` of each token, int8 [V]; -1 for all others."""
     kinds = np.full(len(vocab), -1, np.int8)

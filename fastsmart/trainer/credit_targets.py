@@ -12,18 +12,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastsmart.credit.alternatives import Choices, choices, drawn, token_kinds
+from fastsmart.credit.alternatives import NO_CHOICES, Choices, choices, drawn, token_kinds
 from fastsmart.credit.prefixes import Prefixes, note_ends, note_prefixes, swapped
 from fastsmart.credit.value import CrossFittedValue, explained, without
 from fastsmart.errors import UserError
+from fastsmart.kernels.logprob import logprob
 from fastsmart.music.features import FEATURES
 from fastsmart.policy.transformer import Policy
 from fastsmart.sampling import RandomStream, Rollout
 from fastsmart.tokens.token_batch import TokenBatch
-from fastsmart.trainer.micro_batch import MicroBatch, micro_batches, uploaded
+from fastsmart.trainer.micro_batch import MicroBatch, uploaded
 from fastsmart.trainer.rounds import Arrays, Round, Rounds
 from fastsmart.trainer.trainer import Trainer
-from fastsmart.trainer.update import completion_states, reference_logprobs
+from fastsmart.trainer.update import completion_states
 
 FOLDS = 4  # of prompts: the value that judges a clip has not been fitted to clips of its prompt
 
@@ -67,102 +68,105 @@ class CreditTargets:
         where = here.clip[later], here.tokens[later] - 1
         ends[where], advantage[where] = True, here.steps(worth) / unit
         advantage[~known] = 0.0
-        alternatives: Arrays = {}
-        own, drift = advantage.copy(), np.zeros(rollout.ids.shape)
-        logprob = self._logprobs(rollout, base=False)
-        if self.settings.pull:
-            drift = logprob - self._logprobs(rollout, base=True)
+        chosen = NO_CHOICES
         if self.settings.alternatives:
-            found_choices = choices(rollout.ids, rollout.lengths, self.ends, self.kinds)
-            worths, alternatives = self._alternatives(rollout, found_choices, here, worth, value)
-            worths *= known[found_choices.clip][:, None] / unit
-            alternatives["other_target"][found_choices.at] += self.settings.strength * worths
+            chosen = choices(rollout.ids, rollout.lengths, self.ends, self.kinds)
+        earlier, tokens, of_tokens = self._passed(self.trainer.policy.eval(), rollout, chosen)
+        own, drift, given_back = advantage.copy(), np.zeros(rollout.ids.shape), np.zeros_like(of_tokens)
+        if self.settings.pull:
+            base, _, base_of_tokens = self._passed(self.trainer.reference, rollout, chosen, tokens)
+            drift, given_back = earlier - base, self.settings.pull * (of_tokens - base_of_tokens)
+        alternatives: Arrays = {}
+        if self.settings.alternatives:
+            worths = self._worths(rollout, chosen, tokens[:, 1:], here, worth, value)
+            worths *= known[chosen.clip][:, None] / unit
             # what is credited to a choice is not credited to the rest of its note as well
-            np.add.at(own, (found_choices.clip, found_choices.end - 1), -worths[:, 0])
-            drift[found_choices.at] = 0.0
+            np.add.at(own, (chosen.clip, chosen.end - 1), -worths[:, 0])
+            drift[chosen.at] = 0.0
+            columns = {
+                "chosen": np.ones(len(chosen), bool),
+                "others": tokens[:, 1:].astype(np.int32),
+                "other_target": (self.settings.strength * worths - given_back).astype(np.float32),
+                "other_logprob": of_tokens,
+            }
+            alternatives = {name: _table(rollout.ids.shape, chosen.at, values) for name, values in columns.items()}
         target = self.settings.strength * own
         if self.settings.pull and ends.any():
             target[ends] -= self.settings.pull * np.add.reduceat(np.append(drift.ravel(), 0.0), _begins(ends))
-        half = here.tokens >= rollout.lengths[here.clip] // 2
-        first = np.array([np.flatnonzero(half[a:b])[0] + a for a, b in pairwise(here.offsets)])
         return alternatives | {
             "target": target.astype(np.float32),
             "advantage": advantage,
             "ends": ends,
-            "logprob": logprob,
+            "logprob": earlier,
             "value_r2": np.array(explained(worth[here.offsets[1:] - 1][known], reward[known])),
-            "half_value_r2": np.array(explained(worth[first][known], reward[known])),
+            "half_value_r2": np.array(explained(worth[_halves(here, rollout.lengths)][known], reward[known])),
         }
 
-    def _alternatives(
-        self, rollout: Rollout, found: Choices, here: Prefixes, worth: np.ndarray, value: CrossFittedValue
-    ) -> tuple[np.ndarray, Arrays]:
-        """Values [J, 1 + K] of J choices and of their alternatives about their mean, and the arrays of `of` about them,
-        whose targets hold no more than what is to be given back."""
-        others = self._others(rollout, found)
-        earlier = self._other_logprobs(self.trainer.policy.eval(), rollout, found, others)
+    def _worths(
+        self,
+        rollout: Rollout,
+        chosen: Choices,
+        others: np.ndarray,
+        here: Prefixes,
+        worth: np.ndarray,
+        value: CrossFittedValue,
+    ) -> np.ndarray:
+        """Values [J, 1 + K] of J choices and of their alternatives [J, K] about their mean."""
         width = rollout.ids.shape[1] + 1
-        prefix = np.searchsorted(here.clip * width + here.tokens, found.clip * width + found.end)
+        prefix = np.searchsorted(here.clip * width + here.tokens, chosen.clip * width + chosen.end)
         worths = np.repeat(worth[prefix][:, None], 1 + others.shape[1], axis=1)
-        choice, number = np.nonzero(others != rollout.ids[found.at][:, None])
+        choice, number = np.nonzero(others != rollout.ids[chosen.at][:, None])
         if len(choice):
-            swap = prefix[choice], found.place[choice], others[choice, number]
+            swap = prefix[choice], chosen.place[choice], others[choice, number]
             vocab, heard = self.trainer.policy.vocab, self.trainer.config.audio.max_seconds
             features = swapped(*_packed(rollout), vocab, here, *swap, heard)
-            worths[choice, 1 + number] = value(found.clip[choice], features, here.tokens[prefix[choice]])
-        given_back = np.zeros_like(earlier)
-        if self.settings.pull:
-            base = self._other_logprobs(self.trainer.reference, rollout, found, others)
-            given_back = self.settings.pull * (earlier - base)
-        chosen = np.zeros(rollout.ids.shape, bool)
-        chosen[found.at] = True
-        arrays = {"chosen": chosen, "others": np.zeros((*chosen.shape, others.shape[1]), np.int32)}
-        for name, values in (("other_target", -given_back), ("other_logprob", earlier)):
-            arrays[name] = np.zeros((*chosen.shape, values.shape[1]), np.float32)
-            arrays[name][found.at] = values
-        arrays["others"][found.at] = others
-        return worths - worths.mean(1, keepdims=True), arrays
-
-    def _others(self, rollout: Rollout, found: Choices) -> np.ndarray:
-        """Alternatives of J choices, int32 [J, K], drawn by the round's policy."""
-        key = (RandomStream.ALTERNATIVES, self.rounds.place[0])
-        random = np.random.default_rng(np.random.SeedSequence(self.trainer.settings.seed, spawn_key=key))
-        uniform = random.random((len(found), self.settings.alternatives), np.float32)
-
-        def draw(logprobs: Tensor, mine: np.ndarray) -> np.ndarray:
-            return drawn(logprobs.cpu().numpy(), rollout.ids[found.at][mine], self.kinds, uniform[mine])
-
-        return self._of_choices(self.trainer.policy.eval(), rollout, found, draw)[:, :-1].astype(np.int32)
-
-    def _other_logprobs(self, policy: Policy, rollout: Rollout, found: Choices, others: np.ndarray) -> np.ndarray:
-        """Log-probs under a policy of J choices and their alternatives, float32 [J, 1 + K]."""
-        ids = np.column_stack([rollout.ids[found.at], others]).astype(np.int64)
-
-        def pick(logprobs: Tensor, mine: np.ndarray) -> np.ndarray:
-            return logprobs.gather(1, uploaded(ids[mine], logprobs.device)).cpu().numpy()
-
-        return self._of_choices(policy, rollout, found, pick).astype(np.float32)
+            worths[choice, 1 + number] = value(chosen.clip[choice], features, here.tokens[prefix[choice]])
+        return worths - worths.mean(1, keepdims=True)
 
     @torch.no_grad()
-    def _of_choices(
-        self, policy: Policy, rollout: Rollout, found: Choices, function: Callable[[Tensor, np.ndarray], np.ndarray]
-    ) -> np.ndarray:
-        """A function of log-probs [j, V] of all tokens at some choices, and of their numbers [j], for all J choices."""
-        trainer, config, n, width = self.trainer, self.trainer.config, len(rollout), rollout.ids.shape[1]
-        share, number = trainer.ranks.share(n), np.full(rollout.ids.shape, -1)
-        number[found.at] = np.arange(len(found))
-        columns = self.settings.alternatives + 1
-        table = np.zeros((len(share), width, columns))
-        for batch in self._micro_batches(rollout):
+    def _passed(
+        self, policy: Policy, rollout: Rollout, chosen: Choices, tokens: np.ndarray | None = None
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Log-probs under a policy, in one pass of it over the clips: of completion tokens, float32 [N, L], 0 beyond
+        the ends; then of J choices the tokens, int64 [J, 1 + K], and their log-probs, float32 [J, 1 + K].
+
+        tokens : of the choices; None = what was played, and alternatives that this policy draws now
+        """
+        trainer, (temperature, _, kernel) = self.trainer, self.trainer.forward_options
+        n, width = rollout.ids.shape
+        share, number = trainer.ranks.share(n), np.full((n, width), -1)
+        number[chosen.at] = np.arange(len(chosen))
+        draw = self._draw(rollout, chosen)
+        table = np.zeros((len(share), width, 1 + 2 * (1 + self.settings.alternatives)))
+        weight = policy.lm_head.weight
+        for batch in trainer.share_in_micro_batches(rollout):
             row, step = places(batch)
-            here = number[row + share.start, step]
-            picked = np.flatnonzero(here >= 0)
-            given = config.sampling.temperature, trainer.dtype, config.grpo.kernel
-            states = completion_states(policy, batch, *given)[uploaded(picked, trainer.device)]
-            logprobs = (states @ policy.lm_head.weight.T.float() / config.sampling.temperature).log_softmax(-1)
-            values = function(logprobs, here[picked])
-            table[row[picked], step[picked], : values.shape[1]] = values
-        return trainer.ranks.gather(table.reshape(len(share), -1), n).reshape(n, width, columns)[found.at]
+            states = completion_states(policy, batch, *trainer.forward_options)
+            table[row, step, 0] = logprob(states, weight, batch.ids, temperature, kernel).logprob.cpu()
+            which = number[row + share.start, step]
+            picked = np.flatnonzero(which >= 0)
+            of_all = states[uploaded(picked, trainer.device)] @ weight.T.float() / temperature
+            of_all, which = of_all.log_softmax(-1), which[picked]
+            ids = draw(of_all, which) if tokens is None else tokens[which]
+            values = of_all.gather(1, uploaded(ids, trainer.device)).cpu().numpy()
+            table[row[picked], step[picked], 1:] = np.concatenate([ids, values], axis=1)  # ids are below 2^24
+        whole = trainer.ranks.gather(table.reshape(len(share), -1), n).reshape(n, width, -1)
+        ids, values = np.split(whole[chosen.at][:, 1:], 2, axis=1)
+        return whole[..., 0].astype(np.float32), ids.astype(np.int64), values.astype(np.float32)
+
+    def _draw(self, rollout: Rollout, chosen: Choices) -> Callable[[Tensor, np.ndarray], np.ndarray]:
+        """Draw of alternatives: log-probs [j, V] of all tokens at some choices and the numbers of these [j] -> what was
+        played and its alternatives, int64 [j, 1 + K]."""
+        key = (RandomStream.ALTERNATIVES, self.rounds.place[0])
+        random = np.random.default_rng(np.random.SeedSequence(self.trainer.settings.seed, spawn_key=key))
+        uniform = random.random((len(chosen), self.settings.alternatives), np.float32)
+        played = rollout.ids[chosen.at]
+
+        def draw(logprobs: Tensor, which: np.ndarray) -> np.ndarray:
+            others = drawn(logprobs.cpu().numpy(), played[which], self.kinds, uniform[which])
+            return np.column_stack([played[which], others]).astype(np.int64)
+
+        return draw
 
     def _value(self, here: Prefixes, reward: np.ndarray, group: np.ndarray, number: int) -> CrossFittedValue:
         """The value of prefixes, fitted to the clips of this round and of those within the window before it."""
@@ -196,24 +200,6 @@ class CreditTargets:
         longest, heard = config.sampling.max_tokens, config.audio.max_seconds
         return note_prefixes(*_packed(rollout), self.trainer.policy.vocab, longest, heard)
 
-    def _logprobs(self, rollout: Rollout, base: bool) -> np.ndarray:
-        """Log-probs of completion tokens under the round's policy or the base, float32 [N, L], 0 beyond the ends."""
-        trainer, config, n = self.trainer, self.trainer.config, len(rollout)
-        found = np.zeros((len(trainer.ranks.share(n)), rollout.ids.shape[1]))
-        batches = self._micro_batches(rollout)
-        policy = trainer.reference if base else trainer.policy.eval()
-        given = config.sampling.temperature, trainer.dtype, config.grpo.kernel
-        for batch, values in zip(batches, reference_logprobs(policy, batches, *given), strict=True):
-            row, step = places(batch)
-            found[row, step] = values.cpu().double()
-        return trainer.ranks.gather(found, n).astype(np.float32)
-
-    def _micro_batches(self, rollout: Rollout) -> list[MicroBatch]:
-        """This rank's share of the completions, numbered from 0."""
-        mine = rollout.select(self.trainer.ranks.share(len(rollout)))
-        size = self.trainer.config.train.micro_batch
-        return list(micro_batches(mine, size, self.trainer.device)) if len(mine) else []
-
 
 def places(batch: MicroBatch) -> tuple[np.ndarray, np.ndarray]:
     """Number in the rollout of the completion that each token of a micro-batch is of, and its place there, [M] each."""
@@ -230,12 +216,25 @@ def _packed(rollout: Rollout) -> tuple[TokenBatch, TokenBatch]:
     return prompts, completions
 
 
+def _table(shape: tuple[int, ...], at: tuple[np.ndarray, ...], values: np.ndarray) -> np.ndarray:
+    """Values [J, ...] at places of a table [N, L, ...], zeros elsewhere."""
+    table = np.zeros((*shape, *values.shape[1:]), values.dtype)
+    table[at] = values
+    return table
+
+
 def _columns(names: Sequence[str]) -> list[int]:
     """Columns of these features among those of a prefix. Raises UserError for one that there is not."""
     for name in names:
         if name not in FEATURES:
             raise UserError(f"credit.neutral has {name!r}; choose of {', '.join(FEATURES)}")
     return [FEATURES.index(name) for name in names]
+
+
+def _halves(here: Prefixes, lengths: np.ndarray) -> np.ndarray:
+    """Number of each clip's first prefix with half of its tokens, int64 [N]."""
+    enough = here.tokens >= lengths[here.clip] // 2
+    return np.array([np.flatnonzero(enough[a:b])[0] + a for a, b in pairwise(here.offsets)])
 
 
 def _begins(ends: np.ndarray) -> np.ndarray:
