@@ -232,8 +232,6 @@ def read_midi(path: str | Path, max_seconds: float | None = None) -> NoteBatch:
 
     Raises UserError naming the file when it is missing, truncated or not MIDI.
     """
-    import mido
-
     file = parse_midi(path)
     if not file.tracks:
         raise UserError(f"cannot read {path} as MIDI: it has no tracks")
@@ -241,31 +239,7 @@ def read_midi(path: str | Path, max_seconds: float | None = None) -> NoteBatch:
         timing = f"type {file.type}, division {file.ticks_per_beat}"
         raise UserError(f"{path} uses MIDI timing fastsmart does not read ({timing}); save it as type 0 or 1 in beats")
 
-    notes: list[tuple[int, int, int, int]] = []  # onset tick, duration ticks, pitch, velocity
-    tempi: list[tuple[int, float]] = []
-    meters: list[tuple[int, int, int]] = []
-    pedals: list[tuple[int, bool]] = []
-    channels_down: set[int] = set()
-    sounding: dict[tuple[int, int], list[tuple[int, int]]] = {}
-    tick = 0
-    for message in mido.merge_tracks(file.tracks):
-        tick += message.time
-        if message.type == "set_tempo":
-            tempi.append((tick, mido.tempo2bpm(max(message.tempo, 1))))
-        elif message.type == "time_signature" and message.denominator <= MAX_DENOMINATOR:
-            meters.append((tick, message.numerator, message.denominator))
-        elif message.type in ("note_on", "note_off") and message.channel != DRUM_CHANNEL:
-            key = (message.channel, message.note)
-            if message.type == "note_on" and message.velocity > 0:
-                sounding.setdefault(key, []).append((tick, message.velocity))
-            elif sounding.get(key):
-                onset, velocity = sounding[key].pop(0)
-                notes.append((onset, tick - onset, message.note, velocity))
-        elif message.is_cc(SUSTAIN_CONTROL) and message.channel != DRUM_CHANNEL:
-            was_down = bool(channels_down)
-            (channels_down.add if message.value >= PEDAL_DOWN else channels_down.discard)(message.channel)
-            if bool(channels_down) != was_down:
-                pedals.append((tick, not was_down))
+    tick, notes, tempi, meters, pedals = _events(file)
     if tick > np.iinfo(np.int32).max:
         raise UserError(f"{path} is not a sound MIDI file: it lasts {tick} ticks")
     notes.sort()
@@ -298,6 +272,43 @@ def read_midi(path: str | Path, max_seconds: float | None = None) -> NoteBatch:
         np.array([0, len(meters)], np.int64),
         Pedals(pedal_tick, pedal_s, pedal_down, np.array([0, len(pedals)], np.int64)) if pedals else None,
     )
+
+
+def _events(
+    file: mido.MidiFile,
+) -> tuple[
+    int, list[tuple[int, int, int, int]], list[tuple[int, float]], list[tuple[int, int, int]], list[tuple[int, bool]]
+]:
+    """Read the last tick of a file, its notes (onset tick, duration ticks, pitch, velocity), tempi (tick, bpm), meters
+    (tick, numerator, denominator) and pedal changes (tick, down), in the order in which they end or come."""
+    import mido
+
+    notes: list[tuple[int, int, int, int]] = []  # onset tick, duration ticks, pitch, velocity
+    tempi: list[tuple[int, float]] = []
+    meters: list[tuple[int, int, int]] = []
+    pedals: list[tuple[int, bool]] = []
+    channels_down: set[int] = set()
+    sounding: dict[tuple[int, int], list[tuple[int, int]]] = {}
+    tick = 0
+    for message in mido.merge_tracks(file.tracks):
+        tick += message.time
+        if message.type == "set_tempo":
+            tempi.append((tick, mido.tempo2bpm(max(message.tempo, 1))))
+        elif message.type == "time_signature" and message.denominator <= MAX_DENOMINATOR:
+            meters.append((tick, message.numerator, message.denominator))
+        elif message.type in ("note_on", "note_off") and message.channel != DRUM_CHANNEL:
+            key = (message.channel, message.note)
+            if message.type == "note_on" and message.velocity > 0:
+                sounding.setdefault(key, []).append((tick, message.velocity))
+            elif sounding.get(key):
+                onset, velocity = sounding[key].pop(0)
+                notes.append((onset, tick - onset, message.note, velocity))
+        elif message.is_cc(SUSTAIN_CONTROL) and message.channel != DRUM_CHANNEL:
+            was_down = bool(channels_down)
+            (channels_down.add if message.value >= PEDAL_DOWN else channels_down.discard)(message.channel)
+            if bool(channels_down) != was_down:
+                pedals.append((tick, not was_down))
+    return tick, notes, tempi, meters, pedals
 
 
 def parse_midi(path: str | Path) -> mido.MidiFile:

@@ -33,6 +33,7 @@ class LossStats:
     PEAKS = ("ratio_max", "negative_ratio_min", "logprob_gap_max")
 
     @staticmethod
+    @torch.no_grad()
     def of(
         kept: Tensor, totals: dict[str, Tensor], means: dict[str, Tensor | None], peaks: dict[str, Tensor]
     ) -> LossStats:
@@ -112,6 +113,13 @@ def cispo_surrogate(ratio: Tensor, logprob: Tensor, advantage: Tensor, settings:
     return -ratio.detach().clamp(1.0 - settings.clip_low, 1.0 + settings.clip_high) * advantage * logprob
 
 
+def _surrogate(ratio: Tensor, logprob: Tensor, advantage: Tensor, settings: LossSettings) -> Tensor:
+    """The policy term of each token before its weight, [M]."""
+    if settings.loss == "cispo":
+        return cispo_surrogate(ratio, logprob, advantage, settings)
+    return clipped_surrogate(ratio, advantage, settings)
+
+
 def policy_loss(
     logprob: Tensor,
     sampler_logprobs: Tensor,
@@ -152,12 +160,8 @@ def policy_loss(
     weight = kept.to(logprob.dtype) / denominator
     if settings.per_sequence:
         weight = weight / _sequence_sum(torch.ones_like(logprob), sequence, len(advantage))[sequence]
-    if settings.loss == "cispo":
-        surrogate = cispo_surrogate(ratio, logprob, token_advantage, settings)
-    else:
-        surrogate = clipped_surrogate(ratio, token_advantage, settings)
     inside = _inside_mask(gap.detach(), kept, sequence, len(advantage), settings)
-    policy_term = (torch.where(inside, surrogate, 0.0) * weight).sum()
+    policy_term = (torch.where(inside, _surrogate(ratio, logprob, token_advantage, settings), 0.0) * weight).sum()
 
     kl_term = entropy_term = torch.zeros_like(policy_term)
     kl = None
@@ -169,33 +173,26 @@ def policy_loss(
     if settings.entropy_bonus and entropy is not None:
         entropy_term = -settings.entropy_bonus * (torch.where(kept, entropy, 0.0) * weight).sum()
 
-    with torch.no_grad():
-        clipped_low, clipped_high = _clipped(ratio, token_advantage, settings)
-        bounded_gap = gap.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
-        stats = LossStats.of(
-            kept,
-            totals={"policy_loss": policy_term, "kl_loss": kl_term, "entropy_loss": entropy_term},
-            means={
-                "ratio": ratio,
-                "clipped_low": clipped_low,
-                "clipped_high": clipped_high,
-                "masked": ~inside,
-                "kl": kl,
-                "entropy": entropy,
-                "token_mult_prob_error": bounded_gap.abs().exp(),
-                "mismatch_k3": k3(bounded_gap),
-            },
-            peaks={"ratio_max": ratio, "negative_ratio_min": -ratio, "logprob_gap_max": gap.abs()},
-        )
+    stats = LossStats.of(
+        kept,
+        totals={"policy_loss": policy_term, "kl_loss": kl_term, "entropy_loss": entropy_term},
+        means={"masked": ~inside, "kl": kl, "entropy": entropy, **_ratio_means(ratio, gap, token_advantage, settings)},
+        peaks={"ratio_max": ratio, "negative_ratio_min": -ratio, "logprob_gap_max": gap.abs()},
+    )
     return policy_term + kl_term + entropy_term, stats
 
 
-def _clipped(ratio: Tensor, advantage: Tensor, settings: LossSettings) -> tuple[Tensor, Tensor]:
-    """Masks of the tokens that the lower and the upper clip act on, bool [M] each."""
+@torch.no_grad()
+def _ratio_means(ratio: Tensor, gap: Tensor, advantage: Tensor, settings: LossSettings) -> dict[str, Tensor]:
+    """Those of `LossStats.MEANS` that come of the ratio, and of the gap of policy and sampler; [M] each."""
     low, high = ratio < 1.0 - settings.clip_low, ratio > 1.0 + settings.clip_high
     if settings.loss == "cispo":
-        return low & (advantage != 0), high & (advantage != 0)
-    return low & (advantage < 0), high & (advantage > 0)  # the minimum picks the clipped branch on one side only
+        low, high = low & (advantage != 0), high & (advantage != 0)
+    else:  # the minimum picks the clipped branch on one side only
+        low, high = low & (advantage < 0), high & (advantage > 0)
+    gap = gap.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+    means = {"ratio": ratio, "clipped_low": low, "clipped_high": high}
+    return means | {"token_mult_prob_error": gap.abs().exp(), "mismatch_k3": k3(gap)}
 
 
 def _inside_mask(gap: Tensor, kept: Tensor, sequence: Tensor, sequences: int, settings: LossSettings) -> Tensor:

@@ -145,23 +145,10 @@ def _pretrain(
     backbone = torch.compile(policy.model) if settings.compile else policy.model
     record = {"settings": asdict(settings), "size": asdict(size), "pieces": len(dataset), "baselines": baselines}
     record["styles"] = list(parts) if labels else []
-    start, best, stale = 0, math.inf, 0
-    metrics, checkpoints = JsonLines(out / "metrics.jsonl", _whole), Checkpoints(out / "checkpoints")
-    if resume:
-        saved = checkpoints.load(policy, optimizer)
-        for path, why in checkpoints.passed_over.items():
-            print(f"passed over {path.name}: {why}", file=sys.stderr)
-        _check_same_run(saved, record, out)
-        start, best, stale = saved["step"], saved["best"], saved["stale"]
-    elif checkpoints.all() or metrics.lines():
-        raise UserError(f"{out} already holds a run; add --resume, or choose another --out")
-    metrics.forget_after(start)
-    if metrics.damaged:
-        print(f"{metrics.told}; kept in {metrics.aside}", file=sys.stderr)
-
+    metrics, checkpoints, saved = _opened(out, policy, optimizer, record, resume)
+    step, best, stale = saved["step"], saved["best"], saved["stale"]
     window: list[tuple[Tensor, int]] = []
     clock = time.perf_counter()
-    step = start
     while step < settings.steps and stale < settings.patience and not stop:
         rate = scheduled_rate(
             step, settings.steps, settings.learning_rate, "cosine", settings.warmup, settings.final_rate
@@ -199,6 +186,25 @@ def _pretrain(
     draw_curve(metrics.lines(), baselines, out / "curve.png")
     finished = load_policy(out / "policy") if (out / "policy").exists() else policy
     return PretrainResult(finished, step, best, baselines, stale >= settings.patience)
+
+
+def _opened(
+    out: Path, policy: Policy, optimizer: torch.optim.Optimizer, record: dict[str, Any], resume: bool
+) -> tuple[JsonLines, Checkpoints, dict[str, Any]]:
+    """Files of a run, and the state it goes on from; on resume that is put into policy and optimizer."""
+    metrics, checkpoints = JsonLines(out / "metrics.jsonl", _whole), Checkpoints(out / "checkpoints")
+    saved: dict[str, Any] = {"step": 0, "best": math.inf, "stale": 0}
+    if resume:
+        saved = checkpoints.load(policy, optimizer)
+        for path, why in checkpoints.passed_over.items():
+            print(f"passed over {path.name}: {why}", file=sys.stderr)
+        _check_same_run(saved, record, out)
+    elif checkpoints.all() or metrics.lines():
+        raise UserError(f"{out} already holds a run; add --resume, or choose another --out")
+    metrics.forget_after(saved["step"])
+    if metrics.damaged:
+        print(f"{metrics.told}; kept in {metrics.aside}", file=sys.stderr)
+    return metrics, checkpoints, saved
 
 
 def _initial(size: PolicySize, vocab: Vocabulary, settings: PretrainSettings) -> Policy:

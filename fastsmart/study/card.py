@@ -56,7 +56,7 @@ def real_statistics(
         pieces, random = labels.pieces("train"), np.random.default_rng([settings.seed, 4])
         notes = decode([cropper.touched_piece(int(p), random) for p in pieces], dataset.vocab)
     else:
-        pieces, _ = split_pieces(len(dataset), settings.valid_share, settings.seed)
+        pieces, _ = _split(dataset, settings, labels)
         notes = decode([dataset.piece(p) for p in pieces], dataset.vocab)
     return fit_typicality(notes, f"{data or dataset.source}, training split, {counted(len(pieces), 'piece')}", WINDOW_S)
 
@@ -78,10 +78,7 @@ def write_release(
     data, licence, command : what the card says of the data and how the policy was made
     labels                 : of a policy that knows styles; judges of them are then part of the release
     """
-    if labels:
-        train_pieces, valid_pieces = labels.pieces("train"), labels.pieces("valid")
-    else:
-        train_pieces, valid_pieces = split_pieces(len(dataset), settings.valid_share, settings.seed)
+    train_pieces, valid_pieces = _split(dataset, settings, labels)
     real = decode([dataset.piece(p) for p in valid_pieces], dataset.vocab)
     name = data or f"the pieces in {Path(dataset.source).name}"
     with atomic_folder(folder) as part, os_errors_as_user_errors(folder):
@@ -92,8 +89,7 @@ def write_release(
         loss = evaluate(policy, valid_rows(dataset, settings, labels), policy.vocab.pad_id)
         prompts = TokenBatch.pack([dataset.piece(p)[:4] for p in np.resize(valid_pieces, CLIPS)])
         rollout = sample(policy, prompts, 1, 256, seed=settings.seed)
-        played = decode(rollout.sequences(), policy.vocab, WINDOW_S)
-        table = _table(rollout, played, cut_windows(real, WINDOW_S), policy.vocab)
+        table = _table(rollout, cut_windows(real, WINDOW_S), policy.vocab)
         unigram, bigram = result.baselines["unigram"], result.baselines["bigram"]
         size, layers = policy.size, counted(policy.size.num_layers, "layer")
         card = f"""\
@@ -127,7 +123,15 @@ standard deviation.
     return card
 
 
-def _table(rollout: Rollout, played: NoteBatch, real: NoteBatch, vocab: Vocabulary) -> str:
+def _split(dataset: TokenDataset, settings: PretrainSettings, labels: Labels | None) -> tuple[np.ndarray, np.ndarray]:
+    """Pieces for training and for validation."""
+    if labels:
+        return labels.pieces("train"), labels.pieces("valid")
+    return split_pieces(len(dataset), settings.valid_share, settings.seed)
+
+
+def _table(rollout: Rollout, real: NoteBatch, vocab: Vocabulary) -> str:
+    played = decode(rollout.sequences(), vocab, WINDOW_S)
     note_ids = np.array([t.startswith(("Pitch", "Velocity", "Duration")) for t in vocab.tokens])
     used = 3 * decode(rollout.sequences(), vocab).counts.sum()
     drawn = note_ids[np.concatenate([rollout.ids[i, : rollout.lengths[i]] for i in range(len(rollout))])].sum()

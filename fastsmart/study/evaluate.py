@@ -76,35 +76,22 @@ def evaluate(
     require_training_set(training_set)
     named_files(clamp, clamp_styles)
     store = OutputStore(out, config, prompts, soundfonts)
-    played: dict[str, Outputs] = {}
-    records: list[PolicyRecord] = []
-    vocab: Vocabulary | None = None
-    for label, source in pairs:
-        record, policy, outputs = store.play(label, source, progress)
-        if vocab is not None and vocab.tokens != policy.vocab.tokens:
-            raise UserError(f"{source} has another vocabulary than {records[0].source}; they share no prompts")
-        if not records:
-            base = policy
-            best = store.best_of(record, policy, best_of, progress) if best_of > 1 else {}
-        vocab = policy.vocab
-        records.append(record)
-        played[label] = outputs
-    assert vocab is not None  # `labelled` gives at least one
+    records, base, played, best = _played(pairs, store, best_of, progress)
+    vocab, first = base.vocab, played[pairs[0][0]]
     training = _training_set(training_set, store.out, vocab, progress) if training_set else None
     progress("fitting on the first policy", 0, 1)
     measures = ClampMeasures.of(clamp, clamp_styles, vocab, store.device) if clamp else None
     judges = judges_of(config, records[0].source)
     embedder = None if isinstance(base, SheetPolicy) else base
-    ruler = Ruler.fit(played[pairs[0][0]], training, embedder, measures, judges)
+    ruler = Ruler.fit(first, training, embedder, measures, judges)
     curve = [best_of_point(k, outputs, vocab, config, ruler) for k, outputs in best.items()]
     margin = against(played, best[best_of]) if best else {}
     progress("re-weighting the first policy's outputs", 0, 1)
-    first = played[pairs[0][0]]
     weighted = reweighting(first, first.notes(vocab, config.audio.max_seconds), ruler.base and ruler.base[2])
     if best:
         played[best_of_label(best_of)] = best[best_of]
     metrics = measure(played, vocab, config, ruler, progress)
-    tree = _about(store, played[pairs[0][0]], ruler, training_set) | {
+    tree = _about(store, first, ruler, training_set) | {
         "best_of": curve,
         "reweighting": weighted,
         "against_best_of": margin,
@@ -118,6 +105,26 @@ def evaluate(
         tree["styles"] = {label: as_tree(heard(o, vocab, seconds, judges)) for label, o in played.items()}
     store.write(tree, metrics, played, vocab)
     return Evaluation.open(store.out)
+
+
+def _played(
+    pairs: Sequence[tuple[str, str]], store: OutputStore, best_of: int, progress: Progress
+) -> tuple[list[PolicyRecord], Playable, dict[str, Outputs], dict[int, Outputs]]:
+    """Have every policy play: what is known of each, the first of them, outputs by label, and the best of the first's
+    outputs by how many they were chosen from. Raises UserError where two have no common vocabulary."""
+    records: list[PolicyRecord] = []
+    policies: list[Playable] = []
+    played: dict[str, Outputs] = {}
+    best: dict[int, Outputs] = {}
+    for label, source in pairs:
+        record, policy, played[label] = store.play(label, source, progress)
+        if policies and policies[0].vocab.tokens != policy.vocab.tokens:
+            raise UserError(f"{source} has another vocabulary than {records[0].source}; they share no prompts")
+        if not records and best_of > 1:
+            best = store.best_of(record, policy, best_of, progress)
+        records.append(record)
+        policies = policies or [policy]
+    return records, policies[0], played, best
 
 
 ABOUT_STYLES = ("styles", "style_judge")  # keys of the config
