@@ -93,24 +93,10 @@ def smart_released() -> Config:
     the script, here there is one before and after.
     """
     paper = smart_paper()
-    return Config(
-        policy=paper.policy,
+    return replace(
+        paper,
         prompts=PromptSettings(source="procedural-note"),
-        sampling=paper.sampling,
-        audio=paper.audio,
-        reward=paper.reward,
-        grpo=paper.grpo,
-        train=TrainSettings(
-            steps=200,
-            prompts=8,
-            micro_batch=64,
-            learning_rate=1e-4,
-            seed=1,
-            eval_every=0,
-            eval_prompts=64,
-            save_every=20,
-            keep=10,
-        ),
+        train=replace(paper.train, prompts=8, seed=1, eval_prompts=64, listen=6),
     )
 
 
@@ -187,20 +173,11 @@ def notagen_dpo() -> Config:
     last two in training, as its log-probs are over the whole vocabulary. The authors' trainer leaves dropout on in the
     reference; here there is none.
     """
-    base = demo()
+    base = dpo()
     return replace(
         base,
         sampling=replace(base.sampling, group=100),
-        train=replace(
-            base.train,
-            algorithm="dpo",
-            steps=30_000,
-            prompts=1,
-            learning_rate=1e-6,
-            schedule="constant",
-            eval_every=10_000,
-            save_every=1_000,
-        ),
+        train=replace(base.train, steps=30_000, prompts=1, learning_rate=1e-6, eval_every=10_000, save_every=1_000),
         dpo=DpoSettings(prompts=112, round_steps=10_000, pairs=1, keep=0.1, beta=0.1, penalty=10.0),
     )
 
