@@ -46,7 +46,8 @@ from fastsmart.policy.settings import PolicySettings
 from fastsmart.policy.transformer import Policy
 from fastsmart.presets import smart_paper
 from fastsmart.reward.audiobox import make_random_weights
-from fastsmart.tokens.prompts import PromptSettings, make_prompts
+from fastsmart.tokens.prompts import make_prompts
+from fastsmart.tokens.settings import PromptSettings
 from fastsmart.tokens.vocabulary import load_vocabulary
 from fastsmart.trainer.grpo import Grpo
 from fastsmart.trainer.trainer import Trainer

@@ -23,7 +23,7 @@ from fastsmart.policy.settings import PolicySettings
 from fastsmart.reward.settings import RewardSettings
 from fastsmart.sampling.settings import SamplingSettings
 from fastsmart.tilt.settings import TiltSettings
-from fastsmart.tokens.prompts import PromptSettings
+from fastsmart.tokens.settings import PromptSettings
 from fastsmart.trainer.settings import TrainSettings
 
 

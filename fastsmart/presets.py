@@ -14,7 +14,7 @@ from fastsmart.grpo.settings import LossSettings
 from fastsmart.policy.settings import PolicySettings
 from fastsmart.reward.settings import RewardSettings
 from fastsmart.sampling.settings import SamplingSettings
-from fastsmart.tokens.prompts import PromptSettings
+from fastsmart.tokens.settings import PromptSettings
 from fastsmart.trainer.settings import TrainSettings
 
 AUTHORS_POLICY = "lucacasini/metamidipianophi3_4L"

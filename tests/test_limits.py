@@ -17,7 +17,8 @@ from fastsmart.policy.device import usable_device
 from fastsmart.policy.hf_format import load_policy, policy_size
 from fastsmart.study.scoring import scored_before
 from fastsmart.study.sweep import read_sweep
-from fastsmart.tokens.prompts import PromptSettings, procedural
+from fastsmart.tokens.prompts import procedural
+from fastsmart.tokens.settings import PromptSettings
 
 INF, NAN = float("inf"), float("nan")
 HUGE = "9" * 21

@@ -21,13 +21,13 @@ from pathlib import Path
 import numpy as np
 
 from fastsmart.errors import UserError
-from fastsmart.limits import LARGEST_SEED, MOST_AT_ONCE, require, require_kind
+from fastsmart.limits import MOST_AT_ONCE, require_kind
 from fastsmart.tokens.dataset import TokenDataset
+from fastsmart.tokens.settings import PromptSettings
 from fastsmart.tokens.styles import STYLES_FILE
 from fastsmart.tokens.token_batch import TokenBatch
 from fastsmart.tokens.vocabulary import Vocabulary
 
-SOURCES = ("procedural", "procedural-note", "first-note", "dataset", "bos")
 SPLITS = ("train", "selection", "test")
 HELDOUT_SHARE = 8  # one in eight
 FIRST_NOTE_SHARE = 4  # one in four for selection, one in four for test
@@ -39,50 +39,7 @@ LIMITED = {  # what a kind of token is called in the settings, and its unit
     "Velocity": ("velocity", ""),
     "Duration": ("duration", " beats"),
 }
-LIMITS = {
-    "seed": (0, LARGEST_SEED),
-    **dict.fromkeys(("tempo_min", "tempo_max"), (0, 1000)),
-    **dict.fromkeys(("pitch_min", "pitch_max", "velocity_min", "velocity_max"), (0, 127)),
-    **dict.fromkeys(("duration_min", "duration_max"), (0, 1000)),
-}
 TRAIN_STREAM, HELDOUT_STREAM, UNSPLIT_STREAM, ORDER_STREAM, NOTE_STREAM = range(5)  # second number of the seed
-
-
-@dataclass(frozen=True)
-class PromptSettings:
-    """Source and range of a run's prompts; `prompts` in the configuration.
-
-    Raises UserError for an unknown source and a number that cannot be meant; what depends on the vocabulary
-    `make_prompts` checks.
-    """
-
-    source: str = "procedural"
-    """Source of the prompts, one of `SOURCES`."""
-    time_signatures: tuple[str, ...] = ()
-    """Time signatures of procedural prompts, such as "3/4"; none means all of the vocabulary."""
-    tempo_min: float = 0.0
-    tempo_max: float = 0.0
-    """Tempo of procedural prompts, in beats a minute, both ends included; 0 means no limit, here and below."""
-    pitch_min: int = 0
-    pitch_max: int = 0
-    """MIDI numbers of first notes, both ends included."""
-    velocity_min: int = 0
-    velocity_max: int = 0
-    """Velocities of first notes, 1 to 127, both ends included."""
-    duration_min: float = 0.0
-    duration_max: float = 0.0
-    """Durations of first notes in beats, both ends included."""
-    dataset: str = ""
-    """Folder of an encoded dataset, for source "dataset"."""
-    styles: tuple[str, ...] = ()
-    """Styles that are asked for in turn, each "STYLE" or "STYLE/COMPOSER", of a policy that has a styles.json."""
-    seed: int = 0
-    """Seed of which openings are held out and of the order in which all of them come."""
-
-    def __post_init__(self) -> None:
-        if self.source not in SOURCES:
-            raise UserError(f"prompts.source must be one of {', '.join(SOURCES)}, not {self.source!r}")
-        require(self, "prompts.", LIMITS)
 
 
 @dataclass(frozen=True)
@@ -152,9 +109,8 @@ def bos(vocab: Vocabulary, n: int) -> Prompts:
     return _any_split(PromptSettings("bos"), vocab, n)
 
 
-def make_prompts(settings: PromptSettings, vocab: Vocabulary, split: str, start: int, n: int) -> TokenBatch:
-    """Prompts number `start` to `start + n - 1` of a split: "train"; "selection", which evaluates a run as it goes and
-    chooses its checkpoint; or "test", which no run sees.
+class PromptSource:
+    """The prompts of these settings in the ids of a vocabulary, by number.
 
     A prompt is a function of the settings, the vocabulary, the split and its number alone, so a run resumes from a
     number. Train prompts are drawn at random with repetition; the other splits go through their openings in turn, so
@@ -166,21 +122,42 @@ def make_prompts(settings: PromptSettings, vocab: Vocabulary, split: str, start:
     splits draw from the same ones. Two pieces of a dataset can begin in the same time signature and tempo: then it is
     the piece that is held out, not the four tokens.
 
+    size : openings of all splits
+
     Raises UserError naming the setting that cannot be met.
     """
-    if split not in SPLITS:
-        raise ValueError(f"split must be one of {', '.join(SPLITS)}, not {split!r}")
-    (size, opening), added = _openings(settings, vocab), _added_note(settings, vocab)
-    pool = _of_split(_shuffled(size, settings.seed), settings.source, split)
-    prefixes = style_prefixes(vocab, settings.styles) or [[]]
-    rows = []
-    for number in range(start, start + n):
-        random = _random(settings.seed, TRAIN_STREAM if split == "train" else HELDOUT_STREAM, number)
-        drawn = int(random.integers(len(pool)))
-        chosen = drawn if split == "train" else number // len(prefixes) % len(pool)
-        row = opening(int(pool[chosen])) + [int(random.choice(ids)) for ids in added]
-        rows.append(_after(prefixes[number % len(prefixes)], row, vocab))
-    return TokenBatch.pack(rows)
+
+    def __init__(self, settings: PromptSettings, vocab: Vocabulary) -> None:
+        self.vocab, self.seed = vocab, settings.seed
+        self.size, self._opening = _openings(settings, vocab)
+        self._added = _added_note(settings, vocab)
+        self._prefixes = style_prefixes(vocab, settings.styles) or [[]]
+        shuffled = _shuffled(self.size, settings.seed)
+        self._pools = {split: _of_split(shuffled, settings.source, split) for split in SPLITS}
+
+    def take(self, split: str, start: int, n: int) -> TokenBatch:
+        """Prompts number `start` to `start + n - 1` of a split: "train"; "selection", which evaluates a run as it goes
+        and chooses its checkpoint; or "test", which no run sees."""
+        if split not in SPLITS:
+            raise ValueError(f"split must be one of {', '.join(SPLITS)}, not {split!r}")
+        pool, prefixes = self._pools[split], self._prefixes
+        rows = []
+        for number in range(start, start + n):
+            random = _random(self.seed, TRAIN_STREAM if split == "train" else HELDOUT_STREAM, number)
+            drawn = int(random.integers(len(pool)))
+            chosen = drawn if split == "train" else number // len(prefixes) % len(pool)
+            row = self.begun(int(pool[chosen]), random)
+            rows.append(_after(prefixes[number % len(prefixes)], row, self.vocab))
+        return TokenBatch.pack(rows)
+
+    def begun(self, j: int, random: np.random.Generator) -> list[int]:
+        """Ids of a prompt that begins with opening j, without a style."""
+        return self._opening(j) + [int(random.choice(ids)) for ids in self._added]
+
+
+def make_prompts(settings: PromptSettings, vocab: Vocabulary, split: str, start: int, n: int) -> TokenBatch:
+    """Prompts of a split by number, as `PromptSource.take` gives them."""
+    return PromptSource(settings, vocab).take(split, start, n)
 
 
 def style_prefixes(vocab: Vocabulary, styles: Sequence[str], where: str = "prompts.styles") -> list[list[int]]:
@@ -259,9 +236,8 @@ def _any_split(settings: PromptSettings, vocab: Vocabulary, n: int) -> Prompts:
     require_kind(n, int, "n", "a whole number")
     if not 1 <= n <= MOST_AT_ONCE:
         raise UserError(f"{n} prompts were asked for; ask for 1 to {MOST_AT_ONCE:,}")
-    (size, opening), added = _openings(settings, vocab), _added_note(settings, vocab)
-    random = _random(settings.seed, UNSPLIT_STREAM)
-    rows = [opening(int(random.integers(size))) + [int(random.choice(ids)) for ids in added] for _ in range(n)]
+    source, random = PromptSource(settings, vocab), _random(settings.seed, UNSPLIT_STREAM)
+    rows = [source.begun(int(random.integers(source.size)), random) for _ in range(n)]
     return Prompts(TokenBatch.pack(rows), vocab)
 
 

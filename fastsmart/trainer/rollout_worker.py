@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from concurrent.futures import Future, wait
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +25,7 @@ from fastsmart.run.provenance import judge_path
 from fastsmart.run.trace import Trace
 from fastsmart.sampling import Engine, RandomStream, SamplingSettings, make_engine
 from fastsmart.tokens.decode import decode
-from fastsmart.tokens.prompts import asked_styles, make_prompts
+from fastsmart.tokens.prompts import PromptSource, asked_styles
 from fastsmart.tokens.token_batch import TokenBatch
 from fastsmart.tokens.vocabulary import Vocabulary
 from fastsmart.trainer.rollout_pipeline import Progress, RolloutPipeline, ScoredRollout, started_thread
@@ -122,7 +123,7 @@ class RolloutWorker:
         config, group = self.config, self.config.sampling.group
         share, seed = self.ranks.share(config.train.prompts), (config.train.seed, RandomStream.TRAIN, step)
         start = step * config.train.prompts + share.start
-        prompts = make_prompts(config.prompts, self.vocab, "train", start, len(share))
+        prompts = self.prompts.take("train", start, len(share))
         return self.generate(prompts, config.sampling, seed, progress, share.start * group)
 
     def generate_split(
@@ -148,8 +149,13 @@ class RolloutWorker:
         at_once = max(1, self.batch // group)
         for start in range(share.start, share.stop, at_once):
             n = min(at_once, share.stop - start)
-            prompts = make_prompts(config.prompts, self.vocab, split, first + start, n)
+            prompts = self.prompts.take(split, first + start, n)
             yield self.generate(prompts, settings, seed, progress, start * group)
+
+    @cached_property
+    def prompts(self) -> PromptSource:
+        """Prompts of the config. Raises UserError as that does."""
+        return PromptSource(self.config.prompts, self.vocab)
 
     @property
     def renders_with(self) -> str:

@@ -14,7 +14,8 @@ from fastsmart.music.features import features
 from fastsmart.policy.hf_format import shipped_file, shipped_policies
 from fastsmart.sampling import sample
 from fastsmart.tokens.decode import decode
-from fastsmart.tokens.prompts import PromptSettings, make_prompts
+from fastsmart.tokens.prompts import make_prompts
+from fastsmart.tokens.settings import PromptSettings
 
 SETTINGS = PromptSettings(time_signatures=("4/4",), tempo_min=60, tempo_max=150)
 

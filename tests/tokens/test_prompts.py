@@ -13,7 +13,6 @@ from fastsmart.presets import demo, smart_paper, smart_released
 from fastsmart.tokens.dataset import TokenDataset, encode_folder
 from fastsmart.tokens.decode import decode
 from fastsmart.tokens.prompts import (
-    PromptSettings,
     bos,
     describe,
     from_dataset,
@@ -21,6 +20,7 @@ from fastsmart.tokens.prompts import (
     procedural,
     procedural_with_note,
 )
+from fastsmart.tokens.settings import PromptSettings
 from fastsmart.tokens.vocabulary import load_vocabulary
 
 SMART = load_vocabulary("smart")

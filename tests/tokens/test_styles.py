@@ -11,7 +11,8 @@ from tiny_policy import make_policy
 from fastsmart.errors import UserError
 from fastsmart.policy.hf_format import load_policy, save_policy
 from fastsmart.tokens.decode import decode
-from fastsmart.tokens.prompts import PromptSettings, asked_styles, describe, make_prompts, procedural, styled
+from fastsmart.tokens.prompts import asked_styles, describe, make_prompts, procedural, styled
+from fastsmart.tokens.settings import PromptSettings
 from fastsmart.tokens.styles import STYLES_FILE, Styles
 from fastsmart.tokens.token_batch import TokenBatch
 from fastsmart.tokens.vocabulary import load_vocabulary
