@@ -1,4 +1,4 @@
-"""Hardware of this machine: the processor and its instruction sets, how busy it is, and how threads wait."""
+"""Hardware of this machine: the processor and its instruction sets, memory, how busy it is, and how threads wait."""
 
 from __future__ import annotations
 
@@ -108,3 +108,12 @@ def installed_version(*packages: str) -> str | None:
         except metadata.PackageNotFoundError:
             continue
     return None
+
+
+def memory_mb() -> tuple[float, float]:
+    """Resident and shared memory of this process, MB; zeros where /proc does not say."""
+    try:
+        lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+        return tuple(int(lines[key].split()[0]) / 1024 for key in ("VmRSS", "RssShmem"))  # type: ignore[return-value]
+    except (OSError, KeyError, ValueError):
+        return 0.0, 0.0

@@ -22,9 +22,9 @@ from fastsmart.errors import UserError
 from fastsmart.machine.distributed import join_ranks
 from fastsmart.machine.files import os_errors_as_user_errors, write_atomic
 from fastsmart.machine.gc_control import gc_at_steps
+from fastsmart.machine.hardware import memory_mb
 from fastsmart.profiling.analysis import Interval, Memory, Operator, ProfiledSteps, summary
 from fastsmart.run.folder import CONFIG_FILE, PROFILE_FILE, PROVENANCE_FILE, TRACE_FILE, RunFolder
-from fastsmart.run.recorder import memory_mb
 from fastsmart.run.trace import LANES, Trace
 from fastsmart.trainer.loop import open_run
 

@@ -11,13 +11,13 @@ import time
 from collections import Counter
 from concurrent.futures import Executor, Future
 from contextlib import ExitStack, suppress
-from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
 from fastsmart.errors import UserError
 from fastsmart.machine.distributed import Ranks
+from fastsmart.machine.hardware import memory_mb
 from fastsmart.policy.checkpoints import Snapshot, best_of
 from fastsmart.run.display import Display, Silent
 from fastsmart.run.folder import LIVE_FILE, TRACE_FILE, RunFolder
@@ -214,12 +214,3 @@ class Recorder:
             with suppress(OSError):
                 part.write_text(text, encoding="utf-8")
                 part.replace(self.folder.path / LIVE_FILE)
-
-
-def memory_mb() -> tuple[float, float]:
-    """Resident and shared memory of this process, MB; zeros where /proc does not say."""
-    try:
-        lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-        return tuple(int(lines[key].split()[0]) / 1024 for key in ("VmRSS", "RssShmem"))  # type: ignore[return-value]
-    except (OSError, KeyError, ValueError):
-        return 0.0, 0.0
