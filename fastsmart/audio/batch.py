@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -66,16 +67,21 @@ def write_wav(path: str | Path, samples: np.ndarray, sample_rate: int) -> None:
 
     The file appears under its name once it is whole. Raises UserError when it cannot be written.
     """
+    parts = (samples[start : start + CHUNK] for start in range(0, len(samples), CHUNK))
+    write_parts(path, parts, sample_rate, 1 if samples.ndim == 1 else samples.shape[1])
+
+
+def write_parts(path: str | Path, parts: Iterable[np.ndarray], sample_rate: int, channels: int) -> None:
+    """Write samples that come part after part, [some] or [some, channels] each, as `write_wav` does."""
     import soundfile  # not above: it brings a libsndfile of its own, see `fastsmart.audio.fluidsynth`
 
     kind = "FLAC" if Path(path).suffix.lower() == ".flac" else "WAV"
     with atomic_file(path) as part:
         try:
-            channels = 1 if samples.ndim == 1 else samples.shape[1]
             with soundfile.SoundFile(os.fsencode(part), "w", sample_rate, channels, "PCM_16", format=kind) as file:
-                for start in range(0, len(samples), CHUNK):
+                for samples in parts:
                     # rounded here: libsndfile cuts off, which makes the least negative value half a step too loud
-                    steps = np.rint(samples[start : start + CHUNK] * FULL_SCALE)
+                    steps = np.rint(samples * FULL_SCALE)
                     file.write(np.clip(steps, -FULL_SCALE, FULL_SCALE - 1).astype(np.int16))
         except soundfile.LibsndfileError as error:
             _raise_cause(part)

@@ -17,6 +17,7 @@ if TYPE_CHECKING:  # the pool's workers start faster without it
 BLOCK = 64  # samples; FluidSynth takes up events at its multiples only
 SILENCE = 2.0**-16  # half a step of a 16-bit file: a tail below it is trimmed
 PEAK_FLOOR = 1e-6  # of the paper's normalisation
+FADE_S = 1.0  # where the pedal is down to the end, notes ring on for longer than any release
 PEDAL_UP, PEDAL_DOWN = -1, -2  # where an event has a velocity
 NO_PEDAL = (np.zeros(0), np.zeros(0, bool))
 
@@ -125,6 +126,13 @@ def finish(clip: np.ndarray, score: int, settings: RenderSettings) -> int:
     tail = np.abs(clip[score:])
     loud = np.flatnonzero((tail if tail.ndim == 1 else tail.max(axis=1)) > SILENCE)
     return score + (int(loud[-1]) + 1 if len(loud) else 0)
+
+
+def fade_out(release: np.ndarray, settings: RenderSettings) -> None:
+    """Let the last second of a release, [T, 2], or all of a shorter one fade to nothing, in place."""
+    fade = min(round(FADE_S * settings.sample_rate), len(release))
+    if fade:
+        release[-fade:] *= np.linspace(1.0, 0.0, fade, dtype=np.float32)[:, None] ** 2
 
 
 def empty_value(settings: RenderSettings) -> float:

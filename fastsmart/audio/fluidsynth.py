@@ -23,7 +23,7 @@ from __future__ import annotations
 import ctypes
 import os
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import redirect_stdout
 from ctypes import c_char_p, c_double, c_int, c_void_p
 from functools import cache
@@ -37,6 +37,7 @@ from fastsmart.audio.events import (
     PEDAL_DOWN,
     Piece,
     empty_value,
+    fade_out,
     finish,
     merge_events,
     piece_arrays,
@@ -50,12 +51,13 @@ from fastsmart.errors import UserError
 if TYPE_CHECKING:  # the pool's workers start faster without it
     from fastsmart.notes import NoteBatch
 
+Take = Callable[[np.ndarray], object]  # what is given the parts of a piece
 GAIN = 0.2  # FluidSynth's own default; far from clipping, and float output does not clip
 SUSTAIN = 64  # the controller
 MIN_VOICES, MAX_VOICES = 64, 1024
 PROBE_VOICES = 256
-FADE_S = 1.0  # where the pedal is down to the end, notes ring on for longer than any release
 STRIKE_CHUNK = 64 * BLOCK  # samples between looks whether a single note has died away
+PART = 1024 * BLOCK  # samples at a time of what is not played into one array
 EVENTS_PER_VOICE = 64  # of the queue, for each voice of the polyphony
 SILENCE_BLOCKS = 100  # a note-off revives a voice once, so two or three are enough
 STRIKE_EVENTS = 60  # a struck voice costs 54 (measured), and a few more where it takes the place of another
@@ -152,9 +154,9 @@ class FluidSynthRenderer:
             )
         if can_pin:
             library.fluid_synth_pin_preset(self._loader, font_id, 0, settings.program)
-        self._buffer = np.zeros((2, self._synth_samples(settings.max_samples)), np.float32)
+        self._buffer = np.zeros((2, 0), np.float32)
+        self._make_room(PART)
         self._played = 0  # samples of the buffer the last piece filled
-        self._left, self._right = self._buffer[0].ctypes.data, self._buffer[1].ctypes.data
         self._voices_per_note, self._warm_keys = self._probe()
         if not self._warm_keys:
             raise UserError(
@@ -177,10 +179,17 @@ class FluidSynthRenderer:
             return np.full((self.settings.empty_samples, 2), empty_value(self.settings), np.float32)
         stereo = np.stack([self._resampled(channel, length) for channel in self._buffer], axis=1)
         kept = finish(stereo, score, self.settings)
-        if self.settings.tail == "release" and kept == length > score:
-            fade = min(round(FADE_S * self.settings.sample_rate), length - score)
-            stereo[-fade:] *= np.linspace(1.0, 0.0, fade, dtype=np.float32)[:, None] ** 2
+        if self.settings.tail == "release" and kept == length:
+            fade_out(stereo[score:], self.settings)
         return stereo[:kept]
+
+    def play(self, notes: NoteBatch, i: int, take: Take) -> tuple[int, int]:
+        """Give `take` all of piece i as it is played, at the synth's rate and level: float32 [2, some], to be copied.
+
+        Returns the samples of the clip until its score ends, and with the release; a little more than that is played.
+        Both are 0, and nothing is played, when no note starts in the window.
+        """
+        return self._play(piece_arrays(notes, i), take)
 
     def render_into(self, out: np.ndarray, piece: Piece) -> int:
         """Fill `out`, float32 [max_samples], with one piece, mono, zeros after its end; returns its length T.
@@ -201,8 +210,9 @@ class FluidSynthRenderer:
     def strike(self, key: int, velocities: Sequence[int], off_block: int, blocks: int) -> np.ndarray:
         """One note alone at each velocity, released at the start of block `off_block`: float32 [V, blocks * 64], mono.
 
-        At the synth's own rate and level. `blocks` must fit the window of the settings.
+        At the synth's own rate and level.
         """
+        self._make_room(blocks * BLOCK)
         out = np.zeros((len(velocities), blocks * BLOCK), np.float32)
         synth, queue = self._new_synth(self._voices_per_note)
         try:
@@ -235,8 +245,9 @@ class FluidSynthRenderer:
         """A played channel at the clip's rate, float32 [length], exact up to its end: `_play` goes on a little."""
         return resample(channel[: self._played], self.settings.synth_rate, self.settings.sample_rate)[:length]
 
-    def _play(self, piece: Piece) -> tuple[int, int]:
-        """Play one piece into `_buffer`, both channels; its samples until the score ends, and with the release.
+    def _play(self, piece: Piece, take: Take | None = None) -> tuple[int, int]:
+        """Play one piece into `_buffer`, both channels, or part after part to `take`; its samples until the score ends,
+        and with the release.
 
         Both 0 when no note starts in the window.
         """
@@ -247,21 +258,31 @@ class FluidSynthRenderer:
         pedal = np.rint(piece.pedal_s * settings.synth_rate).astype(np.int64), piece.pedal_down
         events = merge_events(start, stop, piece.pitch[heard], piece.velocity[heard], pedal)
         self._played = self._synth_samples(length)
+        if take is None:
+            self._make_room(self._synth_samples(settings.max_samples))  # once for all pieces
         voices = len(start) * self._voices_per_note
         synth, queue = self._new_synth(voices)
         try:
             self._warm(synth, min(voices, MAX_VOICES))
-            self._perform(synth, events, self._played, queue)
+            self._perform(synth, events, self._played, queue, take)
         finally:
             self._delete_synth(synth)
         return score, length
+
+    def _make_room(self, samples: int) -> None:
+        """See to it that `_buffer` holds so many samples of each channel."""
+        if self._buffer.shape[1] < samples:
+            self._buffer = np.zeros((2, samples), np.float32)
+            self._left, self._right = self._buffer[0].ctypes.data, self._buffer[1].ctypes.data
 
     def _synth_samples(self, length: int) -> int:
         """Samples the synth plays for a clip: whole blocks, and one more for the resampling filter to look ahead."""
         return (-(-length * self.settings.synth_rate // (self.settings.sample_rate * BLOCK)) + 1) * BLOCK
 
-    def _perform(self, synth: int, events: tuple[list[int], ...], length: int, queue: int) -> None:
-        """Play events into the first `length` samples of `_buffer`; where a block has more than `queue`, into the next.
+    def _perform(
+        self, synth: int, events: tuple[list[int], ...], length: int, queue: int, take: Take | None = None
+    ) -> None:
+        """Play events into `length` samples, see `_write`; where a block has more than `queue`, into the next.
 
         Counts what events may cost at most: struck voices are taken to sound on until the end.
         """
@@ -272,7 +293,7 @@ class FluidSynthRenderer:
             if at > position:
                 if at >= length:
                     break
-                self._write(synth, position, at - position)
+                self._write(synth, position, at - position, take)
                 position, room = at, queue
             if velocity > 0:
                 cost = STRIKE_EVENTS * each + min(struck[key], queue // EVENTS_PER_VOICE)
@@ -283,7 +304,7 @@ class FluidSynthRenderer:
             if cost > room:
                 if position + BLOCK >= length:
                     break
-                self._write(synth, position, BLOCK)
+                self._write(synth, position, BLOCK, take)
                 position, room = position + BLOCK, queue
             room -= cost
             if velocity > 0:
@@ -292,10 +313,18 @@ class FluidSynthRenderer:
                 library.fluid_synth_noteoff(synth, 0, key)
             else:
                 library.fluid_synth_cc(synth, 0, SUSTAIN, 127 if velocity == PEDAL_DOWN else 0)
-        self._write(synth, position, length - position)
+        self._write(synth, position, length - position, take)
 
-    def _write(self, synth: int, position: int, samples: int) -> None:
-        self._library.fluid_synth_write_float(synth, samples, self._left, position, 1, self._right, position, 1)
+    def _write(self, synth: int, position: int, samples: int, take: Take | None = None) -> None:
+        """Let the synth play on, into `_buffer` at `position`, or into its beginning, part after part, for `take`."""
+        write = self._library.fluid_synth_write_float
+        if take is None:
+            write(synth, samples, self._left, position, 1, self._right, position, 1)
+            return
+        for start in range(0, samples, PART):
+            some = min(PART, samples - start)
+            write(synth, some, self._left, 0, 1, self._right, 0, 1)
+            take(self._buffer[:, :some])
 
     def _new_synth(self, voices: int) -> tuple[int, int]:
         """A synth with room for twice as many voices, with the soundfont and its program; events its queue holds."""

@@ -12,6 +12,7 @@ from typing import Any
 
 from fastsmart.audio.batch import AudioBatch, write_wav
 from fastsmart.audio.fluidsynth import FluidSynthRenderer
+from fastsmart.audio.listening_file import write_listening_file
 from fastsmart.audio.pool import RenderPool
 from fastsmart.audio.settings import RenderSettings
 from fastsmart.errors import UserError
@@ -101,11 +102,14 @@ def render_file(
         raise UserError(
             f"cannot write {path}: the first note is at {onsets.min() / 60:.0f} minutes, and files end at 60"
         )
-    if renderer is not None:
+    if renderer is None:
+        whole = listening_settings(settings or RenderSettings(), listening_seconds(notes))
+        with FluidSynthRenderer(whole) as own:
+            write_listening_file(path, own, notes, i)
+    elif renderer.settings == listening_settings(renderer.settings, renderer.settings.max_seconds):
+        write_listening_file(path, renderer, notes, i)
+    else:
         write_wav(path, renderer.render_stereo(notes, i), renderer.settings.sample_rate)
-        return
-    with FluidSynthRenderer(listening_settings(settings or RenderSettings(), listening_seconds(notes))) as own:
-        write_wav(path, own.render_stereo(notes, i), own.settings.sample_rate)
 
 
 @dataclass(frozen=True)

@@ -1,15 +1,17 @@
 """Files that people open: whole or not there, and true about what was left out."""
 
 import resource
+import tracemalloc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import soundfile
 
-from fastsmart.audio import RenderSettings, render_file
+from fastsmart.audio import FluidSynthRenderer, RenderSettings, listening_settings, render_file
 from fastsmart.audio.batch import write_wav
 from fastsmart.cli import main
 from fastsmart.errors import UserError
@@ -73,3 +75,47 @@ def test_a_piece_without_notes_is_a_second_of_silence(pieces_of: Pieces, tmp_pat
     samples, rate = soundfile.read(tmp_path / "empty.wav")
     assert len(samples) == rate
     assert not samples.any()
+
+
+@pytest.mark.parametrize("release_s", [3.0, 0.02, 0.0])
+@pytest.mark.parametrize("name", ["a.wav", "a.flac"])
+def test_what_is_written_part_by_part_is_what_is_rendered_at_once(
+    name: str, release_s: float, random_pieces: Pieces, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With parts, and a spool in memory, of a few thousandths of their size; a release that ends by itself, and one
+    that is cut and fades."""
+    settings = replace(listening_settings(RenderSettings(), 5.0), release_s=release_s)
+    notes = random_pieces(1, seed=5)
+    with FluidSynthRenderer(settings) as renderer:
+        write_wav(tmp_path / f"whole-{name}", renderer.render_stereo(notes, 0), settings.sample_rate)
+        monkeypatch.setattr("fastsmart.audio.fluidsynth.PART", 192)
+        monkeypatch.setattr("fastsmart.audio.listening_file.CHUNK", 1000)
+        monkeypatch.setattr("fastsmart.audio.listening_file.KEPT_BYTES", 5000)
+        render_file(notes, 0, tmp_path / name, renderer=renderer)
+    assert (tmp_path / name).read_bytes() == (tmp_path / f"whole-{name}").read_bytes()
+    assert sorted(path.name for path in tmp_path.iterdir()) == [name, f"whole-{name}"]
+
+
+def test_a_long_piece_takes_no_more_memory_than_a_short_one(
+    pieces_of: Pieces, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Five minutes with a spool of 1 MiB, which at once would be more than 100 MB of samples."""
+    monkeypatch.setattr("fastsmart.audio.listening_file.KEPT_BYTES", 2**20)
+    tracemalloc.start()
+    try:
+        render_file(pieces_of([(0.0, 0.5, 60, 90), (300.0, 0.5, 62, 90)]), 0, tmp_path / "long.wav")
+        most = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert soundfile.info(tmp_path / "long.wav").duration > 300.0
+    assert most < 30e6
+
+
+def test_a_spool_that_finds_the_disk_full_names_the_file(
+    pieces_of: Pieces, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fastsmart.audio.listening_file.KEPT_BYTES", 2**10)
+    notes = pieces_of([(0.0, 0.5, 60, 90), (2.0, 0.5, 62, 90)])
+    with small_disk(), pytest.raises(UserError, match=r"cannot write .*a\.wav: File too large"):
+        render_file(notes, 0, tmp_path / "a.wav")
+    assert not list(tmp_path.iterdir())
