@@ -27,6 +27,7 @@ FLOOR = -6.0  # nats a feature: of a clip without notes, and the least any clip 
 FREEDOM = 5.0  # degrees of freedom: tails heavy enough that one odd clip does not set the scale of its group
 EM_STEPS = 50
 MIN_WINDOWS = 50
+LARGEST = 1e12  # of a number of a file: statistics of music are far below, and far above the formulas overflow
 
 # feature -> (offset of its logarithm or None for the feature itself, least standard deviation it is given). The
 # logarithms are of what is skewed in real music; the least deviations, about a just noticeable difference, keep a
@@ -228,13 +229,26 @@ def _checked(content: dict[str, Any], path: str | Path, remedy: str) -> Typicali
     try:
         values = {field.name: content[field.name] for field in fields(TypicalityStats)}
         location, scatter = np.array(values["location"], np.float64), np.array(values["scatter"], np.float64)
-        numbers = [float(v) for k, v in values.items() if k not in ("provenance", "location", "scatter")]
+        numbers = {k: float(v) for k, v in values.items() if k not in ("provenance", "location", "scatter")}
     except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise UserError(f"{path} lacks a number it should hold ({error}); {remedy}") from error
     if location.shape != (f,) or scatter.shape != (f, f):
         raise UserError(f"{path} holds {location.shape} and {scatter.shape} numbers for {f} features; {remedy}")
-    finite = np.isfinite(location).all() and np.isfinite(scatter).all() and np.isfinite(numbers).all()
-    positive = min(values[k] for k in ("window_s", "freedom", "median_notes", "median_sounding_s")) > 0
-    if not finite or not positive or np.linalg.eigvalsh(scatter).min() <= 0:
+    within = all((abs(np.array(v)) <= LARGEST).all() for v in (location, scatter, list(numbers.values())))
+    positive = min(numbers[k] for k in ("window_s", "freedom", "median_notes", "median_sounding_s")) > 0
+    if not within or not positive or not _is_covariance(scatter):
         raise UserError(f"{path} holds numbers no distribution has; {remedy}")
-    return TypicalityStats(**{**values, "location": location, "scatter": scatter})
+    whole: dict[str, Any] = {"pieces": int(numbers["pieces"]), "windows": int(numbers["windows"])}
+    arrays = {"location": location, "scatter": scatter}
+    return TypicalityStats(**{**numbers, **whole, **arrays, "provenance": str(values["provenance"])})
+
+
+def _is_covariance(scatter: np.ndarray) -> bool:
+    deviation = np.sqrt(np.maximum(np.diag(scatter), 0.0))
+    if deviation.min() <= 0 or np.linalg.eigvalsh(scatter).min() <= 0:
+        return False
+    try:
+        np.linalg.cholesky(scatter / np.outer(deviation, deviation))  # as `log_likelihood` takes it
+    except np.linalg.LinAlgError:
+        return False
+    return True

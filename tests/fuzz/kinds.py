@@ -107,7 +107,8 @@ def a_command(chance: random.Random, base: Path) -> Case:
     whole = chance.choice(COMMANDS)
     words = changed_words(whole, chance)
     heavy = {"train": "--dry-run", "sweep": "--dry-run"}
-    if words[:1] and words[0] in heavy and "none" not in " ".join(whole):
+    goes_on = "--resume" in words and "none" in words  # what is not there
+    if words[:1] and words[0] in heavy and not goes_on:
         words.append(heavy[words[0]])  # or it might really train
     if words[:2] == ["bank", "build"] or words[:1] in (["doctor"], ["selfcheck"]):
         words.append("extra")  # or it would do its work of a minute

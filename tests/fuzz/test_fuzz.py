@@ -55,11 +55,14 @@ def test_whatever_is_put_in_often(stand, kind):
     hold(stand, kind, range(1000, 1000 + KINDS[kind][1] * LARGE))
 
 
-def corpus() -> list[Case]:
-    return [Case.of_json(line) for path in sorted(CORPUS.glob("*.jsonl")) for line in path.read_text().splitlines()]
+def corpus(names: str) -> list[Case]:
+    return [Case.of_json(line) for path in sorted(CORPUS.glob(names)) for line in path.read_text().splitlines()]
 
 
-@pytest.mark.parametrize("case", corpus(), ids=lambda case: f"{case.kind} {' '.join(case.arguments)[:50]!r}")
+FOUND = [*corpus("*.jsonl"), *(pytest.param(case, marks=pytest.mark.slow) for case in corpus("long/*.jsonl"))]
+
+
+@pytest.mark.parametrize("case", FOUND, ids=lambda case: f"{case.kind} {' '.join(case.arguments)[:50]!r}")
 def test_what_was_found_before(stand, case):
     assert not stand.wrong(case)
 
