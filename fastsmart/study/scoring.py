@@ -13,6 +13,7 @@ import numpy as np
 import soundfile
 
 from fastsmart.audio import AudioBatch, render
+from fastsmart.audio.rendering import is_cut
 from fastsmart.audio.resample import resample
 from fastsmart.errors import UserError
 from fastsmart.notes import MIDI_SUFFIXES, NoteBatch, read_midi
@@ -74,7 +75,7 @@ class FileScorer:
         for i, path in enumerate(paths):
             try:
                 if path.suffix.lower() in MIDI_SUFFIXES:
-                    pieces.append((i, read_midi(path, self.max_seconds or None)))
+                    pieces.append((i, self._written(path)))
                 else:
                     rows[i] |= self._terms(self._recorded(path))[0]
             except UserError as error:
@@ -84,6 +85,13 @@ class FileScorer:
             for (i, _), terms in zip(alike, self._played([notes for _, notes in alike]), strict=True):
                 rows[i] |= terms
         return rows
+
+    def _written(self, path: Path) -> NoteBatch:
+        notes = read_midi(path, self.max_seconds or None)
+        if self.mix.needs_audio and is_cut(notes, 0):
+            minutes = f"lasts {notes.end_s[0] / 60:.0f} minutes, and 60 can be rendered"
+            raise UserError(f"{path} {minutes}; name --max-seconds 3600, or fewer")
+        return notes
 
     def _played(self, pieces: list[NoteBatch]) -> list[Row]:
         notes = NoteBatch.concat(pieces)

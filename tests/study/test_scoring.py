@@ -113,6 +113,24 @@ def test_a_folder_is_scored_in_order_with_errors_in_their_place(run, checkpoint:
     assert isinstance(audio, AudioBatch)
 
 
+def test_a_piece_too_long_to_be_rendered_is_said_so_and_the_others_go_on(
+    run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With an hour of eight seconds; a reward that reads notes takes the piece as it is."""
+    monkeypatch.setattr("fastsmart.audio.rendering.LONGEST_S", 8.0)
+    for i, bars in enumerate((1, 30, 1)):
+        write_piece(tmp_path / f"{i}.mid", i, bars=bars)
+    code, lines, err = run("score", tmp_path, "--reward", "brightness", "--max-seconds", "0")
+    assert code == 2
+    assert ["error" in line for line in lines] == [False, True, False]
+    assert "minutes, and 60 can be rendered; name --max-seconds" in lines[1]["error"]
+    assert "1 of 3 files" in err
+    code, lines, _ = run("score", tmp_path, "--reward", "variety", "--max-seconds", "0")
+    assert code == 0
+    assert "error" not in lines[1]
+    assert run("score", tmp_path, "--reward", "brightness", "--max-seconds", "2")[0] == 0
+
+
 def test_a_run_cut_short_goes_on_and_tries_errors_again(run, tmp_path: Path) -> None:
     songs, out = tmp_path / "songs", tmp_path / "scores.jsonl"
     songs.mkdir()
