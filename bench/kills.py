@@ -4,8 +4,9 @@
     python bench/kills.py --kills 20 --job score --job evaluate
 
 Each job is run once in peace. Then the same command is started in one folder again and again and killed, with all of
-its children, after a random time below that of the run in peace; every few kills it is let through, and what it leaves
-is compared: metrics, weights, tables, lines. A start that refuses to go on (exit code 2) must say so in one sentence;
+its children, after a random time below that of a whole run; every few kills it is let through, and what it leaves
+is compared: metrics, weights, tables, lines. The jobs take turns; counts of an earlier start in OUT are
+added to, so that what was interrupted goes on. A start that refuses to go on (exit code 2) must say so in one sentence;
 then a fresh folder is tried. After each such folder the command is also run where no file may grow beyond some size,
 which is what a full disk is to it, on a read-only disk (where this is run by root), and twice at once in one folder.
 Processes are forked from one that has imported fastsmart, so that most of them are killed at work, not at start.
@@ -16,6 +17,7 @@ from __future__ import annotations
 import argparse
 import ctypes
 import fcntl
+import json
 import os
 import random
 import resource
@@ -25,8 +27,8 @@ import sys
 import tempfile
 import time
 import traceback
-from collections import Counter
-from collections.abc import Callable
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -160,16 +162,30 @@ class Disturbed:
             raise LostError(f"{self.name} fails in peace, exit code {code}: {said}")
         self.seconds, self.expected = time.monotonic() - began, self.job.result(out)
 
-    def killed(self, most: int) -> Counter[str]:
-        """Start it again and again in one folder, kill it up to so many times, then let it through."""
+    def turn(self, most: int) -> Iterator[Counter[str]]:
+        """So many kills, in as many folders as that takes, then a full disk, a read-only disk and two at once; what was
+        done, after each."""
+        if self.expected is None:
+            self.in_peace()
+        while most > 0:
+            counts = self.killed(self.chance.randint(1, min(EACH, most)))
+            most -= counts["kills"]
+            yield counts
+        for disturbance in (self.on_a_full_disk, self.on_a_read_only_disk, self.twice_at_once):
+            yield disturbance()
+
+    def killed(self, planned: int) -> Counter[str]:
+        """Start it again and again, kill it up to so many times, then let it through."""
         counts: Counter[str] = Counter()
-        out, planned = self._fresh("killed"), self.chance.randint(1, most)
-        while planned:
+        out = self._fresh("killed")
+        while counts["kills"] < planned:
+            began = time.monotonic()
             code, said = self._run(out, self.chance.uniform(0.0, 1.05 * self.seconds))
             if code is None:
                 counts["kills"] += 1
-                planned -= 1
             elif code == 0:
+                if not counts["kills"]:  # the machine is less busy than it was
+                    self.seconds = min(self.seconds, time.monotonic() - began)
                 break
             else:
                 counts["refusals"] += self._refused(code, said)
@@ -242,26 +258,23 @@ class Disturbed:
             return False
 
 
-def disturb(name: str, job: Job, folder: Path, kills: int, chance: random.Random) -> dict[str, Any]:
-    """Kill a job so many times, and after each folder of kills try a full disk and two at once."""
-    disturbed, counts = Disturbed(name, job, folder, chance), Counter[str]()
-    disturbed.in_peace()
-    while counts["kills"] < kills:
-        counts += disturbed.killed(min(EACH, kills - counts["kills"]))
-        counts += disturbed.on_a_full_disk()
-        counts += disturbed.on_a_read_only_disk()
-        counts += disturbed.twice_at_once()
-    return {"seconds in peace": round(disturbed.seconds, 1), **counts}
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kills", type=int, default=200, help="over all jobs")
+    parser.add_argument("--turn", type=int, default=12, help="of a job, before it is the next one's turn")
     parser.add_argument("--job", action="append", help="repeatable; default: all")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", default="", help="JSON file of the counts")
+    parser.add_argument("--out", default="", help="JSON file of the counts, which are added to")
     options = parser.parse_args()
-    chance, found = random.Random(options.seed), dict[str, dict[str, Any]]()
+    earlier = json.loads(Path(options.out).read_text()) if options.out and Path(options.out).exists() else {}
+    chance, seeds = random.Random(options.seed), [*earlier.get("seeds", []), options.seed]
+    found = defaultdict(Counter[str], {name: Counter(counts) for name, counts in earlier.get("jobs", {}).items()})
+    lost = dict[str, str](earlier.get("lost", {}))
+
+    def record() -> None:
+        if options.out:
+            write_result(options.out, {"seeds": seeds, "torch": torch.__version__, "jobs": found, "lost": lost})
+
     with tempfile.TemporaryDirectory() as folder:
         base = Path(folder) / "base"
         base.mkdir()
@@ -272,19 +285,21 @@ def main() -> int:
             code, said = Started([*EVALUATE, "--out", str(base / "evaluation")], base).ended(PATIENCE_S)
             assert code == 0, said
             assert (base / "evaluation" / EVALUATION_FILE).is_file()
-        for i, name in enumerate(chosen):
-            share = options.kills * (i + 1) // len(chosen) - options.kills * i // len(chosen)
+        disturbed = {
+            name: Disturbed(name, known[name], Path(folder) / f"job-{i}", chance) for i, name in enumerate(chosen)
+        }
+        while disturbed and (left := options.kills - sum(found[name]["kills"] for name in found)) > 0:
+            name = min(disturbed, key=lambda name: found[name]["two at once"])  # whose turn it is
             try:
-                found[name] = disturb(name, known[name], Path(folder) / f"job-{i}", share, chance)
+                for done in disturbed[name].turn(min(options.turn, left)):
+                    found[name] += done
+                    record()
             except LostError as error:
-                found[name] = {"lost": str(error)}
-            print(f"{name}: {found[name]}", flush=True)
-            if options.out:
-                write_result(options.out, {"seed": options.seed, "torch": torch.__version__, "jobs": found})
-    total = Counter[str]()
-    for counts in found.values():
-        total.update({key: count for key, count in counts.items() if isinstance(count, int)})
-    lost = [name for name, counts in found.items() if "lost" in counts]
+                lost[name] = str(error)
+                del disturbed[name]
+                record()
+            print(f"{name}: {lost.get(name) or dict(found[name])}", flush=True)
+    total = sum(found.values(), Counter[str]())
     print(f"{'lost in ' + ', '.join(lost) if lost else 'nothing lost'}: {dict(total)}")
     return 1 if lost else 0
 
