@@ -60,6 +60,7 @@ def curves(lines: list[dict[str, Any]]) -> Figure | None:
         change = _change([line["eval"]["terms"][name] for line in held_out])
         axes[1].plot(x_held_out, change, "o-", color=f"C{i}", label=name)
     axes[1].set(title="reward terms, held-out", xlabel="step", ylabel="change in standard deviations at step 0")
+    axes[1].yaxis.label.set_fontsize("small")
     if held_out:
         axes[1].legend(fontsize="small")
     axes[2].plot(x, [line["notes"] for line in steps], alpha=0.5, label="training prompts")
@@ -72,8 +73,8 @@ def curves(lines: list[dict[str, Any]]) -> Figure | None:
     axes[4].set(title="entropy", xlabel="step", ylabel="nats per token")
     for i, name in enumerate(_distances(held_out[0]["eval"].get("diversity", ())) if held_out else ()):
         measured = [_number(line["eval"].get("diversity", {}).get(name)) for line in held_out]
-        axes[5].plot(x_held_out, measured, "o-", color=f"C{i}", label=name.replace("_", " "))
-    axes[5].set(title="diversity, held-out", xlabel="step", ylim=(0, 1.05))
+        axes[5].plot(x_held_out, measured, "o-", color=f"C{i}", label=_kind(name))
+    axes[5].set(title="diversity, held-out", xlabel="step", ylabel="distance", ylim=(0, 1.05))
     if axes[5].lines:
         axes[5].legend(fontsize="small")
     stages = [s for s in ("sample", "decode", "render", "score", "update", "sync") if s in steps[-1]["time"]]
@@ -95,6 +96,10 @@ def _change(moments: list[dict[str, float]]) -> list[float]:
 
 def _number(value: float | None) -> float:
     return float("nan") if value is None else value
+
+
+def _kind(distance: str) -> str:
+    return distance.removeprefix("rarefied_").replace("_distance", "").replace("_", " ")
 
 
 def _distances(measured: Iterable[str]) -> list[str]:
