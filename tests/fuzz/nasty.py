@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Sequence
+from copy import deepcopy
 from typing import Any
 
 NUMBERS = (
@@ -157,13 +158,13 @@ def changed_json(content: bytes, chance: random.Random) -> bytes:
     for _ in range(chance.randint(1, 3)):
         holder, key = _place(tree, chance)
         if holder is None:
-            tree = chance.choice(JSON_VALUES)
+            tree = deepcopy(chance.choice(JSON_VALUES))  # or the next change would change what later cases begin with
         elif chance.random() < 0.2:
             del holder[key]
         elif isinstance(holder, dict) and chance.random() < 0.15:
-            holder[chance.choice(TEXTS)] = chance.choice(JSON_VALUES)
+            holder[chance.choice(TEXTS)] = deepcopy(chance.choice(JSON_VALUES))
         else:
-            holder[key] = chance.choice(JSON_VALUES)
+            holder[key] = deepcopy(chance.choice(JSON_VALUES))
     text = json.dumps(tree)
     return ("[" * 100_000 if chance.random() < 0.01 else text).encode("utf-8", "surrogatepass")
 

@@ -6,6 +6,7 @@ The rest: `pytest -m slow tests/fuzz`, and `python -m tests.fuzz --count 100000 
 from __future__ import annotations
 
 import os
+import random
 import subprocess
 import sys
 import tempfile
@@ -15,6 +16,7 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from kinds import COMMANDS, KINDS, keys, make
+from nasty import changed_json
 from stand import Case, Stand, judged
 from whole import write_whole
 
@@ -85,6 +87,12 @@ def test_any_text_as_an_argument(stand, whole, data):
     at = data.draw(st.integers(1, len(whole)))
     words = [*whole[:at], data.draw(st.text(max_size=60)), *whole[at + 1 :]]
     assert not stand.wrong(Case("arguments", words, many=True))
+
+
+def test_a_case_is_the_same_whatever_was_made_before_it():
+    content = b'{"a": [1, {"b": [2, 3]}], "c": {}, "d": [[]]}'
+    made = [[changed_json(content, random.Random(seed)) for seed in range(400)] for _ in range(3)]
+    assert made[0] == made[1] == made[2]
 
 
 @pytest.mark.parametrize("number", range(3))
