@@ -327,5 +327,12 @@ def _anonymous_memory(size: int) -> int:
     else:
         with tempfile.TemporaryFile() as file:
             descriptor = os.dup(file.fileno())
-    os.ftruncate(descriptor, size)
+    try:
+        os.ftruncate(descriptor, size)
+    except OSError as error:
+        os.close(descriptor)
+        wanted = f"{size / 2**20:.1f} MB that rendering shares with its workers cannot be had"
+        raise UserError(
+            f"the {wanted}: {error.strerror}; raise the limit (ulimit -f), or render fewer clips"
+        ) from error
     return descriptor

@@ -1,5 +1,6 @@
 """Files that people open: whole or not there, and true about what was left out."""
 
+import os
 import resource
 import tracemalloc
 from collections.abc import Callable, Iterator
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 import soundfile
 
-from fastsmart.audio import FluidSynthRenderer, RenderSettings, listening_settings, render_file
+from fastsmart.audio import FluidSynthRenderer, RenderSettings, listening_settings, render, render_file
 from fastsmart.audio.batch import write_wav
 from fastsmart.cli import main
 from fastsmart.errors import UserError
@@ -43,6 +44,14 @@ def test_audio_that_does_not_fit_leaves_what_was_there(name: str, tmp_path: Path
         write_wav(tmp_path / name, noise, 48000)
     assert [path.name for path in tmp_path.iterdir()] == [name]
     assert soundfile.info(tmp_path / name).frames == 1000
+
+
+def test_memory_that_workers_cannot_share_is_said_so(pieces_of: Pieces) -> None:
+    """A limit of files holds for it, too."""
+    before = set(os.listdir("/proc/self/fd"))
+    with small_disk(), pytest.raises(UserError, match=r"the 0\.6 MB that rendering shares .*: File too large"):
+        render(pieces_of([(0.0, 0.5, 60, 90)]), backend="fluidsynth")
+    assert set(os.listdir("/proc/self/fd")) <= before
 
 
 def test_the_longest_name_a_file_may_have_can_be_written(tmp_path: Path) -> None:
