@@ -66,6 +66,13 @@ def blend(p: argparse.ArgumentParser) -> None:
         metavar="RUN:WEIGHT",
         help="another policy tuned from the base, whose change is added with this weight; repeatable",
     )
+    real_option(
+        p,
+        "--temperature",
+        within=(0.1, 10.0),
+        default=1.0,
+        help="play, sampled at 1, as they otherwise would at this temperature; default 1",
+    )
     p.add_argument("--average", action="store_true", help="of the mean weights that train.average has kept")
     p.add_argument("--out", default="", help="folder for them; default: RUN/blends")
 

@@ -154,7 +154,8 @@ def blend(options: argparse.Namespace) -> int:
             raise UserError(f"{run} is no run, which would say what it was tuned from; name that with --base POLICY")
         base, vocabulary = (settings := read_config(run / CONFIG_FILE).policy).source, settings.vocabulary
     out = options.out or run / "blends"
-    for folder in write_blends(base, options.run, options.alphas, out, vocabulary, options.average, options.add):
+    how = {"average": options.average, "added": options.add, "temperature": options.temperature}
+    for folder in write_blends(base, options.run, options.alphas, out, vocabulary, **how):
         print(folder)
     return 0
 

@@ -7,6 +7,9 @@ policy with some of the gain and some of the loss, which costs an evaluation and
 Changes of several policies that were tuned from one base can be added (Ilharco et al. 2023, "Editing models with task
 arithmetic", ICLR): base + alpha (tuned - base) + sum of weight (other - base). What runs of different seeds have in
 common adds up, and what each has by chance much less so.
+
+A blend can be made to play as if it were sampled at another temperature, by the weights of its last norm: then every
+sampler plays it so, and it is compared as it is meant to sound.
 """
 
 from __future__ import annotations
@@ -58,6 +61,7 @@ def write_blends(
     vocabulary: str = "",
     average: bool = False,
     added: Sequence[tuple[str, float]] = (),
+    temperature: float = 1.0,
 ) -> list[Path]:
     """Write a checkpoint `alpha-A` below `out` for each alpha; they say in blend.json what they are of.
 
@@ -65,6 +69,7 @@ def write_blends(
     vocabulary  : of a base without one of its own
     average     : take the mean weights that `train.average` has kept for the tuned ones
     added       : others like `tuned`, with weights (see `blended`)
+    temperature : above 0; sampled at 1, a blend plays as it otherwise would at this temperature
 
     Raises UserError where one cannot be loaded, the two are of different size or vocabulary, or the disk is full.
     """
@@ -83,10 +88,16 @@ def write_blends(
     for alpha in alphas:
         folder = make_folder(out) / f"alpha-{alpha:g}"
         with atomic_folder(folder) as part, os_errors_as_user_errors(folder):
-            write_policy(blended(first, policies[0], alpha, list(zip(policies[1:], shares, strict=True))), part)
+            policy = blended(first, policies[0], alpha, list(zip(policies[1:], shares, strict=True)))
+            if temperature != 1:
+                with torch.no_grad():
+                    policy.model.norm.weight.div_(temperature)  # so a head that is also the embedding stays
+            write_policy(policy, part)
             record: dict[str, Any] = {"alpha": alpha, "base": start, "tuned": sources[0], "average": average}
             if added:
                 record["added"] = [list(pair) for pair in zip(sources[1:], shares, strict=True)]
+            if temperature != 1:
+                record["temperature"] = temperature
             (part / BLEND_FILE).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
         written.append(folder)
     return written

@@ -75,6 +75,18 @@ def test_changes_of_others_are_added_with_their_weights(two, vocab, tmp_path, ca
     assert json.loads((Path(written[0]) / "blend.json").read_text())["added"] == [[other, 0.25], [two[1], -1.0]]
 
 
+def test_a_blend_plays_as_at_another_temperature(two, vocab, tmp_path, capsys):
+    assert main(["blend", two[1], "--base", two[0], "--alphas", "0.5", "--out", str(tmp_path / "warm")]) == 0
+    cooler = ["--temperature", "0.8", "--out", str(tmp_path / "cool")]
+    assert main(["blend", two[1], "--base", two[0], "--alphas", "0.5", *cooler]) == 0
+    warm, cool = (load_policy(path) for path in capsys.readouterr().out.split())
+    ids = torch.arange(8)[None] % len(vocab)
+    with torch.no_grad():
+        cold, usual = (policy(ids)[..., 3:].double() for policy in (cool, warm))  # two of the first weights are 1e30
+    torch.testing.assert_close(cold, usual / 0.8, rtol=1e-5, atol=1e-6)
+    assert json.loads((tmp_path / "cool/alpha-0.5/blend.json").read_text())["temperature"] == 0.8
+
+
 def test_nothing_lies_between_policies_of_different_size(two, vocab, tmp_path, capsys):
     save_policy(make_policy(vocab, num_layers=1), tmp_path / "other")
     with pytest.raises(UserError, match="of another size"):
@@ -96,6 +108,7 @@ def test_nothing_lies_between_policies_of_different_size(two, vocab, tmp_path, c
         (["--alphas", "0.5,0.5"], "--alphas has 0.5 twice"),
         (["--add", "runs/b"], "--add has 'runs/b'; write a policy and a weight from -2 to 2"),
         (["--add", "runs/b:nan"], "--add has 'runs/b:nan'"),
+        (["--temperature", "0"], "--temperature"),
         ([], "is no run, which would say what it was tuned from; name that with --base"),
     ],
 )
