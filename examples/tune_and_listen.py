@@ -1,6 +1,6 @@
 """Tune the shipped piano model by the demo's rewards, then write a piece by the tuned model to hear.
 
-python examples/tune_and_listen.py                       # about five minutes on two CPU cores
+python examples/tune_and_listen.py                       # some six minutes on two CPU cores
 python examples/tune_and_listen.py train.steps=5         # any section.key=value of the configuration
 """
 
