@@ -103,7 +103,7 @@ def _arranged(policy: Policy, dtype: torch.dtype) -> Iterator[Tensor]:
 class DecoderWeights:
     """A copy of a policy's weights on the policy's device; `load` writes into the same memory, so graphs stay valid.
 
-    dtype : of the embedding, the layers and the KV cache; the head is float32
+    dtype : of the embedding and the layers; the head is float32
     embed : [V, D]
     rope  : complex64 [positions, E / 2], the rotary table
     """

@@ -17,7 +17,8 @@ BLOCK = 64  # tokens whose values are transposed at once
 class LayerCache:
     """One layer's keys and values; all memory, nothing shared.
 
-    kv     : [2, R, K, S, E]
+    kv     : [2, R, K, S, E]; on a CPU float32 where queries have 16 bit: of their products oneDNN would compile, and
+             keep, one for every number of slots
     values_transposed : [S // 64, R, K, E, 64], the values of every full block of 64 slots, transposed; None where
              that is of no use. Read so, they and the keys are times one column, which MKL does at 31 GB/s, the memory's
              rate; one row times [S, E] values it does at 13 GB/s (two Zen 4 cores, more than the caches hold).
@@ -28,11 +29,11 @@ class LayerCache:
 
     @staticmethod
     def empty(shape: tuple[int, int, int, int], dtype: torch.dtype, device: torch.device) -> LayerCache:
-        """Uninitialised memory for [R, K, S, E]."""
+        """Uninitialised memory for [R, K, S, E], for queries of this dtype."""
         rows, heads, slots, size = shape
         values_transposed = None
-        if device.type == "cpu" and dtype == torch.float32:
-            values_transposed = torch.empty(slots // BLOCK, rows, heads, size, BLOCK)
+        if device.type == "cpu" and dtype.itemsize <= 4:
+            dtype, values_transposed = torch.float32, torch.empty(slots // BLOCK, rows, heads, size, BLOCK)
         return LayerCache(torch.empty(2, *shape, dtype=dtype, device=device), values_transposed)
 
     def rows(self, keep: Tensor) -> LayerCache:
@@ -53,6 +54,8 @@ class LayerCache:
         seen : bool [T, end] or [R, 1, T, end], what each may look at; None = everything
         """
         keys, values = self.kv.flatten(1, 2)[:, :, :end]
+        if q.dtype != keys.dtype:
+            return self.attend(q.to(keys.dtype), end, seen).to(q.dtype)
         values_transposed = self.values_transposed if q.shape[1] == 1 else None
         if values_transposed is None:
             scores = torch.bmm(q, keys.transpose(1, 2))  # reads the cache faster than scaled_dot_product_attention

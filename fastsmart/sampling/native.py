@@ -36,7 +36,7 @@ _COMPACT_BELOW = 0.75  # share of rows still running at which finished ones are 
 class NativeEngine:
     """Samples from a copy of a policy's weights, on the policy's device; the head and the log-softmax are float32.
 
-    dtype    : of the other matrix products and the KV cache
+    dtype    : of the other matrix products and, on a GPU, of the KV cache (see `LayerCache`)
     static_cache : whether to decode in memory that stays in place, on a GPU by replaying graphs of it; None = on a GPU,
                where `SamplingSettings.cuda_graph` is on
     """
