@@ -24,7 +24,7 @@ from fastsmart.reward.settings import RewardSettings
 from fastsmart.sampling.settings import SamplingSettings
 from fastsmart.tilt.settings import TiltSettings
 from fastsmart.tokens.settings import PromptSettings
-from fastsmart.trainer.settings import TrainSettings
+from fastsmart.trainer.settings import MergeSettings, TrainSettings
 
 
 @dataclass(frozen=True)
@@ -45,6 +45,7 @@ class Config:
     tilt: TiltSettings = field(default_factory=TiltSettings)
     credit: CreditSettings = field(default_factory=CreditSettings)
     dpo: DpoSettings = field(default_factory=DpoSettings)
+    merge: MergeSettings = field(default_factory=MergeSettings)
 
     def __post_init__(self) -> None:
         for section in fields(self):
@@ -86,6 +87,8 @@ class Config:
                 "'behaviour'"
             )
         self._refuse_unread()
+        if self.merge.active:
+            self._refuse_unmergeable()
 
     def _refuse_unread(self) -> None:
         """Raises UserError for what is set and train.algorithm does not read."""
@@ -126,6 +129,29 @@ class Config:
                 f"{algorithm}.prompts times sampling.group makes {completions:,} completions a round; at most "
                 f"{MOST_AT_ONCE:,} are kept"
             )
+
+    def _refuse_unmergeable(self) -> None:
+        """Raises UserError for what runs that are to be merged cannot have."""
+        each, rest = divmod(self.train.steps, self.merge.runs)
+        if rest or not each:
+            raise UserError(
+                f"train.steps is {self.train.steps}, which merge.runs = {self.merge.runs} does not divide; each run "
+                "takes as many steps"
+            )
+        if self.train.algorithm != "grpo" and self.merge.runs > 1:
+            round_steps = getattr(self, self.train.algorithm).round_steps
+            if not round_steps or each % round_steps:
+                raise UserError(
+                    f"{self.train.algorithm}.round_steps is {round_steps}, and each of the {self.merge.runs} runs of "
+                    f"[merge] takes {each} steps; make these a whole number of rounds"
+                )
+        for key, value, refused in (
+            ("train.pipeline", self.train.pipeline, self.train.pipeline == "one-step-off"),
+            ("train.average", self.train.average, self.train.average > 0),
+            ("[diversity]", "on", self.diversity.active),
+        ):
+            if refused:
+                raise UserError(f"{key} is {value!r}, which goes on from run to run; with [merge] leave it out")
 
 
 MOST_CHARACTERS = 10_000  # of a value of --set

@@ -53,6 +53,14 @@ def blended(base: Policy, tuned: Policy, alpha: float, added: Sequence[tuple[Pol
     return policy
 
 
+def cooled(policy: Policy, temperature: float) -> Policy:
+    """The same policy, changed to play, sampled at 1, as it would at this temperature; above 0."""
+    if temperature != 1:
+        with torch.no_grad():
+            policy.model.norm.weight.div_(temperature)  # not the head's: it may also be the embedding
+    return policy
+
+
 def write_blends(
     base: str,
     tuned: str,
@@ -89,10 +97,7 @@ def write_blends(
         folder = make_folder(out) / f"alpha-{alpha:g}"
         with atomic_folder(folder) as part, os_errors_as_user_errors(folder):
             policy = blended(first, policies[0], alpha, list(zip(policies[1:], shares, strict=True)))
-            if temperature != 1:
-                with torch.no_grad():
-                    policy.model.norm.weight.div_(temperature)  # so a head that is also the embedding stays
-            write_policy(policy, part)
+            write_policy(cooled(policy, temperature), part)
             record: dict[str, Any] = {"alpha": alpha, "base": start, "tuned": sources[0], "average": average}
             if added:
                 record["added"] = [list(pair) for pair in zip(sources[1:], shares, strict=True)]

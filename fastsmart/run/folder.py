@@ -6,6 +6,7 @@ metrics.jsonl    one line a step                       before_after.md          
 curves.png       the metrics as curves                 trace.json                 who did what when, for ui.perfetto.dev
 live.json        while it runs: for `fastsmart top`    failed/                    clips and batches worth a look
 held-out/        every clip of before and after, CSV   .lock                      while it runs: who writes here
+rounds/          what rounds of clips were learnt      merged/run-1/              with [merge]: each run's own policy
 
 The folder of a profile is marked by its profile.json: it looks like a run's, but nothing can go on from it.
 """

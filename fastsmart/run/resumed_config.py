@@ -41,6 +41,10 @@ def resumed_config(own: Config, changes: Mapping[str, Any], path: Path, step: in
             f"config.toml, or choose another --out: only {', '.join(changeable)} may change"
         )
     steps = changes.get("train.steps", own.train.steps)
+    if own.merge.active and steps != own.train.steps:
+        raise UserError(
+            f"the run in {path} merges its policies after step {own.train.steps}; leave train.steps as it is"
+        )
     if isinstance(steps, int) and steps < own.train.steps and steps <= step:
         raise UserError(f"train.steps is {steps}, but the run in {path} has done {step} already; choose more than that")
     tree: dict[str, dict[str, Any]] = {}

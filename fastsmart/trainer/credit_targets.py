@@ -170,7 +170,7 @@ class CreditTargets:
 
     def _value(self, here: Prefixes, reward: np.ndarray, group: np.ndarray, number: int) -> CrossFittedValue:
         """The value of prefixes, fitted to the clips of this round and of those within the window before it."""
-        first = max(0, number - self.settings.window + 1)
+        first = max(self.rounds.first, number - self.settings.window + 1)
         self._scored = {n: self._scored.get(n) or self._of_round(n) for n in range(first, number)}
         fits = np.isfinite(reward)[here.clip]
         earlier = list(self._scored.values())

@@ -83,6 +83,12 @@ class Rounds:
         return divmod(done, self.steps) if self.steps else (0, done)
 
     @property
+    def first(self) -> int:
+        """Number of the first round since the policy was last the base."""
+        merge = self.trainer.merge
+        return self.trainer.steps_done // merge.steps * (merge.steps // self.steps) if self.steps else 0
+
+    @property
     def ends(self) -> bool:
         """Whether the steps done so far end a round after which another one is sampled."""
         return bool(self.steps) and self.place[1] == 0

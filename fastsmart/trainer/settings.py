@@ -97,3 +97,27 @@ class TrainSettings:
             raise UserError(f"train.average is {self.average}; it must be 0 (none) or above, and below 1")
         if not self.weight_decay >= 0:
             raise UserError(f"train.weight_decay is {self.weight_decay}; it must be 0 or above")
+
+
+@dataclass(frozen=True)
+class MergeSettings:
+    """Several runs after each other, each tuned from the base, whose changes of weights make one policy."""
+
+    runs: int = 1
+    """Runs of train.steps / runs steps, each from the base, on prompts of its own."""
+    scale: float = 1.0
+    """Factor of the mean change of weights; means of several runs bear more than 1."""
+    temperature: float = 1.0
+    """Temperature at which the merged policy plays when it is sampled at 1: its last norm is divided by it."""
+
+    def __post_init__(self) -> None:
+        require(self, "merge.", {"runs": (1, 1000)})
+        require_finite(self, "merge.", "scale", "temperature")
+        for key in ("scale", "temperature"):
+            if not getattr(self, key) > 0:
+                raise UserError(f"merge.{key} is {getattr(self, key)}; it must be above 0")
+
+    @property
+    def active(self) -> bool:
+        """Whether the policy that a run ends with is another than its last step's."""
+        return self.runs > 1 or self.scale != 1 or self.temperature != 1

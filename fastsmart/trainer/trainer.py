@@ -23,6 +23,7 @@ from fastsmart.sampling import Rollout
 from fastsmart.trainer.algorithm import Algorithm
 from fastsmart.trainer.batch import timing
 from fastsmart.trainer.evaluate import held_out_distance
+from fastsmart.trainer.merged_runs import MergedRuns
 from fastsmart.trainer.micro_batch import MicroBatch, micro_batches
 from fastsmart.trainer.rollout_pipeline import Progress
 from fastsmart.trainer.rollout_worker import RolloutScheduler, RolloutWorker
@@ -52,6 +53,7 @@ class Trainer:
     forward_options : temperature, dtype and kernel of every pass over completions (see `completion_logprobs`)
     average    : of the weights after each step, where train.average asks for one, else None
     record     : of the checkpoint that the run goes on from, empty at its beginning
+    merge      : of the runs that follow each other, where there are several
     base_distance : `held_out_distance` of the untrained policy, where a floor of diversity is set; None = not measured
 
     Raises UserError where the policy, a checkpoint or a reward cannot be read.
@@ -78,6 +80,7 @@ class Trainer:
         decay, steps = self.settings.average, saved.get(_AVERAGED_KEY, 0)
         self.average = WeightAverage(decay, checkpoints.average, steps) if decay else None
         self.base_distance: float | None = saved.get(_BASE_KEY)
+        self.merge = MergedRuns(config, checkpoints.folder.parent, ranks)
 
         self.statistics = statistics_path(config)
         policy, version = self.sampler_weights()
@@ -101,9 +104,12 @@ class Trainer:
         The line is without `health` and without what an evaluation adds. `progress` is told of the rollout's stages.
         """
         start = time.perf_counter()
+        if self.merge.begins(self.steps_done):
+            self.merge.restart(self.policy, self.reference, self.optimizer)
         taken = self.algorithm.step(progress)
         change, line = taken.update, taken.line
         self.steps_done += 1
+        self.merge.after_step(self.steps_done, self.policy, self.reference)
         if self.average and not change.skipped:
             self.average.add(self.policy)
         self.skipped = self.skipped + 1 if change.skipped else 0
@@ -114,10 +120,9 @@ class Trainer:
     @property
     def learning_rate(self) -> float:
         """Of the next step."""
-        settings = self.settings
-        return scheduled_rate(
-            self.steps_done, settings.steps, settings.learning_rate, settings.schedule, settings.warmup
-        )
+        settings, steps = self.settings, self.merge.steps
+        step = self.steps_done % steps
+        return scheduled_rate(step, steps, settings.learning_rate, settings.schedule, settings.warmup)
 
     def micro_batches(self, rollout: Rollout) -> list[MicroBatch]:
         """Completions in micro-batches of `train.micro_batch`, on the device; none of none."""

@@ -225,23 +225,22 @@ def test_a_micro_batch_of_pairs_is_bounded_by_its_tokens():
 @pytest.mark.slow
 @pytest.mark.parametrize("algorithm", SETTINGS)
 def test_two_ranks_are_one(whole, tmp_path, algorithm):
-    settings = str(write_config(tmp_path, PLAYS, *changes_for(algorithm)))
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1"]
-    launch += [
-        "--nproc-per-node",
-        "2",
-        "-m",
-        "fastsmart",
-        "train",
-        "--out",
-        str(tmp_path / "two"),
-        "--config",
-        settings,
-    ]
+    train_on_two_ranks(write_config(tmp_path, PLAYS, *changes_for(algorithm)), tmp_path / "two")
+    assert_close(tmp_path / "two", whole / algorithm)
+
+
+def train_on_two_ranks(settings: Path, out: Path) -> None:
+    launch = "-m torch.distributed.run --standalone --local-addr 127.0.0.1 --nproc-per-node 2 -m fastsmart train"
+    files = ["--out", str(out), "--config", str(settings)]
     environment = os.environ | {"GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(launch, capture_output=True, text=True, timeout=900, env=environment, check=False)
+    options = {"capture_output": True, "text": True, "timeout": 900, "env": environment, "check": False}
+    done = subprocess.run([sys.executable, *launch.split(), *files], **options)
     assert done.returncode == 0, done.stderr[-3000:]
-    ours, theirs = comparable(whole / algorithm), comparable(tmp_path / "two")
+
+
+def assert_close(run: Path, other: Path) -> None:
+    """Every number of one run's metrics is the other's, but for rounding."""
+    ours, theirs = comparable(other), comparable(run)
     assert len(ours) == len(theirs)
     for one, two in zip(ours, theirs, strict=True):
         assert dict(numbers(two)) == pytest.approx(dict(numbers(one)), rel=1e-4, abs=1e-4), one["step"]
