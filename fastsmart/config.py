@@ -93,6 +93,7 @@ class Config:
     def _refuse_unread(self) -> None:
         """Raises UserError for what is set and train.algorithm does not read."""
         algorithm = self.train.algorithm
+        read = {algorithm, "tilt"} if self.merge.tilt_steps else {algorithm}
         sections: dict[str, Any] = {
             "grpo": replace(self.grpo, kernel="auto"),
             "tilt": self.tilt,
@@ -101,7 +102,7 @@ class Config:
         }
         for name, settings in sections.items():
             changed = [f.name for f in fields(settings) if getattr(settings, f.name) != f.default]
-            if name != algorithm and changed:
+            if name not in read and changed:
                 raise UserError(
                     f"{name}.{changed[0]} is set, and train.algorithm {algorithm!r} does not read it; leave it out, or "
                     f"choose train.algorithm = {name!r}"
@@ -132,19 +133,27 @@ class Config:
 
     def _refuse_unmergeable(self) -> None:
         """Raises UserError for what runs that are to be merged cannot have."""
-        each, rest = divmod(self.train.steps, self.merge.runs)
-        if rest or not each:
+        merge, algorithm = self.merge, self.train.algorithm
+        shared = self.train.steps - merge.tilt_steps
+        each, rest = divmod(shared, merge.runs)
+        if rest or each < 1:
             raise UserError(
-                f"train.steps is {self.train.steps}, which merge.runs = {self.merge.runs} does not divide; each run "
-                "takes as many steps"
+                f"train.steps without merge.tilt_steps is {shared}, no multiple of merge.runs = {merge.runs}; each run "
+                "takes as many steps, at least one"
             )
-        if self.train.algorithm != "grpo" and self.merge.runs > 1:
-            round_steps = getattr(self, self.train.algorithm).round_steps
+        if algorithm != "grpo" and (merge.runs > 1 or merge.tilt_steps):
+            round_steps = getattr(self, algorithm).round_steps
             if not round_steps or each % round_steps:
                 raise UserError(
-                    f"{self.train.algorithm}.round_steps is {round_steps}, and each of the {self.merge.runs} runs of "
-                    f"[merge] takes {each} steps; make these a whole number of rounds"
+                    f"{algorithm}.round_steps is {round_steps}, and a run of [merge] takes {each} steps; make these a "
+                    "whole number of rounds"
                 )
+        completions = self.tilt.prompts * self.sampling.group
+        if merge.tilt_steps and completions > MOST_AT_ONCE:
+            raise UserError(
+                f"tilt.prompts times sampling.group makes {completions:,} completions a round; at most "
+                f"{MOST_AT_ONCE:,} are kept"
+            )
         for key, value, refused in (
             ("train.pipeline", self.train.pipeline, self.train.pipeline == "one-step-off"),
             ("train.average", self.train.average, self.train.average > 0),

@@ -48,3 +48,35 @@ class Algorithm(Protocol):
 
     def evidence(self) -> dict[str, np.ndarray]:
         """The last batch, kept for a person where its gradient was not finite."""
+
+
+class Counter(Protocol):
+    """Who counts the steps of a run, as the trainer does."""
+
+    steps_done: int
+
+
+class InTurn:
+    """An `Algorithm` of two: the first takes the steps before `end`, the second those after."""
+
+    def __init__(self, first: Algorithm, second: Algorithm, end: int, trainer: Counter) -> None:
+        self.first, self.second, self.end, self.trainer = first, second, end, trainer
+
+    def step(self, progress: Progress | None = None) -> StepResult:
+        return (self.second if self.trainer.steps_done >= self.end else self.first).step(progress)
+
+    @property
+    def state(self) -> dict[str, Any]:
+        return self.first.state | self.second.state
+
+    @property
+    def ends_round(self) -> bool:
+        return self._last.ends_round or self.trainer.steps_done == self.end
+
+    def evidence(self) -> dict[str, np.ndarray]:
+        return self._last.evidence()
+
+    @property
+    def _last(self) -> Algorithm:
+        """That of the last step."""
+        return self.second if self.trainer.steps_done > self.end else self.first

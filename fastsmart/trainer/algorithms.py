@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from fastsmart.trainer.algorithm import Algorithm
+from fastsmart.trainer.algorithm import Algorithm, InTurn
 from fastsmart.trainer.credit import Credit
 from fastsmart.trainer.dpo import Dpo
 from fastsmart.trainer.grpo import Grpo
@@ -17,4 +17,9 @@ ALGORITHMS: dict[str, Callable[[Trainer, Path], Algorithm]] = {"grpo": Grpo, "ti
 
 def make_algorithm(trainer: Trainer, folder: Path) -> Algorithm:
     """The algorithm of a trainer whose engine holds the policy; `folder` is the run's."""
-    return ALGORITHMS[trainer.settings.algorithm](trainer, folder)
+    name, end = trainer.settings.algorithm, trainer.merge.end
+    algorithm = ALGORITHMS[name](trainer, folder)
+    if not trainer.config.merge.tilt_steps:
+        return algorithm
+    rounds = 0 if name == "grpo" else end // getattr(trainer.config, name).round_steps
+    return InTurn(algorithm, Tilt(trainer, folder, (end, rounds)), end, trainer)

@@ -30,15 +30,24 @@ class MergedRuns:
     whose settings merge nothing is one run, of which nothing is kept.
 
     steps : of each run
+    end   : steps of all of them, after which tilted fine-tuning begins
     """
 
     def __init__(self, config: Config, folder: Path, ranks: Ranks) -> None:
         self.settings, self.folder, self.ranks = config.merge, folder / FOLDER, ranks
-        self.steps = config.train.steps // config.merge.runs
+        self.end = config.train.steps - config.merge.tilt_steps
+        self.steps = self.end // config.merge.runs
+
+    def place(self, step: int) -> tuple[int, int]:
+        """Of the step that follows so many: its number from 0 in the run, or in the fine-tuning, and the steps of that,
+        over which the learning rate runs its course."""
+        if self.settings.tilt_steps and step >= self.end:
+            return step - self.end, self.settings.tilt_steps
+        return (step % self.steps, self.steps) if self.settings.runs > 1 else (step, self.steps)
 
     def begins(self, step: int) -> bool:
         """Whether another run begins after so many steps of all; not the first, which begins from the base anyway."""
-        return self.settings.runs > 1 and step > 0 and step % self.steps == 0
+        return 0 < step < self.end and step % self.steps == 0
 
     def restart(self, policy: Policy, base: Policy, optimizer: torch.optim.Optimizer) -> None:
         """Put policy and optimizer back to where the first run began."""
@@ -51,7 +60,7 @@ class MergedRuns:
         Raises UserError where one cannot be written, or an earlier one not be read.
         """
         run, rest = divmod(step, self.steps)
-        if rest or not self.settings.active:
+        if rest or run > self.settings.runs or not self.settings.active:
             return
         if self.ranks.leader:
             make_folder(self.folder)

@@ -65,12 +65,14 @@ class Rounds:
     folder  : of the run
     section : of the settings that say how large a round is, by `prompts`, each with sampling.group completions, and how
               long, by `round_steps`; 0 of these = one round for the whole run
+    start   : steps of the run before the first of these rounds, and rounds
 
     Raises UserError where a rank would be without a prompt.
     """
 
-    def __init__(self, trainer: Trainer, folder: Path, section: str) -> None:
+    def __init__(self, trainer: Trainer, folder: Path, section: str, start: tuple[int, int] = (0, 0)) -> None:
         settings, world = getattr(trainer.config, section), trainer.ranks.world
+        self.start = start
         self.trainer, self.folder = trainer, folder / FOLDER
         self.prompts, self.steps = settings.prompts, settings.round_steps
         if self.prompts < world:
@@ -79,8 +81,10 @@ class Rounds:
     @property
     def place(self) -> tuple[int, int]:
         """Number of the round that the next step belongs to, and of the step within it, both from 0."""
-        done = self.trainer.steps_done
-        return divmod(done, self.steps) if self.steps else (0, done)
+        steps, rounds = self.start
+        done = self.trainer.steps_done - steps
+        number, step = divmod(done, self.steps) if self.steps else (0, done)
+        return rounds + number, step
 
     @property
     def first(self) -> int:
@@ -181,6 +185,7 @@ class RoundAlgorithm(ABC, Generic[Made]):
     """An `Algorithm` in rounds: what is to be learnt from a round is made once, and every step learns some of it.
 
     folder : of the run, where its rounds lie
+    start  : steps and rounds of the run before its first
 
     section : of the configuration, and of the settings that are `settings`
     making  : name in the trace of what `made_of` does
@@ -189,9 +194,9 @@ class RoundAlgorithm(ABC, Generic[Made]):
     section: str
     making: str
 
-    def __init__(self, trainer: Trainer, folder: Path) -> None:
+    def __init__(self, trainer: Trainer, folder: Path, start: tuple[int, int] = (0, 0)) -> None:
         self.trainer, self.settings = trainer, getattr(trainer.config, self.section)
-        self.rounds = Rounds(trainer, folder, self.section)
+        self.rounds = Rounds(trainer, folder, self.section, start)
         self._held: tuple[Round, Made] | None = None
         self._last = np.zeros(0, np.int64)
 

@@ -104,14 +104,16 @@ class MergeSettings:
     """Several runs after each other, each tuned from the base, whose changes of weights make one policy."""
 
     runs: int = 1
-    """Runs of train.steps / runs steps, each from the base, on prompts of its own."""
+    """Runs, each from the base, on prompts of its own; they share the steps before tilt_steps."""
     scale: float = 1.0
     """Factor of the mean change of weights; means of several runs bear more than 1."""
     temperature: float = 1.0
     """Temperature at which the merged policy plays when it is sampled at 1: its last norm is divided by it."""
+    tilt_steps: int = 0
+    """The last of train.steps, in which the merged policy learns as [tilt] says."""
 
     def __post_init__(self) -> None:
-        require(self, "merge.", {"runs": (1, 1000)})
+        require(self, "merge.", {"runs": (1, 1000), "tilt_steps": (0, MOST_STEPS)})
         require_finite(self, "merge.", "scale", "temperature")
         for key in ("scale", "temperature"):
             if not getattr(self, key) > 0:
@@ -120,4 +122,4 @@ class MergeSettings:
     @property
     def active(self) -> bool:
         """Whether the policy that a run ends with is another than its last step's."""
-        return self.runs > 1 or self.scale != 1 or self.temperature != 1
+        return self.runs > 1 or self.scale != 1 or self.temperature != 1 or self.tilt_steps > 0

@@ -120,9 +120,10 @@ class Trainer:
     @property
     def learning_rate(self) -> float:
         """Of the next step."""
-        settings, steps = self.settings, self.merge.steps
-        step = self.steps_done % steps
-        return scheduled_rate(step, steps, settings.learning_rate, settings.schedule, settings.warmup)
+        settings = self.settings
+        return scheduled_rate(
+            *self.merge.place(self.steps_done), settings.learning_rate, settings.schedule, settings.warmup
+        )
 
     def micro_batches(self, rollout: Rollout) -> list[MicroBatch]:
         """Completions in micro-batches of `train.micro_batch`, on the device; none of none."""

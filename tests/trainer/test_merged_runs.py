@@ -36,6 +36,49 @@ def whole(tmp_path_factory) -> Path:
     return out
 
 
+TILTED = [
+    *changes_for("credit", steps=15, keep=10),
+    {"credit": {"prompts": 6, "round_steps": 3, "clips": 5, "alternatives": 1}},
+    {"merge": MERGE["merge"] | {"tilt_steps": 3}},
+    {"tilt": {"prompts": 3, "clips": 5, "best_of": 4}},
+]
+
+
+@pytest.fixture(scope="module")
+def tilted(tmp_path_factory) -> Path:
+    """The same, and three steps of tilted fine-tuning."""
+    out = tmp_path_factory.mktemp("tilted") / "run"
+    train(config_for(PLAYS, *TILTED), out)
+    return out
+
+
+def test_fine_tuning_begins_with_the_merged_policy_on_a_round_of_its_own(tilted: Path) -> None:
+    lines = comparable(tilted)[1:]
+    assert [line["round"]["number"] for line in lines] == [0, 0, 0, 1, 1, 1, 2, 2, 2, 3, 3, 3, 4, 4, 4]
+    rates = [line["learning_rate"] for line in lines]
+    assert rates[12:] == pytest.approx([rates[0], rates[0] * 2 / 3, rates[0] / 3])
+    assert "weighted_reward" in lines[12]["round"]
+    assert "value_r2" in lines[11]["round"]
+    assert (tilted / "rounds/samples-0004.npz").is_file()
+    assert not (tilted / "merged/run-3").exists()
+    merged, end = (weights_of(load_policy(str(tilted / f"checkpoints/step-{step:06d}"))) for step in (12, 15))
+    assert np.abs(merged["model.norm.weight"] - end["model.norm.weight"]).max() < 0.01  # still cooled
+    assert any((merged[name] != end[name]).any() for name in merged)
+
+
+@pytest.mark.parametrize("call", [13, 14], ids=lambda call: f"at step {call}")
+def test_ended_in_fine_tuning_it_goes_on_to_the_same_digits(tilted: Path, tmp_path: Path, monkeypatch, call) -> None:
+    config, out = config_for(PLAYS, *TILTED), tmp_path / "run"
+    with monkeypatch.context() as patch:
+        ends_at(patch, rounds, "step_on_gradients", call)
+        with pytest.raises(Exception, match="step_on_gradients"):
+            train(config, out)
+    train(config, out, resume=True)
+    assert comparable(out) == comparable(tilted)
+    last = "checkpoints/step-000015/model.safetensors"
+    assert (out / last).read_bytes() == (tilted / last).read_bytes()
+
+
 def test_the_policy_is_the_base_and_the_mean_change_cooled(whole: Path) -> None:
     base, first, second, tuned = (
         weights_of(load_policy(str(source)))
@@ -142,7 +185,10 @@ def test_a_policy_of_an_earlier_run_that_is_gone_is_named(whole: Path, tmp_path:
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        (["merge.runs=3"], r"^train\.steps is 200, which merge\.runs = 3 does not divide"),
+        (["merge.runs=3"], r"^train\.steps without merge\.tilt_steps is 200, no multiple of merge\.runs = 3"),
+        (["merge.tilt_steps=200"], r"^train\.steps without merge\.tilt_steps is 0, no multiple of merge\.runs = 1"),
+        (["tilt.clips=3", "merge.runs=2"], r"^tilt\.clips is set, and train\.algorithm 'grpo' does not read it"),
+        (["merge.tilt_steps=100", "tilt.prompts=1000000"], r"^tilt\.prompts times sampling\.group makes 8,000,000"),
         (["merge.runs=0"], r"^merge\.runs is 0"),
         (["merge.scale=0"], r"^merge\.scale is 0\.0; it must be above 0"),
         (["merge.temperature=-1"], r"^merge\.temperature is -1\.0; it must be above 0"),
@@ -157,9 +203,9 @@ def test_a_policy_of_an_earlier_run_that_is_gone_is_named(whole: Path, tmp_path:
         ),
         (
             ["merge.runs=2", "train.algorithm=credit", "credit.round_steps=30"],
-            r"^credit\.round_steps is 30, and each of the 2 runs of \[merge\] takes 100 steps",
+            r"^credit\.round_steps is 30, and a run of \[merge\] takes 100 steps; make these",
         ),
-        (["merge.runs=2", "train.algorithm=tilt"], r"^tilt\.round_steps is 0, and each of the 2 runs"),
+        (["merge.runs=2", "train.algorithm=tilt"], r"^tilt\.round_steps is 0, and a run of"),
     ],
 )
 def test_what_cannot_be_merged_is_refused(settings: list[str], said: str) -> None:
