@@ -138,8 +138,8 @@ class Config:
         each, rest = divmod(shared, merge.runs)
         if rest or each < 1:
             raise UserError(
-                f"train.steps without merge.tilt_steps is {shared}, no multiple of merge.runs = {merge.runs}; each run "
-                "takes as many steps, at least one"
+                f"train.steps is {self.train.steps}; less merge.tilt_steps ({merge.tilt_steps}) it must be a multiple "
+                f"of merge.runs ({merge.runs}), for each run takes as many steps"
             )
         if algorithm != "grpo" and (merge.runs > 1 or merge.tilt_steps):
             round_steps = getattr(self, algorithm).round_steps

@@ -14,8 +14,9 @@ from fastsmart.grpo.settings import LossSettings
 from fastsmart.policy.settings import PolicySettings
 from fastsmart.reward.settings import RewardSettings
 from fastsmart.sampling.settings import SamplingSettings
+from fastsmart.tilt.settings import TiltSettings
 from fastsmart.tokens.settings import PromptSettings
-from fastsmart.trainer.settings import TrainSettings
+from fastsmart.trainer.settings import MergeSettings, TrainSettings
 
 AUTHORS_POLICY = "lucacasini/metamidipianophi3_4L"
 
@@ -117,9 +118,9 @@ def h200() -> Config:
 
 
 def diverse() -> Config:
-    """The demo by credit for single notes: ten rounds of 512 completions.
+    """The demo by credit for single notes: three runs of eight rounds, merged, then tilted towards the most diverse.
 
-    Outputs are to become better and stay different from each other; docs/log.md has what a pilot gave,
+    Outputs are to become better and stay different from each other; docs/log.md has what pilots gave,
     docs/diversity-protocol.md what has yet to be shown.
     """
     base = demo()
@@ -129,14 +130,13 @@ def diverse() -> Config:
         train=replace(
             base.train,
             algorithm="credit",
-            steps=200,
+            steps=580,
             prompts=128,
             learning_rate=2.5e-4,
             schedule="linear",
-            eval_every=40,
+            eval_every=0,
             eval_prompts=256,
             save_every=20,
-            keep=10,
         ),
         credit=CreditSettings(
             prompts=256,
@@ -146,8 +146,10 @@ def diverse() -> Config:
             alternatives=4,
             strength=6.0,
             neutral=("mean_pitch", "mean_velocity"),
-            neutral_share=0.5,
+            neutral_share=0.25,
         ),
+        merge=MergeSettings(runs=3, scale=1.2, temperature=0.85, tilt_steps=100),
+        tilt=TiltSettings(prompts=512, round_steps=50, clips=64, weights="diverse", gain=1.25),
     )
 
 

@@ -25,7 +25,9 @@ from fastsmart.machine.files import make_folder, write_atomic
 from fastsmart.machine.gc_control import gc_at_steps
 from fastsmart.machine.text_table import text_table
 from fastsmart.run.folder import PROVENANCE_FILE, RunFolder
+from fastsmart.tilt.settings import TiltSettings
 from fastsmart.trainer.loop import open_run
+from fastsmart.trainer.settings import MergeSettings
 
 RESULT_FILE = "bench.json"
 STAGES = ("sample", "render", "score", "update")
@@ -89,7 +91,9 @@ def bench(
 def run_turn(config: Config, path: Path, steps: int, ranks: Ranks) -> list[dict[str, Any]]:
     """The first steps of the run of a config, as lines of metrics; the last has the most memory of a GPU in use."""
     # one step more than is taken, so that the last one draws ahead as the others do
-    config = replace(config, train=replace(config.train, steps=steps + 1, writers=()))
+    tilt = config.tilt if config.train.algorithm == "tilt" else TiltSettings()
+    train = replace(config.train, steps=steps + 1, writers=())
+    config = replace(config, train=train, merge=MergeSettings(), tilt=tilt)  # of several runs, the first
     lines: list[dict[str, Any]] = []
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()

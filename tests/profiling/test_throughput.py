@@ -18,7 +18,7 @@ def bench(folder, *options):
 
 
 def test_contenders_take_turns_and_every_step_is_on_record(tmp_path, capsys):
-    other = "train.pipeline=off sampling.group=2"
+    other = "train.pipeline=off sampling.group=2 train.steps=6 merge.runs=3"
     (tmp_path / "out" / "turns" / "0").mkdir(parents=True)  # left by one that was killed
     (tmp_path / "out" / "turns" / "0" / "metrics.jsonl").write_text('{"step": 1}\n')
     assert bench(tmp_path, "--against", other, "--steps", "2", "--warmup", "1", "--rounds", "2") == 0

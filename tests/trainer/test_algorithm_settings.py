@@ -55,9 +55,11 @@ def test_a_config_of_a_run_begun_before_there_was_a_choice_is_grpo(tmp_path):
 
 
 def test_the_presets_have_whole_rounds():
-    for name, algorithm, rounds in (("dpo", "dpo", 3), ("notagen-dpo", "dpo", 3), ("diverse", "credit", 10)):
+    for name, algorithm, rounds in (("dpo", "dpo", 3), ("notagen-dpo", "dpo", 3), ("diverse", "credit", 3 * 8)):
         config = load_preset(name)
         assert config.train.algorithm == algorithm
-        assert config.train.steps == rounds * getattr(config, algorithm).round_steps
+        tilted = config.merge.tilt_steps
+        assert config.train.steps - tilted == rounds * getattr(config, algorithm).round_steps
+        assert not tilted or tilted % config.tilt.round_steps == 0
     paper = load_preset("notagen-dpo")
     assert (paper.sampling.group, paper.dpo.keep, paper.dpo.prompts) == (100, 0.1, 112)

@@ -185,8 +185,11 @@ def test_a_policy_of_an_earlier_run_that_is_gone_is_named(whole: Path, tmp_path:
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        (["merge.runs=3"], r"^train\.steps without merge\.tilt_steps is 200, no multiple of merge\.runs = 3"),
-        (["merge.tilt_steps=200"], r"^train\.steps without merge\.tilt_steps is 0, no multiple of merge\.runs = 1"),
+        (
+            ["merge.runs=3"],
+            r"^train\.steps is 200; less merge\.tilt_steps \(0\) it must be a multiple of merge\.runs \(3\)",
+        ),
+        (["merge.tilt_steps=200"], r"^train\.steps is 200; less merge\.tilt_steps \(200\) it must be"),
         (["tilt.clips=3", "merge.runs=2"], r"^tilt\.clips is set, and train\.algorithm 'grpo' does not read it"),
         (["merge.tilt_steps=100", "tilt.prompts=1000000"], r"^tilt\.prompts times sampling\.group makes 8,000,000"),
         (["merge.runs=0"], r"^merge\.runs is 0"),
