@@ -148,8 +148,8 @@ def diverse() -> Config:
             neutral=("mean_pitch", "mean_velocity"),
             neutral_share=0.25,
         ),
-        merge=MergeSettings(runs=3, scale=1.2, temperature=0.85, tilt_steps=100),
-        tilt=TiltSettings(prompts=512, round_steps=50, clips=64, weights="diverse", gain=1.25),
+        merge=MergeSettings(runs=3, scale=1.2, temperature=0.85, tilt_steps=100, tilt_learning_rate=2e-4),
+        tilt=TiltSettings(prompts=2048, clips=64, weights="diverse", gain=1.0),
     )
 
 

@@ -17,7 +17,7 @@ from fastsmart.machine.distributed import Ranks
 from fastsmart.machine.files import atomic_folder, make_folder, os_errors_as_user_errors
 from fastsmart.policy.blend import blended, cooled
 from fastsmart.policy.hf_format import load_policy, write_policy
-from fastsmart.policy.optimizer import forget_moments
+from fastsmart.policy.optimizer import forget_moments, scheduled_rate
 from fastsmart.policy.transformer import Policy
 
 FOLDER = "merged"  # in the run's folder; below it a checkpoint for each run
@@ -34,16 +34,19 @@ class MergedRuns:
     """
 
     def __init__(self, config: Config, folder: Path, ranks: Ranks) -> None:
-        self.settings, self.folder, self.ranks = config.merge, folder / FOLDER, ranks
+        self.train, self.settings, self.folder, self.ranks = config.train, config.merge, folder / FOLDER, ranks
         self.end = config.train.steps - config.merge.tilt_steps
         self.steps = self.end // config.merge.runs
 
-    def place(self, step: int) -> tuple[int, int]:
-        """Of the step that follows so many: its number from 0 in the run, or in the fine-tuning, and the steps of that,
-        over which the learning rate runs its course."""
+    def learning_rate(self, step: int) -> float:
+        """Of the step that follows so many of all: each run has the whole course of it, and the fine-tuning has."""
+        train, peak, steps = self.train, self.train.learning_rate, self.steps
         if self.settings.tilt_steps and step >= self.end:
-            return step - self.end, self.settings.tilt_steps
-        return (step % self.steps, self.steps) if self.settings.runs > 1 else (step, self.steps)
+            step, steps = step - self.end, self.settings.tilt_steps
+            peak = self.settings.tilt_learning_rate or peak
+        elif self.settings.runs > 1:
+            step %= steps
+        return scheduled_rate(step, steps, peak, train.schedule, train.warmup)
 
     def begins(self, step: int) -> bool:
         """Whether another run begins after so many steps of all; not the first, which begins from the base anyway."""

@@ -111,13 +111,19 @@ class MergeSettings:
     """Temperature at which the merged policy plays when it is sampled at 1: its last norm is divided by it."""
     tilt_steps: int = 0
     """The last of train.steps, in which the merged policy learns as [tilt] says."""
+    tilt_learning_rate: float = 0.0
+    """Learning rate of these at its peak; 0 = train.learning_rate."""
 
     def __post_init__(self) -> None:
         require(self, "merge.", {"runs": (1, 1000), "tilt_steps": (0, MOST_STEPS)})
-        require_finite(self, "merge.", "scale", "temperature")
+        require_finite(self, "merge.", "scale", "temperature", "tilt_learning_rate")
         for key in ("scale", "temperature"):
             if not getattr(self, key) > 0:
                 raise UserError(f"merge.{key} is {getattr(self, key)}; it must be above 0")
+        if not self.tilt_learning_rate >= 0:
+            raise UserError(f"merge.tilt_learning_rate is {self.tilt_learning_rate}; it must be 0 or above")
+        if self.tilt_learning_rate and not self.tilt_steps:
+            raise UserError("merge.tilt_learning_rate is set, and without merge.tilt_steps nothing reads it")
 
     @property
     def active(self) -> bool:

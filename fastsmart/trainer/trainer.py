@@ -16,7 +16,7 @@ from fastsmart.policy.average import WeightAverage
 from fastsmart.policy.checkpoints import BEST_KEY, KEPT_KEY, Checkpoints, Snapshot
 from fastsmart.policy.device import resolved_device, resolved_dtype
 from fastsmart.policy.hf_format import load_policy
-from fastsmart.policy.optimizer import make_optimizer, scheduled_rate
+from fastsmart.policy.optimizer import make_optimizer
 from fastsmart.policy.transformer import Policy
 from fastsmart.run.provenance import statistics_path
 from fastsmart.sampling import Rollout
@@ -120,10 +120,7 @@ class Trainer:
     @property
     def learning_rate(self) -> float:
         """Of the next step."""
-        settings = self.settings
-        return scheduled_rate(
-            *self.merge.place(self.steps_done), settings.learning_rate, settings.schedule, settings.warmup
-        )
+        return self.merge.learning_rate(self.steps_done)
 
     def micro_batches(self, rollout: Rollout) -> list[MicroBatch]:
         """Completions in micro-batches of `train.micro_batch`, on the device; none of none."""

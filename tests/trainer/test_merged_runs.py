@@ -39,7 +39,7 @@ def whole(tmp_path_factory) -> Path:
 TILTED = [
     *changes_for("credit", steps=15, keep=10),
     {"credit": {"prompts": 6, "round_steps": 3, "clips": 5, "alternatives": 1}},
-    {"merge": MERGE["merge"] | {"tilt_steps": 3}},
+    {"merge": MERGE["merge"] | {"tilt_steps": 3, "tilt_learning_rate": 3e-5}},
     {"tilt": {"prompts": 3, "clips": 5, "best_of": 4}},
 ]
 
@@ -56,7 +56,7 @@ def test_fine_tuning_begins_with_the_merged_policy_on_a_round_of_its_own(tilted:
     lines = comparable(tilted)[1:]
     assert [line["round"]["number"] for line in lines] == [0, 0, 0, 1, 1, 1, 2, 2, 2, 3, 3, 3, 4, 4, 4]
     rates = [line["learning_rate"] for line in lines]
-    assert rates[12:] == pytest.approx([rates[0], rates[0] * 2 / 3, rates[0] / 3])
+    assert rates[12:] == pytest.approx([3e-5, 2e-5, 1e-5])
     assert "weighted_reward" in lines[12]["round"]
     assert "value_r2" in lines[11]["round"]
     assert (tilted / "rounds/samples-0004.npz").is_file()
@@ -194,6 +194,8 @@ def test_a_policy_of_an_earlier_run_that_is_gone_is_named(whole: Path, tmp_path:
         (["merge.tilt_steps=100", "tilt.prompts=1000000"], r"^tilt\.prompts times sampling\.group makes 8,000,000"),
         (["merge.runs=0"], r"^merge\.runs is 0"),
         (["merge.scale=0"], r"^merge\.scale is 0\.0; it must be above 0"),
+        (["merge.tilt_learning_rate=1e-4"], r"^merge\.tilt_learning_rate is set, and without merge\.tilt_steps"),
+        (["merge.tilt_learning_rate=-1", "merge.tilt_steps=2"], r"^merge\.tilt_learning_rate is -1\.0; it must be 0"),
         (["merge.temperature=-1"], r"^merge\.temperature is -1\.0; it must be above 0"),
         (
             ["merge.runs=2", "train.average=0.9"],
