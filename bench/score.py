@@ -8,6 +8,10 @@ peak to a process of its own. Windows are where the scorer reads them in trainin
 
 What a GPU runs, and its twin in 16 bit, is held against the float32 encoder of a CPU: "encoder_error" is how far the
 mean over time of every layer is from that, relative to its length, and decides whether the result has passed.
+
+    python bench/score.py --dtypes float32 bfloat16 int8 --real FOLDER --out bench/results/score.json
+
+also says how each of them ranks real pieces.
 """
 
 from __future__ import annotations
@@ -15,6 +19,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import tempfile
+import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -26,12 +31,14 @@ import numpy as np
 import torch
 from harness import REFERENCE, Job, Work, interleaved, measured_ceilings, parser, report
 from memory import added_mib, peak_in_own_process
+from scipy.stats import spearmanr
 from stages import finish, made, parse, run, tried
 from torch import Tensor
 
-from fastsmart.audio import AudioBatch
+from fastsmart.audio import AudioBatch, render
 from fastsmart.audio.batch import DeviceAudio
 from fastsmart.errors import UserError
+from fastsmart.notes import MIDI_SUFFIXES, NoteBatch, read_midi
 from fastsmart.reward import Clips
 from fastsmart.reward.audiobox import AudioboxReward, make_random_weights
 from fastsmart.reward.settings import AUDIOBOX_AXES
@@ -52,6 +59,8 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any] | None:
     options.add_argument("--batches", type=int, nargs="+", help="windows at once (1 4 16; on a GPU 1 8 16 32 64)")
     options.add_argument("--dtypes", nargs="+", help="of our scorer (float32 int8; on a GPU float16)")
     options.add_argument("--memory", action=argparse.BooleanOptionalAction, default=True, help="measure the peak")
+    options.add_argument("--real", default="", help="folder of MIDI files whose first ten seconds all dtypes rate")
+    options.add_argument("--clips", type=int, default=200, help="of --real; default 200")
     options.add_argument("--peak", help=argparse.SUPPRESS)
     given = parse(options, {"batches": [1], "runs": 3, "memory": False}, arguments)
     on_gpu = given.device.startswith("cuda")
@@ -70,6 +79,8 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any] | None:
             raise UserError("; ".join(refused.values()))
         given.dtypes = list(scorers)
         more: dict[str, Any] = {"weights": "random"} | agreement(given.dtypes, checkpoint, given.device)
+        if given.real:
+            more["real_clips"] = on_real_clips(given.real, given.clips, given.dtypes, checkpoint, given.device)
         peers, left_out = made({"upstream": lambda: {"upstream": upstream(checkpoint, given.device)}}, given)  # type: ignore[dict-item]
     ceilings = measured_ceilings(given.device, getattr(torch, given.dtypes[0]))
     cases: dict[str, Any] = {}
@@ -106,6 +117,37 @@ def agreement(dtypes: Sequence[str], checkpoint: Path, device: str) -> dict[str,
             print(f"  {name}: error of the encoder {error:.2g}, limit {ENCODER_LIMITS[name]:.2g}")
     passed = all(error <= ENCODER_LIMITS[name] for name, error in errors.items())
     return {"encoder_error": errors, "passed": passed}
+
+
+def on_real_clips(folder: str, count: int, dtypes: Sequence[str], checkpoint: Path, device: str) -> dict[str, Any]:
+    """How every dtype rates the first ten seconds of real pieces beside the first dtype: by axis the spread of ratings,
+    the largest difference and Spearman's rank correlation; and the processor seconds of a clip."""
+    paths = sorted(path for path in Path(folder).rglob("*") if path.suffix.lower() in MIDI_SUFFIXES)
+    if len(paths) < 2:
+        raise UserError(f"--real {folder} has {len(paths)} MIDI files; at least 2 are compared")
+    chosen = paths[:: max(1, len(paths) // count)][:count]
+    audio = render(NoteBatch.concat([read_midi(path, WINDOW / RATE_HZ) for path in chosen]), workers=0)
+    heard = Clips(range(len(audio)), audio)  # type: ignore[arg-type]
+    ratings: dict[str, dict[str, np.ndarray]] = {}
+    found: dict[str, Any] = {"clips": len(audio), "processor_s": {}, "of": {}}
+    for name in dtypes:
+        reward = AudioboxReward(checkpoint, device=device, dtype=name)
+        start = time.process_time()
+        ratings[name] = reward.rate(heard)
+        found["processor_s"][name] = (time.process_time() - start) / len(audio)
+    exact = ratings[dtypes[0]]
+    for name in dtypes[1:]:
+        found["of"][name] = {
+            axis: {
+                "spread": float(exact[axis].std()),
+                "largest_difference": float(np.abs(ratings[name][axis] - exact[axis]).max()),
+                "rank_correlation": float(spearmanr(exact[axis], ratings[name][axis]).statistic),
+            }
+            for axis in AUDIOBOX_AXES
+        }
+        worst = min(axis["rank_correlation"] for axis in found["of"][name].values())
+        print(f"  {name}: least rank correlation with {dtypes[0]} {worst:.5f} on {len(audio)} real clips")
+    return found
 
 
 def compare(scorers: dict[str, Rate], batch: int, options: argparse.Namespace, ceilings: Any) -> dict[str, Any]:

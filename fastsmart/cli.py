@@ -262,7 +262,7 @@ def _score(p: argparse.ArgumentParser) -> None:
     p.add_argument(
         "--checkpoint", default="", help="Audiobox weights: a file, a folder, or 'random'; default: the hub's"
     )
-    p.add_argument("--dtype", default="float32", help="of Audiobox: float32, bfloat16, float16, or int8 (CPU)")
+    p.add_argument("--dtype", default="float32", help="of Audiobox: float32, bfloat16, float16, int8 (CPU) or auto")
     p.add_argument("--device", default="cpu", help="torch device of Audiobox and CLAP")
     p.add_argument("--taste", default="", help="file of a taste, for taste")
     p.add_argument(

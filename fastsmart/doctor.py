@@ -28,7 +28,7 @@ class Check:
 
 def examine() -> int:
     """Print a table of findings; 0 when everything the demo needs is there, else 2."""
-    findings = [_torch(), _gpu(), _fluidsynth(), _soundfont(), _banks(), _policy(), _vllm(), _audiobox()]
+    findings = [_torch(), _gpu(), _fluidsynth(), _soundfont(), _banks(), _policy(), _vllm(), _audiobox(), _arithmetic()]
     table = Table(box=None, pad_edge=False)
     for heading in ("", "what", "found", "to mend it"):
         table.add_column(heading, overflow="fold")
@@ -115,3 +115,20 @@ def _audiobox() -> Check:
     if cached:
         return Check("Audiobox weights", str(cached), True)
     return Check("Audiobox weights", "not on this machine; formula rewards need none", False, mend=mend)
+
+
+def _arithmetic() -> Check:
+    import torch
+
+    from fastsmart.reward.audiobox.cpu import int8_is_fast
+    from fastsmart.reward.audiobox.reward import fastest_dtype
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    chosen = fastest_dtype(device)
+    why = {
+        "float16": "on a GPU",
+        "bfloat16": "this processor has AMX or AVX-512 BF16",
+        "float32": "this processor has neither AMX nor AVX-512 BF16",
+    }[chosen]
+    also = "; int8 runs here, less exactly" if device.type == "cpu" and int8_is_fast() else ""
+    return Check("Audiobox auto", f"reward.audiobox_dtype 'auto' is {chosen}: {why}{also}", True)

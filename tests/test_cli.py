@@ -210,6 +210,7 @@ def test_what_the_user_can_mend_is_one_sentence_and_exit_code_2(run, tmp_path, m
 def test_doctor_finds_what_the_demo_needs(run):
     code, out, _ = run("doctor")
     assert code == 0
+    assert "reward.audiobox_dtype 'auto' is" in " ".join(out.split())
     assert all(what in out for what in ("PyTorch", "FluidSynth", "soundfont", "shipped policy", "vLLM", "Audiobox"))
 
 

@@ -19,6 +19,7 @@ _FLAGS = (
 LIMITS = ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY", "MKL_ENABLE_INSTRUCTIONS")
 # What oneDNN may be held back to that has no 8-bit products on 512 bits; it does not tell upper from lower case
 _ONEDNN_WITHOUT_VNNI = ("sse41", "avx", "avx2", "avx2_vnni", "avx2_vnni_2", "avx512_core")
+_ONEDNN_WITHOUT_BFLOAT16 = (*_ONEDNN_WITHOUT_VNNI, "avx512_core_vnni")
 
 # Turns of a loop in which a thread of GNU OpenMP looks whether work has come, before it sleeps: some microseconds. Its
 # own 300,000 are milliseconds, in which a thread that waits holds a core against whoever would work there.
@@ -88,8 +89,16 @@ def library_limits() -> dict[str, str]:
 
 def onednn_may_use_vnni() -> bool:
     """Whether the environment leaves oneDNN the 8-bit products of AVX-512 VNNI; says nothing about the processor."""
-    limit = os.environ.get("ONEDNN_MAX_CPU_ISA") or os.environ.get("DNNL_MAX_CPU_ISA") or ""
-    return limit.lower() not in _ONEDNN_WITHOUT_VNNI
+    return _onednn_limit() not in _ONEDNN_WITHOUT_VNNI
+
+
+def onednn_may_use_bfloat16() -> bool:
+    """The same of its 16-bit products of AVX-512 BF16 and AMX."""
+    return _onednn_limit() not in _ONEDNN_WITHOUT_BFLOAT16
+
+
+def _onednn_limit() -> str:
+    return (os.environ.get("ONEDNN_MAX_CPU_ISA") or os.environ.get("DNNL_MAX_CPU_ISA") or "").lower()
 
 
 def load_average() -> list[float] | None:

@@ -12,7 +12,7 @@ from fastsmart.errors import UserError
 from fastsmart.reward.registry import require_known
 
 AUDIOBOX_AXES = ("CE", "CU", "PC", "PQ")
-AUDIOBOX_DTYPES = ("float32", "bfloat16", "float16", "int8")
+AUDIOBOX_DTYPES = ("float32", "bfloat16", "float16", "int8", "auto")
 CLAMP_WRITERS = ("note_on", "note_off")
 
 
@@ -95,8 +95,9 @@ class RewardSettings:
     """Weight of every Audiobox axis: CE enjoyment, CU usefulness, PC complexity, PQ quality."""
     audiobox_batch: int = 8
     """Ten-second windows scored at once on a GPU."""
-    audiobox_dtype: Literal["float32", "bfloat16", "float16", "int8"] = "float32"
-    """Arithmetic of its forward pass; "int8" on a CPU only."""
+    audiobox_dtype: Literal["float32", "bfloat16", "float16", "int8", "auto"] = "float32"
+    """Arithmetic of its forward pass; "int8" on a CPU only; "auto" = the fastest that ranks clips as float32 does:
+    float16 on a GPU, bfloat16 on a CPU with AMX or AVX-512 BF16, else float32."""
     clap_model: str = ""
     """Folder or hub id of the ClapModel of `clap_similarity`, `clap_class` and `pam`."""
     clap_prompt: str = ""

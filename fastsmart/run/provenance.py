@@ -19,6 +19,7 @@ from fastsmart.music.styles import JUDGE_FILE
 from fastsmart.policy.device import resolved_device
 from fastsmart.policy.hf_format import shipped_file, shipped_policies
 from fastsmart.policy.transformer import Policy
+from fastsmart.reward.audiobox.reward import fastest_dtype
 from fastsmart.reward.registry import FROM_STATISTICS, STATISTICS_FILE
 
 PACKAGES = (
@@ -73,11 +74,13 @@ def provenance(config: Config, policy: Policy, statistics: Path | str, mixdown: 
     if mixdown:
         soundfont = find_soundfont(config.audio.soundfont)
         inputs["soundfont"] = {"path": str(soundfont), "sha256": file_hash(soundfont)}
+    device, arithmetic = resolved_device(config.policy), config.reward.audiobox_dtype
     return {
         "inputs": inputs,
         "parameters": policy.num_parameters,
-        "device": str(resolved_device(config.policy)),
+        "device": str(device),
         "mixdown": mixdown,
+        "audiobox_dtype": fastest_dtype(device) if arithmetic == "auto" else arithmetic,
         **machine(),
     }
 

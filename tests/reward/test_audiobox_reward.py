@@ -13,9 +13,11 @@ from fastsmart.audio.batch import AudioBatch
 from fastsmart.errors import UserError
 from fastsmart.reward import Clips, RewardBlend, RewardSettings, load_reward
 from fastsmart.reward.audiobox import make_random_weights, read_weights
+from fastsmart.reward.audiobox import reward as audiobox_reward
 from fastsmart.reward.audiobox.architecture import Size, encoder_shapes
-from fastsmart.reward.audiobox.cpu import int8_is_fast, quantised
+from fastsmart.reward.audiobox.cpu import CpuEncoder, bfloat16_is_fast, int8_is_fast, quantised
 from fastsmart.reward.audiobox.heads import stacked
+from fastsmart.reward.audiobox.reward import fastest_dtype
 
 RATE = 16_000
 AXES = ("CE", "CU", "PC", "PQ")
@@ -131,6 +133,37 @@ def test_int8_is_near_float32_and_not_the_same(checkpoint: Path) -> None:
     for axis in AXES:
         np.testing.assert_allclose(eight[axis], full[axis], atol=0.25)
         assert not np.array_equal(eight[axis], full[axis])
+
+
+@pytest.mark.skipif(not bfloat16_is_fast(), reason="no fast 16-bit products here")
+def test_bfloat16_is_near_float32_and_no_neighbour_changes_it(checkpoint: Path) -> None:
+    batch = clips(3.0, 2.0, 11.0)
+    full, half = (load_reward("audiobox", checkpoint=checkpoint, dtype=d) for d in ("float32", "bfloat16"))
+    assert isinstance(half.encoder, CpuEncoder)
+    exact, found = full.rate(batch), half.rate(batch)
+    for axis in AXES:
+        np.testing.assert_allclose(found[axis], exact[axis], atol=0.03)
+        assert not np.array_equal(found[axis], exact[axis])
+    windows = [batch.audio.clip(i)[: 10 * RATE] for i in range(3)]
+    for i, means in enumerate(half.encoder(windows)):
+        assert torch.equal(half.encoder([windows[i]])[0], means)
+
+
+def test_auto_is_16_bit_where_that_is_fast(checkpoint: Path, monkeypatch) -> None:
+    for fast, chosen in ((True, "bfloat16"), (False, "float32")):
+        monkeypatch.setattr(audiobox_reward, "bfloat16_is_fast", lambda fast=fast: fast)
+        assert fastest_dtype(torch.device("cpu")) == chosen
+        ours, named = (
+            load_reward("audiobox", checkpoint=checkpoint, dtype=d).rate(clips(1.0)) for d in ("auto", chosen)
+        )
+        assert ours == named
+    assert fastest_dtype(torch.device("cuda")) == "float16"
+
+
+@pytest.mark.parametrize("limit", ["AVX2", "avx512_core_vnni"])
+def test_onednn_held_back_has_no_fast_16_bit(monkeypatch, limit: str) -> None:
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", limit)
+    assert not bfloat16_is_fast()
 
 
 @pytest.mark.parametrize("from_gelu", [False, True])

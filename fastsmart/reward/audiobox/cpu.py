@@ -23,7 +23,7 @@ from torch import Tensor
 from fastsmart.errors import UserError
 from fastsmart.kernels.attention import gates
 from fastsmart.machine.files import mkl_knows_processor
-from fastsmart.machine.hardware import onednn_may_use_vnni
+from fastsmart.machine.hardware import onednn_may_use_bfloat16, onednn_may_use_vnni
 from fastsmart.reward.audiobox.architecture import FIELD, FRAMES, HOP, KERNELS, NORM_EPS, STRIDES, frames_of
 from fastsmart.reward.audiobox.encoder import EncoderWeights, Norm, normalised_first
 from fastsmart.reward.packed_linear import PackedLinear
@@ -33,7 +33,7 @@ Convolution = Callable[[Tensor], Tensor]
 
 # Frames whose way through the convolutions is made at once: few enough to stay near the cores and to need little room,
 # many enough for a good matrix product. Measured on two Xeon cores with 2 MiB of cache each; the optima are flat.
-_CHUNK_FLOAT, _CHUNK_INT8 = 64, 32
+_CHUNKS = {"float32": 64, "bfloat16": 128, "int8": 32}
 # The second to the fourth convolution: nine tenths of their work. The last three, which cost little, were the source of
 # most of the error of the scores (random weights).
 _INT8_CONVOLUTIONS = 3
@@ -45,27 +45,29 @@ _LEAST_GELU = -0.17  # no value of GELU lies below
 
 
 class CpuEncoder:
-    """The encoder, in float32 or with 8-bit matrix products.
+    """The encoder, in float32 or with 8-bit or 16-bit matrix products.
 
-    int8 : products of the convolutions (but the first) and layers on 8-bit integers: weights with a scale for each
-           output, activations with one for each product, taken from their range. Needs AVX-512 VNNI or better.
+    dtype : "float32"; "bfloat16", products of the convolutions (but the first), layers and attention, with norms and
+            sums in float32, which pays with AMX or AVX-512 BF16; "int8", the first convolutions and the layers on
+            8-bit integers: weights with a scale for each output, activations with one for each product, taken from
+            their range. Needs AVX-512 VNNI or better
 
     Raises UserError when the machine has no fast 8-bit products.
     """
 
-    def __init__(self, weights: EncoderWeights, int8: bool = False) -> None:
-        if int8 and not int8_is_fast():
+    def __init__(self, weights: EncoderWeights, dtype: str = "float32") -> None:
+        if dtype == "int8" and not int8_is_fast():
             raise UserError("audiobox in int8 needs a CPU with AVX-512 VNNI and PyTorch with oneDNN; use float32")
-        linear: Callable[..., Linear] = _Int8Linear if int8 else partial(PackedLinear, rows=FRAMES)
-        inexact = _INT8_CONVOLUTIONS if int8 else 0
-        self.size, self.chunk = weights.size, _CHUNK_INT8 if int8 else _CHUNK_FLOAT
+        linear: Callable[..., Linear] = _LINEAR[dtype]
+        self.size, self.chunk, self.half = weights.size, _CHUNKS[dtype], dtype == "bfloat16"
         self.first, self.first_norm = weights.first, weights.first_norm
         self.convolutions: list[Convolution] = [
-            _Int8Convolution(w) if i < inexact else _FloatConvolution(w) for i, w in enumerate(weights.convolutions)
+            _Int8Convolution(w) if dtype == "int8" and i < _INT8_CONVOLUTIONS else _FloatConvolution(w, self.half)
+            for i, w in enumerate(weights.convolutions)
         ]
         self.feature_norm, self.project = weights.feature_norm, linear(*weights.project)
         self.pos, self.norm = _PositionalConvolution(*weights.pos), weights.norm
-        self.bias = weights.bias.contiguous()
+        self.bias = weights.bias.contiguous().to(torch.bfloat16 if self.half else torch.float32)
         self.layers = [
             _Layer(
                 qkvg=linear(*w.qkvg),
@@ -102,7 +104,7 @@ class CpuEncoder:
 
     def _embedded(self, samples: Tensor, frames: int) -> Tensor:
         """Input of the first layer, [filled F, D]; what the rows beyond F hold is finite and of no account."""
-        x = self.project(_normalised(self._features(samples, frames), self.feature_norm), frames)
+        x = self.project(_normalised(self._features(samples, frames), self.feature_norm), frames).float()
         x[:frames] += self.pos(x[:frames])
         return _normalised(x, self.norm)
 
@@ -111,9 +113,10 @@ class CpuEncoder:
         width = x.shape[1]
         qkvg = layer.qkvg(x, frames)[:frames]
         q, k, v = qkvg[:, : 3 * width].view(1, frames, 3, self.size.heads, -1).permute(2, 0, 3, 1, 4)
-        gate = gates(qkvg[:, 3 * width :], layer.gate).t()[:, :, None]
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=(gate * self.bias[:, :frames, :frames])[None])
-        mixed = torch.zeros_like(x)
+        gate = gates(qkvg[:, 3 * width :].float(), layer.gate).t()[:, :, None]
+        bias = gate.to(q.dtype) * self.bias[:, :frames, :frames]
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=bias[None])
+        mixed = torch.zeros_like(x, dtype=q.dtype)
         mixed[:frames].view(frames, self.size.heads, -1).copy_(y[0].transpose(0, 1))
         x = _normalised(x + layer.out(mixed, frames), layer.attention_norm)
         return _normalised(x + layer.fc2(layer.fc1(x, frames), frames), layer.final_norm)
@@ -128,6 +131,7 @@ class CpuEncoder:
             last = min(first + self.chunk, filled)
             heard = samples[first * HOP : (last - 1) * HOP + FIELD]
             x = torch.ops.aten.gelu_(torch.addmm(bias, heard.unfold(0, KERNELS[0], STRIDES[0]), weight))
+            x = x.bfloat16() if self.half else x
             for convolution in self.convolutions:
                 x = convolution(x)
             features[first:last] = x
@@ -157,17 +161,41 @@ def int8_is_fast() -> bool:
     return bool(torch.cpu._is_vnni_supported())
 
 
+def bfloat16_is_fast() -> bool:
+    """Whether oneDNN multiplies 16-bit floats faster than those of 32 bit here: as `int8_is_fast`, for AVX-512 BF16 and
+    AMX."""
+    if not torch.backends.mkldnn.is_available() or not onednn_may_use_bfloat16():
+        return False
+    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+
+
+class _HalfLinear:
+    """x -> x W^T + b in bfloat16, then GELU where asked; sums are float32 inside.
+
+    from_gelu : of no account here; an 8-bit product makes use of it
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor, gelu: bool = False, from_gelu: bool = False) -> None:
+        self.linear = PackedLinear(weight.bfloat16(), bias.bfloat16(), gelu, rows=FRAMES)
+
+    def __call__(self, x: Tensor, counted: int) -> Tensor:
+        return self.linear(x.bfloat16(), counted)
+
+
 class _FloatConvolution:
     """A convolution of stride 2 and GELU, [R, C] -> [(R - kernel) // 2 + 1, C], without copying its input.
 
     Two neighbouring rows lie one after the other and are a row of a matrix of width 2 C; the third tap is the first
     half of the next such row.
+
+    half : in bfloat16, which oneDNN packs
     """
 
-    def __init__(self, weight: Tensor) -> None:
+    def __init__(self, weight: Tensor, half: bool = False) -> None:
         channels = len(weight)
         self.kernel = weight.shape[1] // channels
-        self.packed = torch.backends.mkldnn.is_available() and not mkl_knows_processor()
+        weight = weight.bfloat16() if half else weight
+        self.packed = torch.backends.mkldnn.is_available() and (half or not mkl_knows_processor())
         self.pair = self._laid_out(weight[:, : 2 * channels])
         self.third = self._laid_out(weight[:, 2 * channels :]) if self.kernel == 3 else None
 
@@ -229,6 +257,13 @@ class _Int8Convolution:
         integers, scale, offset = quantised(x, True, len(x))
         windows = integers.as_strided((rows, self.kernel * channels), (2 * channels, 1)).contiguous()
         return self.linear.product(windows, scale, offset)
+
+
+_LINEAR: dict[str, Callable[..., Linear]] = {
+    "float32": partial(PackedLinear, rows=FRAMES),
+    "bfloat16": _HalfLinear,
+    "int8": _Int8Linear,
+}
 
 
 def quantised(x: Tensor, from_gelu: bool, counted: int) -> tuple[Tensor, float, int]:

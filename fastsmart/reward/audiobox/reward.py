@@ -15,7 +15,7 @@ import torch
 from fastsmart.audio.batch import DeviceAudio
 from fastsmart.errors import UserError
 from fastsmart.reward.audiobox.architecture import SAMPLE_RATE, WINDOW
-from fastsmart.reward.audiobox.cpu import CpuEncoder
+from fastsmart.reward.audiobox.cpu import CpuEncoder, bfloat16_is_fast
 from fastsmart.reward.audiobox.encoder import encoder_weights
 from fastsmart.reward.audiobox.gpu import BatchEncoder
 from fastsmart.reward.audiobox.heads import Heads
@@ -24,6 +24,17 @@ from fastsmart.reward.base import Clips, Surroundings, heard
 from fastsmart.reward.settings import AUDIOBOX_AXES, AUDIOBOX_DTYPES, RewardSettings
 
 LOWEST = 1.0  # of the scale from 1 to 10 on which people rated every axis
+
+
+def fastest_dtype(device: torch.device) -> str:
+    """The arithmetic that is fastest on a device among those whose ratings rank real clips as float32 does.
+
+    Measured with random weights on 200 clips of POP909, by `bench/score.py --real`: docs/results.md. int8 does not, and
+    is never chosen.
+    """
+    if device.type != "cpu":
+        return "float16"
+    return "bfloat16" if bfloat16_is_fast() else "float32"
 
 
 class AudioboxReward:
@@ -44,8 +55,9 @@ class AudioboxReward:
                  "random" for weights that mean nothing but cost as much
     axes       : weight of every axis that counts
     scale      : what a point on the raters' scale is worth
-    batch_size : windows in one forward pass on a GPU; on a CPU in float32 or int8 they go one by one
-    device, dtype : where and in what arithmetic; "float32", "bfloat16", "float16", or, on a CPU, "int8"
+    batch_size : windows in one forward pass on a GPU; on a CPU they go one by one, unless it does 16 bit slowly
+    device, dtype : where and in what arithmetic; "float32", "bfloat16", "float16", on a CPU "int8", or "auto"
+                 (see `fastest_dtype`)
 
     random : whether the weights were drawn by `make_random_weights`, so that no score means anything
 
@@ -72,6 +84,7 @@ class AudioboxReward:
         if dtype not in AUDIOBOX_DTYPES:
             raise UserError(f"Audiobox computes in {', '.join(AUDIOBOX_DTYPES)}, not in {dtype!r}")
         self.scale, self.batch_size, self.device = scale, batch_size, torch.device(device)
+        dtype = fastest_dtype(self.device) if dtype == "auto" else dtype
         if dtype == "int8" and self.device.type != "cpu":
             raise UserError(f"Audiobox in int8 runs on a CPU, not on {device}; choose float16")
         with torch.inference_mode():
@@ -80,8 +93,9 @@ class AudioboxReward:
             self.heads = Heads(read.state, read.target, read.head.normalize_embed, self.device)
             weights = encoder_weights(read.state)
             self.encoder: CpuEncoder | BatchEncoder
-            if self.device.type == "cpu" and dtype in ("float32", "int8"):
-                self.encoder = CpuEncoder(weights, int8=dtype == "int8")
+            by_window = dtype in ("float32", "int8") or (dtype == "bfloat16" and bfloat16_is_fast())
+            if self.device.type == "cpu" and by_window:
+                self.encoder = CpuEncoder(weights, dtype)
             else:
                 self.encoder = BatchEncoder(weights, self.device, getattr(torch, dtype), batch_size, self.heads)
 
