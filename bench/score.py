@@ -111,7 +111,8 @@ def agreement(dtypes: Sequence[str], checkpoint: Path, device: str) -> dict[str,
             encoder = AudioboxReward(checkpoint, device=device, dtype=name).encoder
             error = 0.0
             for _ in range(2):  # on a GPU recorded, then replayed
-                found = encoder([torch.from_numpy(window).to(device) for window in windows]).cpu()
+                there = [torch.from_numpy(window).to(device) for window in windows] if device != "cpu" else windows
+                found = encoder(there).cpu()
                 error = max(error, float(((found - exact).norm(dim=-1) / exact.norm(dim=-1)).max()))
             errors[name] = error
             print(f"  {name}: error of the encoder {error:.2g}, limit {ENCODER_LIMITS[name]:.2g}")
@@ -126,7 +127,12 @@ def on_real_clips(folder: str, count: int, dtypes: Sequence[str], checkpoint: Pa
     if len(paths) < 2:
         raise UserError(f"--real {folder} has {len(paths)} MIDI files; at least 2 are compared")
     chosen = paths[:: max(1, len(paths) // count)][:count]
-    audio = render(NoteBatch.concat([read_midi(path, WINDOW / RATE_HZ) for path in chosen]), workers=0)
+    pieces: dict[int, list[NoteBatch]] = {}
+    for piece in (read_midi(path, WINDOW / RATE_HZ) for path in chosen):
+        pieces.setdefault(piece.ticks_per_beat, []).append(piece)
+    rendered = [render(NoteBatch.concat(batch), workers=0) for batch in pieces.values()]
+    samples, lengths = (np.concatenate([getattr(a, name) for a in rendered]) for name in ("samples", "lengths"))
+    audio = AudioBatch(samples, lengths, RATE_HZ)
     heard = Clips(range(len(audio)), audio)  # type: ignore[arg-type]
     ratings: dict[str, dict[str, np.ndarray]] = {}
     found: dict[str, Any] = {"clips": len(audio), "processor_s": {}, "of": {}}
