@@ -31,7 +31,6 @@ import numpy as np
 import torch
 from harness import REFERENCE, Job, Work, interleaved, measured_ceilings, parser, report
 from memory import added_mib, peak_in_own_process
-from scipy.stats import spearmanr
 from stages import finish, made, parse, run, tried
 from torch import Tensor
 
@@ -123,6 +122,8 @@ def agreement(dtypes: Sequence[str], checkpoint: Path, device: str) -> dict[str,
 def on_real_clips(folder: str, count: int, dtypes: Sequence[str], checkpoint: Path, device: str) -> dict[str, Any]:
     """How every dtype rates the first ten seconds of real pieces beside the first dtype: by axis the spread of ratings,
     the largest difference and Spearman's rank correlation; and the processor seconds of a clip."""
+    from scipy.stats import spearmanr  # GPU machines may be without it
+
     paths = sorted(path for path in Path(folder).rglob("*") if path.suffix.lower() in MIDI_SUFFIXES)
     if len(paths) < 2:
         raise UserError(f"--real {folder} has {len(paths)} MIDI files; at least 2 are compared")
