@@ -150,14 +150,13 @@ def test_bfloat16_is_near_float32_and_no_neighbour_changes_it(checkpoint: Path) 
 
 
 def test_auto_is_16_bit_where_that_is_fast(checkpoint: Path, monkeypatch) -> None:
+    here = fastest_dtype(torch.device("cpu"))
+    rated = [load_reward("audiobox", checkpoint=checkpoint, dtype=d).rate(clips(1.0)) for d in ("auto", here)]
+    assert rated[0] == rated[1]
     for fast, chosen in ((True, "bfloat16"), (False, "float32")):
         monkeypatch.setattr(audiobox_reward, "bfloat16_is_fast", lambda fast=fast: fast)
         assert fastest_dtype(torch.device("cpu")) == chosen
-        ours, named = (
-            load_reward("audiobox", checkpoint=checkpoint, dtype=d).rate(clips(1.0)) for d in ("auto", chosen)
-        )
-        assert ours == named
-    assert fastest_dtype(torch.device("cuda")) == "float16"
+        assert fastest_dtype(torch.device("cuda")) == "float16"
 
 
 @pytest.mark.parametrize("limit", ["AVX2", "avx512_core_vnni"])
