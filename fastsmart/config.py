@@ -124,10 +124,14 @@ class Config:
                 f"train.iterations is {self.train.iterations}; with train.algorithm {algorithm!r} it must be 1: "
                 f"{algorithm}.round_steps says how many steps learn from the same completions"
             )
-        completions = getattr(self, algorithm).prompts * self.sampling.group
+        self._require_round(algorithm)
+
+    def _require_round(self, section: str) -> None:
+        """Raises UserError where the rounds of a section are too large."""
+        completions = getattr(self, section).prompts * self.sampling.group
         if completions > MOST_AT_ONCE:
             raise UserError(
-                f"{algorithm}.prompts times sampling.group makes {completions:,} completions a round; at most "
+                f"{section}.prompts times sampling.group makes {completions:,} completions a round; at most "
                 f"{MOST_AT_ONCE:,} are kept"
             )
 
@@ -148,12 +152,8 @@ class Config:
                     f"{algorithm}.round_steps is {round_steps}, and a run of [merge] takes {each} steps; make these a "
                     "whole number of rounds"
                 )
-        completions = self.tilt.prompts * self.sampling.group
-        if merge.tilt_steps and completions > MOST_AT_ONCE:
-            raise UserError(
-                f"tilt.prompts times sampling.group makes {completions:,} completions a round; at most "
-                f"{MOST_AT_ONCE:,} are kept"
-            )
+        if merge.tilt_steps:
+            self._require_round("tilt")
         for key, value, refused in (
             ("train.pipeline", self.train.pipeline, self.train.pipeline == "one-step-off"),
             ("train.average", self.train.average, self.train.average > 0),

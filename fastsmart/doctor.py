@@ -127,8 +127,8 @@ def _arithmetic() -> Check:
     chosen = fastest_dtype(device)
     why = {
         "float16": "on a GPU",
-        "bfloat16": "this processor has AMX or AVX-512 BF16",
-        "float32": "this processor has neither AMX nor AVX-512 BF16",
+        "bfloat16": "AMX or AVX-512 BF16 can be used here",
+        "float32": "neither AMX nor AVX-512 BF16 can be used here",
     }[chosen]
     also = "; int8 runs here, less exactly" if device.type == "cpu" and int8_is_fast() else ""
     return Check("Audiobox auto", f"reward.audiobox_dtype 'auto' is {chosen}: {why}{also}", True)

@@ -13,16 +13,28 @@ class PackedLinear:
     oneDNN compiles a product for every number of rows it meets and keeps it, so fill rows up to multiples.
 
     rows      : that a product usually has, for which the weight is packed
+    dtype     : of the product and of what it gives, whatever x has
     from_gelu : of no account here; an 8-bit product makes use of it
     """
 
-    def __init__(self, weight: Tensor, bias: Tensor, gelu: bool = False, from_gelu: bool = False, *, rows: int) -> None:
+    def __init__(
+        self,
+        weight: Tensor,
+        bias: Tensor,
+        gelu: bool = False,
+        from_gelu: bool = False,
+        *,
+        rows: int,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        weight, bias = weight.to(dtype), bias.to(dtype)
         self.packed = torch.backends.mkldnn.is_available()
         self.weight = torch.ops.mkldnn._reorder_linear_weight(weight, rows) if self.packed else weight
         self.bias, self.gelu = bias, gelu
 
     def __call__(self, x: Tensor, counted: int = 0) -> Tensor:
         """Apply to x [R, in]; `counted`, the rows that count, is of no account here either."""
+        x = x.to(self.bias.dtype)
         if self.packed:
             after: tuple[str, list, str] = ("gelu", [], "none") if self.gelu else ("none", [], "")
             return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, *after)

@@ -169,19 +169,6 @@ def bfloat16_is_fast() -> bool:
     return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
 
-class _HalfLinear:
-    """x -> x W^T + b in bfloat16, then GELU where asked; sums are float32 inside.
-
-    from_gelu : of no account here; an 8-bit product makes use of it
-    """
-
-    def __init__(self, weight: Tensor, bias: Tensor, gelu: bool = False, from_gelu: bool = False) -> None:
-        self.linear = PackedLinear(weight.bfloat16(), bias.bfloat16(), gelu, rows=FRAMES)
-
-    def __call__(self, x: Tensor, counted: int) -> Tensor:
-        return self.linear(x.bfloat16(), counted)
-
-
 class _FloatConvolution:
     """A convolution of stride 2 and GELU, [R, C] -> [(R - kernel) // 2 + 1, C], without copying its input.
 
@@ -261,7 +248,7 @@ class _Int8Convolution:
 
 _LINEAR: dict[str, Callable[..., Linear]] = {
     "float32": partial(PackedLinear, rows=FRAMES),
-    "bfloat16": _HalfLinear,
+    "bfloat16": partial(PackedLinear, rows=FRAMES, dtype=torch.bfloat16),
     "int8": _Int8Linear,
 }
 
