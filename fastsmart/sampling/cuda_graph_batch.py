@@ -27,6 +27,7 @@ from fastsmart.sampling.sampler import truncated
 from fastsmart.sampling.settings import SamplingSettings
 
 LOOK_EVERY = 16  # steps; what ends is handed on that late, and the GPU waits for the host that rarely
+HALVED_ABOVE = 128  # rows; with fewer a decode step is a chain of small kernels, which fewer rows hardly shorten
 
 
 class GraphBatch:
@@ -40,7 +41,8 @@ class GraphBatch:
         self, weights: DecoderWeights, capture: GraphCapture, rows: int, slots: int, settings: SamplingSettings
     ) -> None:
         size, device, tokens = weights.size, weights.device, settings.max_tokens
-        self.weights, self.settings = weights, settings
+        self.weights, self.capture, self.rows, self.slots, self.settings = weights, capture, rows, slots, settings
+        self.half: GraphBatch | None = None  # what `halved` goes on in, made when it is needed and kept
         self.rope = torch.view_as_real(weights.rope)  # [positions, E / 2, 2]
         self.left = torch.zeros(rows, dtype=torch.int64, device=device)  # slots of padding before the prompt
         self.token = torch.zeros(rows, dtype=torch.int64, device=device)  # drawn last
@@ -94,6 +96,26 @@ class GraphBatch:
         look.count = 0
         self.looks.reverse()
         return known, *look.seen(count)
+
+    def halved(self, kept: Tensor) -> GraphBatch:
+        """Half as many rows in a batch of their own, which goes on where this one stands: int64 [R // 2] `kept`.
+
+        What this one has drawn since the last look is in the next look at that one.
+        """
+        if self.half is None:
+            self.half = GraphBatch(self.weights, self.capture, self.rows // 2, self.slots, self.settings)
+        half = self.half
+        for name in ("left", "token", "uniform", "sampled", "logprobs"):
+            torch.index_select(getattr(self, name), 0, kept, out=getattr(half, name))
+        for mine, other in zip(self.cache, half.cache, strict=True):
+            torch.index_select(mine.kv, 1, kept, out=other.kv)
+        half.place.copy_(self.place)
+        half.count = self.count
+        for look in half.looks:
+            look.count = 0
+        if (ahead := self.looks[0]).count:
+            half.looks[0].take(half.sampled, half.logprobs, ahead.known, ahead.count)
+        return half
 
     def _draw_for(self, look: _Look) -> None:
         """Draw a block of tokens, and let `look` have them."""

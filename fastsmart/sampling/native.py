@@ -20,7 +20,7 @@ from torch import Tensor
 from fastsmart.kernels.sample import UNDEFINED
 from fastsmart.machine.cuda_graph import GraphCapture, OwnStream
 from fastsmart.policy.transformer import Policy
-from fastsmart.sampling.cuda_graph_batch import GraphBatch
+from fastsmart.sampling.cuda_graph_batch import HALVED_ABOVE, GraphBatch
 from fastsmart.sampling.decoder_weights import DecoderWeights
 from fastsmart.sampling.kv_cache import LayerCache
 from fastsmart.sampling.rollout import Completion, check_prompts, not_finite
@@ -140,15 +140,18 @@ class NativeEngine:
     def _decode_static(
         self, prompts: list[np.ndarray], index: np.ndarray, settings: SamplingSettings, seed: tuple[int, ...]
     ) -> Iterator[Completion]:
-        """Decode in memory that stays in place; rows that have ended go on, and what they draw is ignored."""
+        """Decode in memory that stays in place; rows that have ended go on, and what they draw is ignored.
+
+        Where half of many rows have ended, the others go on in a batch of half the rows.
+        """
         ids, left = _left_padded(prompts, self.weights.device)
         slots = -(-(ids.shape[1] + settings.max_tokens) // _STATIC_SLOTS) * _STATIC_SLOTS
         key = (len(prompts), slots, settings.max_tokens, settings.temperature, settings.top_k, settings.top_p)
-        batch = self.graph_batches.pop(key, None)
-        if batch is None:
-            batch = GraphBatch(self.weights, self.capture, len(prompts), slots, settings)
-        batch.begin(ids, left, partial(_uniform, seed, index, settings.max_tokens))
-        running, eos = np.ones(len(prompts), bool), self._end_of_piece(settings)
+        whole = self.graph_batches.pop(key, None)
+        if whole is None:
+            whole = GraphBatch(self.weights, self.capture, len(prompts), slots, settings)
+        whole.begin(ids, left, partial(_uniform, seed, index, settings.max_tokens))
+        batch, running, eos = whole, np.ones(len(prompts), bool), self._end_of_piece(settings)
         while running.any():
             before, sampled, logprobs = batch.advance()
             count = sampled.shape[1]
@@ -164,8 +167,12 @@ class NativeEngine:
             ]
             running &= ~over
             if not running.any():  # before the last one goes out: who has it asks for no more
-                self._keep(key, batch)
+                self._keep(key, whole)
             yield from completed
+            while running.any() and batch.rows > HALVED_ABOVE and 2 * running.sum() <= batch.rows:
+                kept = np.argsort(~running, kind="stable")[: batch.rows // 2]
+                batch = batch.halved(torch.from_numpy(kept).to(self.weights.device))
+                running, index = running[kept], index[kept]
 
     def _keep(self, key: tuple[Any, ...], batch: GraphBatch) -> None:
         """Have a batch at hand for prompts of the same shape; the one used longest ago goes."""

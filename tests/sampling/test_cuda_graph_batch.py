@@ -11,7 +11,8 @@ from watched_stream import WatchedStream
 
 from fastsmart.errors import UserError
 from fastsmart.kernels import decode_product, decode_step
-from fastsmart.sampling import SamplingSettings, cuda_graph_batch
+from fastsmart.sampling import SamplingSettings, cuda_graph_batch, native
+from fastsmart.sampling.cuda_graph_batch import GraphBatch, _Look
 from fastsmart.sampling.native import _STATIC_KEPT, NativeEngine
 from fastsmart.tokens.token_batch import TokenBatch
 
@@ -74,6 +75,39 @@ def test_a_static_batch_draws_the_tokens_of_a_compacted_one(vocab, max_tokens):
         assert len(set(lengths)) > 5, "the test needs completions of different lengths"
         assert max(lengths) > 64
         assert [len(c.ids) for c in batch] == lengths  # each is handed on after those that ended before it
+
+
+@pytest.mark.parametrize("looks", [1, 2], ids=["as on a CPU", "as on a GPU"])
+def test_rows_that_have_ended_go_when_half_of_many_can(vocab, monkeypatch, looks):
+    """Into one batch after the other, in whose memory the next prompts go on too; with a block drawn ahead, or not."""
+    monkeypatch.setattr(native, "HALVED_ABOVE", 4)
+    made, build = [], GraphBatch.__init__
+
+    def with_looks(self, *given):
+        build(self, *given)
+        self.looks = [_Look(self.sampled, self.logprobs) for _ in range(looks)]
+        made.append(self)
+
+    monkeypatch.setattr(GraphBatch, "__init__", with_looks)
+    policy, other = eager_to_end(vocab, 0.08), eager_to_end(vocab, 0.09)
+    settings = SamplingSettings(group=9, max_tokens=100)
+    engine = NativeEngine(policy, static_cache=True)
+    halved, plain = sampled(engine, settings), sampled(NativeEngine(policy), settings)
+    assert_same(halved, plain)
+    assert [len(c.ids) for c in halved] == [len(c.ids) for c in plain]
+    assert [batch.rows for batch in made] == [36, 18, 9, 4]
+    assert list(engine.graph_batches.values()) == made[:1]
+    engine.load(other, 1)
+    assert_same(sampled(engine, settings, seed=1), sampled(NativeEngine(other, 1), settings, seed=1))
+    assert len(made) == 4
+
+
+def test_few_rows_are_not_halved(vocab):
+    policy, settings = eager_to_end(vocab, 0.08), SamplingSettings(group=8, max_tokens=100)
+    engine = NativeEngine(policy, static_cache=True)
+    sampled(engine, settings)
+    (batch,) = engine.graph_batches.values()
+    assert batch.half is None
 
 
 @pytest.mark.parametrize("shape", [{"num_kv_heads": 2}, {"tied_head": True}], ids=["gqa", "tied"])
@@ -278,6 +312,19 @@ def test_on_a_gpu_the_sampler_does_not_wait_for_the_trainer(vocab):
             mine.copy_(new)  # when the products are done
     engine.load(policy, 1)
     assert_same(sampled(engine, settings), sampled(NativeEngine(other, 1), settings))
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_many_rows_are_halved(vocab):
+    """Once with the graphs of half the rows to record, once with them at hand."""
+    policy, settings = eager_to_end(vocab).to("cuda"), SamplingSettings(group=64, max_tokens=100)
+    engine = NativeEngine(policy)
+    first, again = sampled(engine, settings), sampled(engine, settings)
+    (batch,) = engine.graph_batches.values()
+    assert batch.rows == 256
+    assert batch.half.graphs
+    assert_same(again, first)
+    assert_same_until_a_border(first, sampled(engine, replace(settings, cuda_graph=False)))
 
 
 @pytest.mark.gpu
