@@ -173,6 +173,12 @@ def _sample(p: argparse.ArgumentParser) -> None:
         help="of a policy that knows styles: one of them, or STYLE/COMPOSER; of NotaGen "
         "Period/Composer/Instrumentation; repeatable, then the pieces take turns",
     )
+    real_option(
+        p,
+        "--guidance",
+        within=(0, math.inf),
+        help="how much more --style counts than in the policy itself; takes twice the time; default: 1",
+    )
     p.add_argument("--time-signature", action="append", help="such as 4/4; repeatable; default: 4/4")
     real_option(
         p,

@@ -57,6 +57,11 @@ class Config:
                 "sampling.top_k and sampling.top_p must be off (0 and 1.0) in training: the loss takes log-probs over "
                 "the whole vocabulary, and a truncated sampler would bias every ratio"
             )
+        if self.sampling.guidance != 1:
+            raise UserError(
+                f"sampling.guidance is {self.sampling.guidance}; it must be 1 in training: the loss is of the policy, "
+                "and completions would come from another distribution"
+            )
         if self.sampling.group < 2 and self.diversity.stratify == 1:
             raise UserError(
                 "sampling.group must be at least 2: advantages are relative to the rest of the group, unless "

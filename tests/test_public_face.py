@@ -22,7 +22,8 @@ SIGNATURES = {
     fs.prompts.procedural: "vocab, n, seed=0, time_signatures=None, tempo_range=None",
     fs.prompts.procedural_with_note: "vocab, n, seed=0, time_signatures=None, tempo_range=None",
     fs.prompts.from_dataset: "vocab, dataset, n, seed=0",
-    fs.sample: "policy, prompts, group=1, max_tokens=256, temperature=1.0, seed=0, engine='native', top_k=0, top_p=1.0",
+    fs.sample: "policy, prompts, group=1, max_tokens=256, temperature=1.0, seed=0, engine='native', top_k=0, "
+    "top_p=1.0, guidance=1.0",
     fs.decode: "sequences, vocab, max_seconds=None",
     fs.render: "notes, soundfont='', backend='bank', sample_rate=16000, max_seconds=10.0, workers=1, progress=None, "
     "**options",

@@ -46,6 +46,8 @@ def sample(options: argparse.Namespace) -> int:
         raise UserError("--bars is of the MIDI file of --prompt; name one, or leave it out")
     if options.tempo and options.tempo[0] > options.tempo[1]:
         raise UserError(f"--tempo goes from {options.tempo[0]:g} to {options.tempo[1]:g}; write the lower one first")
+    if options.guidance is not None and not options.style:
+        raise UserError("--guidance is of the styles of --style; name one, or leave it out")
     policy = load_policy(options.policy, vocabulary=options.vocabulary)
     asked = _prompts(policy, options)
     out = make_folder(options.out)
@@ -59,6 +61,7 @@ def sample(options: argparse.Namespace) -> int:
         options.engine,
         options.top_k,
         options.top_p,
+        1.0 if options.guidance is None else options.guidance,
     )
     notes = decode(rollout.sequences(), policy.vocab)
     for i in range(len(notes)):

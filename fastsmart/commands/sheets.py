@@ -14,7 +14,7 @@ from fastsmart.words import counted
 if TYPE_CHECKING:
     from fastsmart.notagen.styles import Style
 
-NOT_FOR_SHEETS = ("vocabulary", "time_signature", "tempo", "prompt", "bars")
+NOT_FOR_SHEETS = ("vocabulary", "time_signature", "tempo", "prompt", "bars", "guidance")
 
 
 def sample_sheets(options: argparse.Namespace) -> int:
@@ -63,7 +63,7 @@ def sample_sheets(options: argparse.Namespace) -> int:
 def _refuse_others(options: argparse.Namespace) -> None:
     """Raises UserError for an option of policies that write tokens."""
     for key in NOT_FOR_SHEETS:
-        if getattr(options, key):
+        if getattr(options, key) not in (None, "", []):
             name = f"--{key.replace('_', '-')}"
             raise UserError(f"{name} is for policies that write tokens, NotaGen is asked with --style; leave it out")
     if options.engine != "native":

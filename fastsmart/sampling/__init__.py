@@ -59,6 +59,7 @@ def sample(
     engine: str = "native",
     top_k: int = 0,
     top_p: float = 1.0,
+    guidance: float = 1.0,
 ) -> Rollout:
     """Draw `group` completions of each prompt; the same arguments give the same rollout.
 
@@ -71,12 +72,12 @@ def sample(
     require_kind(prompts, (TokenBatch, Prompts), "prompts", "what the functions of fastsmart.prompts give")
     for name, number in (("group", group), ("max_tokens", max_tokens), ("seed", seed), ("top_k", top_k)):
         require_kind(number, int, name, "a whole number")
-    for name, real in (("temperature", temperature), ("top_p", top_p)):
+    for name, real in (("temperature", temperature), ("top_p", top_p), ("guidance", guidance)):
         require_kind(real, (int, float), name, "a number")
     if not 0 <= seed <= LARGEST_SEED:
         raise UserError(f"seed is {seed}; it must be from 0 to {LARGEST_SEED:,}")
     prompts = prompts if isinstance(prompts, TokenBatch) else prompts.tokens
-    settings = SamplingSettings(engine, group, max_tokens, float(temperature), top_k, float(top_p))
+    settings = SamplingSettings(engine, group, max_tokens, float(temperature), top_k, float(top_p), float(guidance))
     sampler = make_engine(settings, policy, completions=len(prompts) * group)
     try:
         return Rollout.gather(sampler.stream(prompts, settings, (seed,)), prompts, group)

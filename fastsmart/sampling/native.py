@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastsmart.errors import UserError
 from fastsmart.kernels.sample import UNDEFINED
 from fastsmart.machine.cuda_graph import GraphCapture, OwnStream
 from fastsmart.policy.transformer import Policy
@@ -24,7 +25,7 @@ from fastsmart.sampling.cuda_graph_batch import HALVED_ABOVE, GraphBatch
 from fastsmart.sampling.decoder_weights import DecoderWeights
 from fastsmart.sampling.kv_cache import LayerCache
 from fastsmart.sampling.rollout import Completion, check_prompts, not_finite
-from fastsmart.sampling.sampler import sample_token
+from fastsmart.sampling.sampler import guided, sample_token
 from fastsmart.sampling.settings import SamplingSettings
 from fastsmart.tokens.token_batch import TokenBatch
 
@@ -45,7 +46,7 @@ class NativeEngine:
         self, policy: Policy, version: int = 0, dtype: torch.dtype = torch.float32, static_cache: bool | None = None
     ) -> None:
         self.version, self.dtype, self.static_cache = version, dtype, static_cache
-        self.size, self.eos = policy.size, policy.vocab.eos_id
+        self.size, self.eos, self.style_ids = policy.size, policy.vocab.eos_id, policy.vocab.style_ids
         self.memory: list[LayerCache] = []
         self.own = OwnStream(policy.device, urgent=True)  # of small kernels that all wait for each other
         self.capture = GraphCapture(self.own.stream)
@@ -88,21 +89,29 @@ class NativeEngine:
         static_cache = self.static_cache
         if static_cache is None:
             static_cache = settings.cuda_graph and self.weights.device.type == "cuda"
-        decode = self._decode_static if static_cache else self._decode
-        for start in range(0, total, settings.max_rows):
-            index = np.arange(start, min(start + settings.max_rows, total))
+        decode, most = self._decode_static if static_cache else self._decode, settings.max_rows
+        if settings.guidance != 1:
+            if not self.style_ids:
+                raise UserError(
+                    f"sampling.guidance is {settings.guidance}, and the policy knows no styles; leave it at 1"
+                )
+            decode, most = self._decode, max(1, most // 2)
+        for start in range(0, total, most):
+            index = np.arange(start, min(start + most, total))
             rows = [prompts.row(int(i) // settings.group) for i in index]
             yield from decode(rows, index + first, settings, seed)
 
     def _decode(
         self, prompts: list[np.ndarray], index: np.ndarray, settings: SamplingSettings, seed: tuple[int, ...]
     ) -> Iterator[Completion]:
-        device = self.weights.device
-        ids, left = _left_padded(prompts, device)
+        """Decode, and drop rows that have ended; with guidance as many rows more in the cache have no style."""
+        device, guides = self.weights.device, settings.guidance != 1
+        plain = [p[~np.isin(p, self.style_ids)] for p in prompts] if guides else []
+        ids, left = _left_padded(prompts + plain, device)
         longest = ids.shape[1]
         slots = longest + settings.max_tokens
         uniform = torch.from_numpy(_uniform(seed, index, settings.max_tokens)).to(device)
-        cache = memory = self._cache(len(prompts), slots)
+        cache = memory = self._cache(len(ids), slots)
         sampled = torch.zeros(len(prompts), settings.max_tokens, dtype=torch.int32, device=device)
         logprobs = torch.zeros(len(prompts), settings.max_tokens, device=device)
         row_of = np.arange(len(prompts))  # place among the prompts of each row in the cache
@@ -110,7 +119,9 @@ class NativeEngine:
         eos = self._end_of_piece(settings)
         hidden = self.weights.forward(ids, cache, 0, left)
         for step in range(settings.max_tokens):
-            token, logprob = sample_token(self.weights.head(hidden), uniform[:, step], settings)
+            logits = self.weights.head(hidden)
+            logits = guided(logits, settings.guidance) if guides else logits
+            token, logprob = sample_token(logits, uniform[:, step], settings)
             sampled[:, step], logprobs[:, step] = token, logprob
             seen, last = token.cpu().numpy(), step + 1 == settings.max_tokens
             if (running & (seen == UNDEFINED)).any():
@@ -131,10 +142,12 @@ class NativeEngine:
             if (fewer := _fewer_rows(len(running), int(running.sum()))) < len(running):
                 kept = np.argsort(~running, kind="stable")[:fewer]  # those that run, and some that do not to fill up
                 keep = torch.from_numpy(kept).to(device)
-                cache = [layer.rows(keep) for layer in cache]
                 sampled, logprobs, uniform, token = (t[keep] for t in (sampled, logprobs, uniform, token))
+                keep = torch.cat([keep, keep + len(running)]) if guides else keep
+                cache = [layer.rows(keep) for layer in cache]
                 left = None if left is None else left[keep]
                 row_of, running = row_of[kept], running[kept]
+            token = torch.cat([token, token]) if guides else token
             hidden = self.weights.forward(token[:, None], cache, longest + step, left)
 
     def _decode_static(

@@ -24,6 +24,16 @@ def sample_token(logits: Tensor, uniform: Tensor, settings: SamplingSettings) ->
     return sample_tokens(logits, uniform, temperature)
 
 
+def guided(logits: Tensor, guidance: float) -> Tensor:
+    """Logits [R, V] of prompts whose style counts `guidance` times, from [2 R, V]: with their styles, then without.
+
+    Classifier-free guidance (Ho and Salimans 2022, arXiv 2207.12598; of language models Sanchez et al. 2023, arXiv
+    2306.17806); 1 gives the first R rows, 0 the others.
+    """
+    styled, plain = logits.chunk(2)
+    return plain + guidance * (styled - plain)
+
+
 def truncated(logits: Tensor, settings: SamplingSettings) -> tuple[Tensor, float]:
     """Logits, truncated where that is asked for, and the temperature that is still to be applied to them."""
     if settings.top_k or settings.top_p < 1.0:

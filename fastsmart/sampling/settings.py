@@ -53,6 +53,9 @@ class SamplingSettings:
     top_k: int = 0
     top_p: float = 1.0
     """Truncation of the distribution, off at 0 and 1.0; training, whose loss is over all of it, refuses both."""
+    guidance: float = 1.0
+    """How much more a prompt's style counts than in the policy itself (1): logits without the style, plus so many times
+    what it changes. Of the native engine; training, whose loss is that of the policy, refuses it."""
     max_rows: int = 256
     """Sequences decoded side by side (memory: one KV cache row each)."""
     ignore_eos: bool = False
@@ -67,6 +70,11 @@ class SamplingSettings:
             raise UserError(f"sampling.engine is {self.engine!r}; choose one of {', '.join(ENGINES)}")
         require(self, "sampling.", dict.fromkeys(("group", "max_tokens", "max_rows"), (1, MOST_AT_ONCE)))
         require_finite(self, "sampling.", "temperature")
+        require_finite(self, "sampling.", "guidance")
+        if self.guidance < 0:
+            raise UserError(f"sampling.guidance is {self.guidance}; it must be 0 or above")
+        if self.guidance != 1 and self.engine != "native":
+            raise UserError(f"sampling.guidance is {self.guidance}; only the engine 'native' has it, leave it at 1")
         if not self.temperature > 0:
             raise UserError(f"sampling.temperature is {self.temperature}; it must be above 0")
         if not 0 <= self.top_k < 2**31 or not 0 < self.top_p <= 1:

@@ -77,6 +77,11 @@ class Vocabulary:
         return self.id("EOS_None")
 
     @cached_property
+    def style_ids(self) -> list[int]:
+        """Ids of the tokens that name styles and composers, in id order; none where there are no styles."""
+        return [i for i, token in enumerate(self.tokens) if self.styles and self.styles.name_of(token)]
+
+    @cached_property
     def tokenizer(self) -> REMI:
         """The MidiTok tokenizer of this vocabulary (built once: about a tenth of a second, plus MidiTok's import)."""
         return _tokenizer(self.description)
