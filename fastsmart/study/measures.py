@@ -178,6 +178,7 @@ def best_of_point(k: int, outputs: Outputs, vocab: Vocabulary, config: Config, r
         "n": k,
         "kl_nats_at_most": float(np.log(k) - (k - 1) / k),
         "reward": asdict(reward.estimate()),
+        "notes": asdict(mean_draws(notes.counts, ruler.weights).estimate()),
         "diversity": {name: asdict(draws.estimate()) for name, draws in measured.items()},
     }
 

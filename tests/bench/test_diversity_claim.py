@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from diversity_claim import DISTANCES, GAIN, PRIMARY, lower_bound, retained, verdict
+from diversity_claim import DISTANCES, FAULTS, GAIN, PRIMARY, lower_bound, retained, side_conditions, verdict
 from scipy import stats
 
 NAMES = (*PRIMARY, *(f"rarefied_{name}_distance_across" for name in DISTANCES))
@@ -11,7 +11,10 @@ NAMES = (*PRIMARY, *(f"rarefied_{name}_distance_across" for name in DISTANCES))
 def seed_values(gain: float, share: float) -> dict[str, dict[str, float]]:
     """Values of three policies where the candidate retains so much of the gain and of every diversity."""
     reward = {"base": 5.0, "unconstrained": 7.0, "candidate": 5.0 + 2 * gain}
-    return {"reward": reward} | {n: {"base": 4.0, "unconstrained": 1.0, "candidate": 4.0 * share} for n in NAMES}
+    others = {n: {"base": 4.0, "unconstrained": 1.0, "candidate": 4.0 * share} for n in NAMES}
+    notes = {"base": 50.0, "unconstrained": 90.0, "candidate": 60.0}
+    faults = {n: {"base": 0.01, "unconstrained": 0.02, "candidate": 0.0} for n in FAULTS}
+    return {"reward": reward, "notes": notes} | others | faults
 
 
 def test_the_bound_is_where_a_t_test_to_one_side_says_so():
@@ -36,9 +39,23 @@ def test_it_holds_where_every_bound_does(gain, share, holds):
     assert verdict(seeds)["primary_hold"] is holds
 
 
-def test_a_distance_that_shrinks_is_told():
-    values = seed_values(1.0, 1.0)
-    values["rarefied_dynamics_distance_across"]["candidate"] = 3.0
-    found = verdict([retained(values, "candidate")] * 2)
-    assert found["primary_hold"]
-    assert not found["distances_hold"]
+def test_each_side_condition_is_told_by_itself():
+    """A distance that shrinks, too few notes, too many, and clips without a score."""
+    met = side_conditions([seed_values(1.0, 1.0)] * 2, "candidate", 60.0)
+    assert len(met) == 5
+    assert all(met.values())
+    for name, value, condition in (
+        ("rarefied_dynamics_distance_across", 3.0, "distances"),
+        ("notes", 49.0, "notes, not fewer than the base"),
+        ("notes", 66.1, "notes, at most a tenth more than best of four"),
+        (FAULTS[1], 0.02, f"no more {FAULTS[1]}"),
+    ):
+        values = seed_values(1.0, 1.0)
+        values[name]["candidate"] = value
+        assert verdict([retained(values, "candidate")] * 2)["primary_hold"]
+        found = side_conditions([values] * 2, "candidate", 60.0)
+        assert [name for name, holds in found.items() if not holds] == [condition]
+    assert (
+        side_conditions([seed_values(1.0, 1.0)], "candidate", None)["notes, at most a tenth more than best of four"]
+        is None
+    )

@@ -63,6 +63,7 @@ def test_an_evaluation_is_whole_and_reads_back(two):
         for name in ("effective_outputs", "effective_outputs_order_2", "effective_embeddings_order_2"):
             e = point["diversity"][f"rarefied_{name}"]
             assert e["low"] <= e["value"] <= e["high"]
+    assert found.record["best_of"][1]["notes"]["value"] == found.metric("feature", "notes").values["best of 3"].value
     (table,) = choosing_tables(found)  # of so few outputs there is no re-weighting
     assert [row[0] for row in table["rows"]] == ["2", "3"]
     assert len(table["head"]) == len(table["rows"][0]) == 7
