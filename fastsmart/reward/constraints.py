@@ -5,7 +5,6 @@ Shape letters: N clips, M notes of all clips, K constraints that are set.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -148,10 +147,9 @@ def cadence_degree(start: np.ndarray, end: np.ndarray, pitch: np.ndarray, key: i
     return thirds / 3
 
 
-def share_met(terms: Mapping[str, np.ndarray]) -> float | None:
-    """Share of clips that meet every constraint, by their scores [N]; None where there is no such reward."""
-    scores = terms.get(Constraint.name)
-    return None if scores is None or not len(scores) else float(np.mean(scores == 1.0))
+def share_met(scores: np.ndarray) -> float:
+    """Share of clips that meet every constraint, by their scores [N] under `Constraint`."""
+    return float(np.mean(scores == 1.0))
 
 
 def _shares(notes: NoteBatch, inside: np.ndarray) -> np.ndarray:

@@ -17,9 +17,10 @@ ALGORITHMS: dict[str, Callable[[Trainer, Path], Algorithm]] = {"grpo": Grpo, "ti
 
 def make_algorithm(trainer: Trainer, folder: Path) -> Algorithm:
     """The algorithm of a trainer whose engine holds the policy; `folder` is the run's."""
-    name, end = trainer.settings.algorithm, trainer.merge.end
+    name = trainer.settings.algorithm
     algorithm = ALGORITHMS[name](trainer, folder)
-    if not trainer.config.merge.tilt_steps:
+    if not trainer.merge or not trainer.config.merge.tilt_steps:
         return algorithm
+    end = trainer.merge.end
     rounds = 0 if name == "grpo" else end // getattr(trainer.config, name).round_steps
     return InTurn(algorithm, Tilt(trainer, folder, (end, rounds)), end, trainer)

@@ -12,7 +12,7 @@ from fastsmart.machine.distributed import Ranks
 from fastsmart.music.histograms import histograms
 from fastsmart.notes import NoteBatch
 from fastsmart.reward import Scores
-from fastsmart.reward.constraints import share_met
+from fastsmart.reward.constraints import Constraint, share_met
 from fastsmart.trainer.rollout_pipeline import ScoredRollout
 from fastsmart.trainer.update import Update
 
@@ -75,12 +75,12 @@ def _gathered_rows(notes: NoteBatch, prompts: int, size: int, ranks: Ranks) -> n
 def metrics(step: int, batch: Batch, advantage: torch.Tensor, change: Update) -> dict[str, Any]:
     """Line of metrics of a step, about its batch and its update; `step` counts from 1."""
     scores = batch.scores
-    met = share_met(scores.terms)
+    met = scores.terms.get(Constraint.name)
     return {
         "step": step,
         "reward": _mean(scores.total),
         "terms": {name: _mean(values) for name, values in scores.terms.items()},
-        **({} if met is None else {"constraints_met": met}),
+        **({} if met is None else {"constraints_met": share_met(met)}),
         "notes": float(batch.notes.mean()),
         "empty": int((batch.notes == 0).sum()),
         "unscored": int(np.isnan(scores.total).sum()),

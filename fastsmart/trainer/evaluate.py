@@ -21,7 +21,7 @@ from fastsmart.music.features import features
 from fastsmart.music.histograms import BINS, histograms, spread
 from fastsmart.music.rarefied import NOTES, TOKENS, rarefied_diversity
 from fastsmart.notes import NoteBatch
-from fastsmart.reward.constraints import share_met
+from fastsmart.reward.constraints import Constraint, share_met
 from fastsmart.run.folder import table_heading
 from fastsmart.run.recorder import Recorder
 from fastsmart.sampling import RandomStream, Rollout
@@ -177,11 +177,11 @@ def summarise(table: Mapping[str, np.ndarray]) -> dict[str, Any]:
     not be scored, those without a note, and those too short to be compared at equal size.
     """
     terms = {name.removeprefix("term "): values for name, values in table.items() if name.startswith("term ")}
-    met = share_met(terms)
+    met = terms.get(Constraint.name)
     return {
         "reward": _moments(table["reward"]),
         "terms": {name: _moments(values) for name, values in terms.items()},
-        **({} if met is None else {"constraints_met": met}),
+        **({} if met is None or not len(met) else {"constraints_met": share_met(met)}),
         "features": {name: _moments(table[name]) for name in TABLE_FEATURES},
         "clips": len(table["reward"]),
         "unscored": int(np.isnan(table["reward"]).sum()),

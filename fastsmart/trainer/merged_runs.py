@@ -26,8 +26,7 @@ FOLDER = "merged"  # in the run's folder; below it a checkpoint for each run
 class MergedRuns:
     """The runs of a folder one after the other, and the policy that they make (see `MergeSettings`).
 
-    The policy of each run's last step is kept in `merged/run-1` and so on, as a checkpoint like any other. A folder
-    whose settings merge nothing is one run, of which nothing is kept.
+    The policy of each run's last step is kept in `merged/run-1` and so on, as a checkpoint like any other.
 
     steps : of each run
     end   : steps of all of them, after which tilted fine-tuning begins
@@ -63,7 +62,7 @@ class MergedRuns:
         Raises UserError where one cannot be written, or an earlier one not be read.
         """
         run, rest = divmod(step, self.steps)
-        if rest or run > self.settings.runs or not self.settings.active:
+        if rest or run > self.settings.runs:
             return
         if self.ranks.leader:
             make_folder(self.folder)

@@ -90,7 +90,9 @@ class Rounds:
     def first(self) -> int:
         """Number of the first round since the policy was last the base."""
         merge = self.trainer.merge
-        return self.trainer.steps_done // merge.steps * (merge.steps // self.steps) if self.steps else 0
+        if not merge or not self.steps:
+            return 0
+        return self.trainer.steps_done // merge.steps * (merge.steps // self.steps)
 
     @property
     def ends(self) -> bool:

@@ -16,7 +16,7 @@ from fastsmart.policy.average import WeightAverage
 from fastsmart.policy.checkpoints import BEST_KEY, KEPT_KEY, Checkpoints, Snapshot
 from fastsmart.policy.device import resolved_device, resolved_dtype
 from fastsmart.policy.hf_format import load_policy
-from fastsmart.policy.optimizer import make_optimizer
+from fastsmart.policy.optimizer import make_optimizer, scheduled_rate
 from fastsmart.policy.transformer import Policy
 from fastsmart.run.provenance import statistics_path
 from fastsmart.sampling import Rollout
@@ -53,7 +53,7 @@ class Trainer:
     forward_options : temperature, dtype and kernel of every pass over completions (see `completion_logprobs`)
     average    : of the weights after each step, where train.average asks for one, else None
     record     : of the checkpoint that the run goes on from, empty at its beginning
-    merge      : of the runs that follow each other, where there are several
+    merge      : of the runs that follow each other, where [merge] is set, else None
     base_distance : `held_out_distance` of the untrained policy, where a floor of diversity is set; None = not measured
 
     Raises UserError where the policy, a checkpoint or a reward cannot be read.
@@ -80,7 +80,7 @@ class Trainer:
         decay, steps = self.settings.average, saved.get(_AVERAGED_KEY, 0)
         self.average = WeightAverage(decay, checkpoints.average, steps) if decay else None
         self.base_distance: float | None = saved.get(_BASE_KEY)
-        self.merge = MergedRuns(config, checkpoints.folder.parent, ranks)
+        self.merge = MergedRuns(config, checkpoints.folder.parent, ranks) if config.merge.active else None
 
         self.statistics = statistics_path(config)
         policy, version = self.sampler_weights()
@@ -104,12 +104,13 @@ class Trainer:
         The line is without `health` and without what an evaluation adds. `progress` is told of the rollout's stages.
         """
         start = time.perf_counter()
-        if self.merge.begins(self.steps_done):
+        if self.merge and self.merge.begins(self.steps_done):
             self.merge.restart(self.policy, self.reference, self.optimizer)
         taken = self.algorithm.step(progress)
         change, line = taken.update, taken.line
         self.steps_done += 1
-        self.merge.after_step(self.steps_done, self.policy, self.reference)
+        if self.merge:
+            self.merge.after_step(self.steps_done, self.policy, self.reference)
         if self.average and not change.skipped:
             self.average.add(self.policy)
         self.skipped = self.skipped + 1 if change.skipped else 0
@@ -120,7 +121,12 @@ class Trainer:
     @property
     def learning_rate(self) -> float:
         """Of the next step."""
-        return self.merge.learning_rate(self.steps_done)
+        if self.merge:
+            return self.merge.learning_rate(self.steps_done)
+        settings = self.settings
+        return scheduled_rate(
+            self.steps_done, settings.steps, settings.learning_rate, settings.schedule, settings.warmup
+        )
 
     def micro_batches(self, rollout: Rollout) -> list[MicroBatch]:
         """Completions in micro-batches of `train.micro_batch`, on the device; none of none."""
