@@ -34,7 +34,7 @@ from fastsmart.sampling import Rollout, SamplingSettings
 from fastsmart.sampling.cuda_graph_batch import GraphBatch
 from fastsmart.sampling.native import NativeEngine
 from fastsmart.tokens.prompts import procedural
-from fastsmart.trainer.micro_batch import micro_batches
+from fastsmart.trainer.batch import micro_batches
 from fastsmart.trainer.parity import LIMITS
 from fastsmart.trainer.update import completion_logprobs
 

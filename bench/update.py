@@ -34,7 +34,7 @@ from fastsmart.policy.hf_format import save_policy
 from fastsmart.policy.optimizer import make_optimizer
 from fastsmart.policy.transformer import Policy
 from fastsmart.sampling.rollout import Rollout
-from fastsmart.trainer.micro_batch import micro_batches
+from fastsmart.trainer.batch import micro_batches
 
 PEERS = ("transformers", "trl", "whole-logits")
 GROUP, PROMPT, MICRO_BATCH = 8, 4, 16

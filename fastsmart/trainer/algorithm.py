@@ -16,7 +16,7 @@ class StepResult:
     """What an algorithm has done in a step.
 
     update  : of the policy
-    line    : the step's line of metrics, without `time` and `health` (see `fastsmart.trainer.batch.metrics`)
+    line    : the step's line of metrics, without `time` and `health` (see `fastsmart.trainer.update.metrics`)
     sampled : this rank's completions that the step has drawn; None where it learnt from those of an earlier one
     clips   : completions that all ranks have drawn in it
     """

@@ -1,20 +1,23 @@
-"""One line of metrics.jsonl: what a step's batch was like, what its update did, how long it took."""
+"""Completions of a step: all of its batch as a table, and those that go through the policy together.
+
+Shape letters: N completions of all ranks, B of a micro-batch, T tokens of a row, M completion tokens of a micro-batch.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from fastsmart.machine.distributed import Ranks
 from fastsmart.music.histograms import histograms
 from fastsmart.notes import NoteBatch
 from fastsmart.reward import Scores
-from fastsmart.reward.constraints import Constraint, share_met
+from fastsmart.sampling.rollout import Rollout
 from fastsmart.trainer.rollout_pipeline import ScoredRollout
-from fastsmart.trainer.update import Update
 
 
 @dataclass(frozen=True)
@@ -72,51 +75,71 @@ def _gathered_rows(notes: NoteBatch, prompts: int, size: int, ranks: Ranks) -> n
     return table.reshape(prompts * size, -1).astype(np.float32)
 
 
-def metrics(step: int, batch: Batch, advantage: torch.Tensor, change: Update) -> dict[str, Any]:
-    """Line of metrics of a step, about its batch and its update; `step` counts from 1."""
-    scores = batch.scores
-    met = scores.terms.get(Constraint.name)
-    return {
-        "step": step,
-        "reward": _mean(scores.total),
-        "terms": {name: _mean(values) for name, values in scores.terms.items()},
-        **({} if met is None else {"constraints_met": share_met(met)}),
-        "notes": float(batch.notes.mean()),
-        "empty": int((batch.notes == 0).sum()),
-        "unscored": int(np.isnan(scores.total).sum()),
-        "idle_completions": int((advantage == 0).sum()),
-        "completion_tokens": float(batch.lengths.mean()),
-        "staleness": step - 1 - batch.version,
-        "skipped": change.skipped,
-        "grad_norm": change.grad_norm,
-        "learning_rate": change.learning_rate,
-        **change.stats,
-    }
+@dataclass(frozen=True)
+class MicroBatch:
+    """B completions of a rollout, with their tokens packed.
 
-
-def timing(
-    seconds: dict[str, float], idle: dict[str, float], total: float, scored: ScoredRollout | None, clips: int
-) -> dict[str, Any]:
-    """Seconds of the step and of each stage on this rank, idle shares of its resources, and the rates people ask for.
-
-    Stages that run side by side add up to more than the step. `tokens_per_s` is the rate of this rank's sampler,
-    `clips_per_s` that of all ranks' steps with their `clips`. `gpu_mixed` of this rank's clips were mixed on its GPU.
-    A step that has sampled nothing (`scored` None) has the rates 0.
+    rows     : int64 [B, T], prompt and completion, padded on the right; the last token is no input and left out
+    gather_index : int64 [M], place in the flattened [B, T] that predicts each completion token
+    ids      : int64 [M]
+    sequence : int64 [M], row of each token
+    offsets  : int64 [B + 1], the tokens of row b are offsets[b] … offsets[b + 1] − 1
+    begins   : int64 [B], place in the flattened [B, T] that predicts each row's first completion token
+    sampler_logprobs : float32 [M]
+    completions : int64 [B], number in the rollout of each row
+    lengths  : int64 [B], completion tokens of each row
     """
-    return {
-        "step": total,
-        **seconds,
-        "tokens_per_s": int(scored.rollout.lengths.sum()) / max(scored.sample_s, 1e-9) if scored else 0.0,
-        "clips_per_s": clips / max(total, 1e-9),
-        "gpu_mixed": scored.gpu_mixed if scored else 0,
-        "idle": idle,
-    }
+
+    rows: Tensor
+    gather_index: Tensor
+    ids: Tensor
+    sequence: Tensor
+    offsets: Tensor
+    begins: Tensor
+    sampler_logprobs: Tensor
+    completions: Tensor
+    lengths: Tensor
 
 
-def _mean(values: np.ndarray) -> float:
-    """Mean of what could be scored; NaN where nothing could."""
-    return (
-        float(np.mean(values, where=np.isfinite(values), dtype=np.float64))
-        if np.isfinite(values).any()
-        else float("nan")
+def micro_batches(rollout: Rollout, size: int, device: torch.device) -> Iterator[MicroBatch]:
+    """The rollout in micro-batches of `size` completions of like length, longest first, so that little is padding."""
+    order = np.argsort(-(rollout.prompt_lengths + rollout.lengths), kind="stable")
+    for start in range(0, len(order), size):
+        yield packed(rollout, order[start : start + size], device)
+
+
+def packed(rollout: Rollout, chosen: np.ndarray, device: torch.device) -> MicroBatch:
+    """The completions of these numbers, int64 [B], as one micro-batch, in this order."""
+    total = rollout.prompt_lengths + rollout.lengths
+    width = int(total[chosen].max()) - 1
+    rows = np.zeros((len(chosen), width), np.int64)
+    for row, i in zip(rows, chosen, strict=True):
+        row[: total[i] - 1] = rollout.sequence(int(i))[:-1]
+    lengths = rollout.lengths[chosen].astype(np.int64)
+    sequence = np.repeat(np.arange(len(chosen)), lengths)
+    offsets = np.concatenate([[0], np.cumsum(lengths)])
+    step = np.arange(len(sequence)) - offsets[sequence]
+    begins = np.arange(len(chosen)) * width + rollout.prompt_lengths[chosen] - 1
+    ids, sampler_logprobs = rollout.ids[chosen][sequence, step], rollout.logprobs[chosen][sequence, step]
+    numbers = (rows.ravel(), begins[sequence] + step, ids, sequence, offsets, begins)
+    flat = uploaded(np.concatenate(numbers).astype(np.int64, copy=False), device)  # one copy for all
+    parts = flat.split([len(part) for part in numbers])
+    return MicroBatch(
+        rows=parts[0].view(rows.shape),
+        gather_index=parts[1],
+        ids=parts[2],
+        sequence=parts[3],
+        offsets=parts[4],
+        begins=parts[5],
+        sampler_logprobs=uploaded(sampler_logprobs, device),
+        completions=torch.from_numpy(chosen),
+        lengths=torch.from_numpy(lengths),
     )
+
+
+def uploaded(values: np.ndarray | Tensor, device: torch.device) -> Tensor:
+    """The values as a tensor on the device, which a GPU copies when it comes to it: nobody waits."""
+    tensor = values if isinstance(values, Tensor) else torch.from_numpy(values)
+    if device.type != "cuda" or tensor.is_cuda:
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)

@@ -22,8 +22,8 @@ from torch import Tensor
 
 from fastsmart.kernels.logprob import logprob
 from fastsmart.sampling import RandomStream
+from fastsmart.trainer.batch import MicroBatch, uploaded
 from fastsmart.trainer.credit_targets import CreditTargets, places
-from fastsmart.trainer.micro_batch import MicroBatch, uploaded
 from fastsmart.trainer.rounds import Arrays, Round, RoundAlgorithm
 from fastsmart.trainer.trainer import Trainer
 from fastsmart.trainer.update import Update, completion_states

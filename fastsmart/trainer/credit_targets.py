@@ -21,7 +21,7 @@ from fastsmart.music.features import FEATURES
 from fastsmart.policy.transformer import Policy
 from fastsmart.sampling import RandomStream, Rollout
 from fastsmart.tokens.token_batch import TokenBatch
-from fastsmart.trainer.micro_batch import MicroBatch, uploaded
+from fastsmart.trainer.batch import MicroBatch, uploaded
 from fastsmart.trainer.rounds import Arrays, Round, Rounds
 from fastsmart.trainer.trainer import Trainer
 from fastsmart.trainer.update import completion_states

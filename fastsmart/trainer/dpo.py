@@ -17,7 +17,7 @@ import torch
 from fastsmart.dpo.losses import completion_sums, pair_loss
 from fastsmart.dpo.pairs import choose, pairs_of_step, repeated
 from fastsmart.sampling import RandomStream, Rollout
-from fastsmart.trainer.micro_batch import MicroBatch, packed, uploaded
+from fastsmart.trainer.batch import MicroBatch, packed, uploaded
 from fastsmart.trainer.rounds import Arrays, Round, RoundAlgorithm
 from fastsmart.trainer.update import Update, completion_logprobs, reference_logprobs
 

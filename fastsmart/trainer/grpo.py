@@ -13,13 +13,13 @@ import torch
 from fastsmart.config import Config
 from fastsmart.grpo.advantages import group_advantages, normalised_sum
 from fastsmart.trainer.algorithm import StepResult
-from fastsmart.trainer.batch import Batch, metrics
+from fastsmart.trainer.batch import Batch
 from fastsmart.trainer.diversity_control import DiversityControl, diversity_control
 from fastsmart.trainer.rehearsal import rehearse
 from fastsmart.trainer.rollout_pipeline import Progress, ScoredRollout
 from fastsmart.trainer.style_metrics import divergences, style_metrics, styles_of_step
 from fastsmart.trainer.trainer import Trainer
-from fastsmart.trainer.update import Update, reference_logprobs, update
+from fastsmart.trainer.update import Update, metrics, reference_logprobs, update
 
 MISMATCH_STATS = ("token_mult_prob_error", "mismatch_k3", "logprob_gap_max")
 _CONTROL_KEY = "diversity_control"

@@ -23,7 +23,7 @@ from fastsmart.run.recorder import Recorder
 from fastsmart.trainer.algorithms import make_algorithm
 from fastsmart.trainer.evaluate import evaluate_held_out
 from fastsmart.trainer.outcome import MAX_SKIPPED, Run, finish, finished_run, give_up, tuned_policy
-from fastsmart.trainer.parity import check_engine, health_warning, unhealthy
+from fastsmart.trainer.parity import check_engine, health_warning, mismatch_limit
 from fastsmart.trainer.trainer import Trainer
 
 
@@ -64,7 +64,7 @@ def _train(folder: RunFolder, display: Display | None, ranks: Ranks) -> Run:
         open_run(folder, ranks, display) as (trainer, recorder),
         gc_at_steps() as collect,
     ):
-        worker = trainer.worker
+        worker, limit = trainer.worker, mismatch_limit(config, trainer.dtype)
         if trainer.steps_done == 0:
             found = evaluate_held_out(worker, recorder, "before")
             trainer.kept(found["eval"])  # what every later one is a share of
@@ -79,9 +79,9 @@ def _train(folder: RunFolder, display: Display | None, ranks: Ranks) -> Run:
                 line["time"] |= found["time"]
                 kept = trainer.kept(found["eval"])
             recorder.line(line, trainer.scheduler.dropped)
-            if line["staleness"] == 0 and unhealthy(change, config, trainer.dtype):
+            if line["staleness"] == 0 and change.mismatch(limit):
                 trainer.sync_weights()
-                warning = health_warning(worker.engine, trainer.policy, config, change, trainer.dtype)
+                warning = health_warning(worker.engine, trainer.policy, change, limit)
                 recorder.note(f"step {step}: {warning}")
             due = trainer.algorithm.ends_round or (settings.save_every and step % settings.save_every == 0)
             if recorder.better(reward, kept) or due:

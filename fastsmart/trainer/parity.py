@@ -1,4 +1,4 @@
-"""Do sampler and trainer hold the same policy? Asked once before training, and of every step's batch.
+"""Do sampler and trainer hold the same policy? Asked once before training, and of every step (`Update.mismatch`).
 
 The measure is NeMo-RL's token_mult_prob_error: the mean over tokens of exp |log p_trainer - log p_sampler|, 1 where the
 two agree.
@@ -6,7 +6,6 @@ two agree.
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 
 import torch
@@ -16,7 +15,7 @@ from fastsmart.errors import UserError
 from fastsmart.policy.transformer import Policy
 from fastsmart.sampling import Engine, RandomStream, Rollout
 from fastsmart.tokens.prompts import make_prompts
-from fastsmart.trainer.micro_batch import micro_batches
+from fastsmart.trainer.batch import micro_batches
 from fastsmart.trainer.update import Update, completion_logprobs
 
 PROMPTS, GROUP, TOKENS = 4, 2, 64  # of the check at most
@@ -64,20 +63,12 @@ def token_mult_prob_error(policy: Policy, rollout: Rollout, config: Config, dtyp
     return float(torch.cat(gaps).abs().exp().mean())
 
 
-def unhealthy(change: Update, config: Config, dtype: torch.dtype) -> bool:
-    """Whether sampler and trainer disagreed in a step beyond the limit; only for a batch drawn by the policy itself."""
-    error = change.stats["token_mult_prob_error"]
-    empty = math.isnan(error) and not change.stats["tokens"]  # NaN also where there were no tokens
-    return not error <= mismatch_limit(config, dtype) and not empty
-
-
-def health_warning(engine: Engine, policy: Policy, config: Config, change: Update, dtype: torch.dtype) -> str:
-    """Warning about an unhealthy step, for the user.
+def health_warning(engine: Engine, policy: Policy, change: Update, limit: float) -> str:
+    """Warning about a step of which `Update.mismatch` is true, for the user.
 
     The engine is to hold the policy as it is now, so that a tensor that did not arrive can be named.
     """
-    error, limit = change.stats["token_mult_prob_error"], mismatch_limit(config, dtype)
-    return f"{disagreement(error, limit)}: {_culprit(engine, policy)}"
+    return f"{disagreement(change.stats['token_mult_prob_error'], limit)}: {_culprit(engine, policy)}"
 
 
 def disagreement(error: float, limit: float) -> str:

@@ -25,7 +25,7 @@ from fastsmart.kernels.logprob import LogProb, logprob
 from fastsmart.machine.cuda_graph import GraphCapture
 from fastsmart.policy.cast import CastPolicy
 from fastsmart.policy.transformer import Policy
-from fastsmart.trainer.micro_batch import MicroBatch
+from fastsmart.trainer.batch import MicroBatch
 
 MOST_SHAPES = 8  # recorded for a policy
 WASTE = 1.25  # a recorded shape is used for a micro-batch of at least one part in so many of its tokens

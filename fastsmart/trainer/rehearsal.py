@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 
 from fastsmart.policy.transformer import Policy
-from fastsmart.trainer.micro_batch import MicroBatch
+from fastsmart.trainer.batch import MicroBatch
 from fastsmart.trainer.update import completion_logprobs
 
 

@@ -30,11 +30,10 @@ from fastsmart.reward import Scores
 from fastsmart.run.provenance import weights_hash
 from fastsmart.sampling import Rollout
 from fastsmart.trainer.algorithm import StepResult
-from fastsmart.trainer.batch import Batch, metrics
-from fastsmart.trainer.micro_batch import MicroBatch
+from fastsmart.trainer.batch import Batch, MicroBatch
 from fastsmart.trainer.rollout_pipeline import Progress, ScoredRollout
 from fastsmart.trainer.trainer import Trainer
-from fastsmart.trainer.update import Update, reference_logprobs, step_on_gradients
+from fastsmart.trainer.update import Update, metrics, reference_logprobs, step_on_gradients
 
 FOLDER = "rounds"
 WEIGHTS_KEY = "weights_sha256"

@@ -12,8 +12,7 @@ from fastsmart.config import Config
 from fastsmart.machine.distributed import Ranks
 from fastsmart.tokens.prompts import asked_styles, make_prompts
 from fastsmart.tokens.vocabulary import Vocabulary
-from fastsmart.trainer.batch import Batch
-from fastsmart.trainer.micro_batch import MicroBatch
+from fastsmart.trainer.batch import Batch, MicroBatch
 
 
 def styles_of_step(config: Config, vocab: Vocabulary, step: int) -> list[str]:

@@ -21,11 +21,10 @@ from fastsmart.policy.transformer import Policy
 from fastsmart.run.provenance import statistics_path
 from fastsmart.sampling import Rollout
 from fastsmart.trainer.algorithm import Algorithm
-from fastsmart.trainer.batch import timing
+from fastsmart.trainer.batch import MicroBatch, micro_batches
 from fastsmart.trainer.evaluate import held_out_distance
 from fastsmart.trainer.merged_runs import MergedRuns
-from fastsmart.trainer.micro_batch import MicroBatch, micro_batches
-from fastsmart.trainer.rollout_pipeline import Progress
+from fastsmart.trainer.rollout_pipeline import Progress, ScoredRollout
 from fastsmart.trainer.rollout_worker import RolloutScheduler, RolloutWorker
 from fastsmart.trainer.update import Update
 
@@ -164,3 +163,22 @@ class Trainer:
         if self.average is not None:
             weights, record[_AVERAGED_KEY] = self.average.weights, self.average.steps
         return Snapshot.of(self.steps_done, self.policy, self.optimizer, record, self.previous, weights)
+
+
+def timing(
+    seconds: dict[str, float], idle: dict[str, float], total: float, scored: ScoredRollout | None, clips: int
+) -> dict[str, Any]:
+    """Seconds of the step and of each stage on this rank, idle shares of its resources, and the rates people ask for.
+
+    Stages that run side by side add up to more than the step. `tokens_per_s` is the rate of this rank's sampler,
+    `clips_per_s` that of all ranks' steps with their `clips`. `gpu_mixed` of this rank's clips were mixed on its GPU.
+    A step that has sampled nothing (`scored` None) has the rates 0.
+    """
+    return {
+        "step": total,
+        **seconds,
+        "tokens_per_s": int(scored.rollout.lengths.sum()) / max(scored.sample_s, 1e-9) if scored else 0.0,
+        "clips_per_s": clips / max(total, 1e-9),
+        "gpu_mixed": scored.gpu_mixed if scored else 0,
+        "idle": idle,
+    }

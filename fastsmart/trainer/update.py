@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,8 +24,9 @@ from fastsmart.kernels.logprob import LogProb, logprob
 from fastsmart.machine.distributed import Ranks
 from fastsmart.policy.optimizer import set_learning_rate, step_if_finite
 from fastsmart.policy.transformer import Policy
+from fastsmart.reward.constraints import Constraint, share_met
 from fastsmart.run.trace import Trace
-from fastsmart.trainer.micro_batch import MicroBatch, uploaded
+from fastsmart.trainer.batch import Batch, MicroBatch, uploaded
 from fastsmart.trainer.recorded import passes_of
 
 
@@ -42,6 +44,40 @@ class Update:
     grad_norm: float
     learning_rate: float
     skipped: bool = False
+
+    def mismatch(self, limit: float) -> bool:
+        """Whether sampler and trainer disagreed beyond the limit, for a batch that the policy itself has drawn."""
+        error = self.stats["token_mult_prob_error"]
+        empty = math.isnan(error) and not self.stats["tokens"]  # NaN also where there were no tokens
+        return not error <= limit and not empty
+
+
+def metrics(step: int, batch: Batch, advantage: torch.Tensor, change: Update) -> dict[str, Any]:
+    """Line of metrics of a step, about its batch and its update; `step` counts from 1."""
+    scores = batch.scores
+    met = scores.terms.get(Constraint.name)
+    return {
+        "step": step,
+        "reward": _mean(scores.total),
+        "terms": {name: _mean(values) for name, values in scores.terms.items()},
+        **({} if met is None else {"constraints_met": share_met(met)}),
+        "notes": float(batch.notes.mean()),
+        "empty": int((batch.notes == 0).sum()),
+        "unscored": int(np.isnan(scores.total).sum()),
+        "idle_completions": int((advantage == 0).sum()),
+        "completion_tokens": float(batch.lengths.mean()),
+        "staleness": step - 1 - batch.version,
+        "skipped": change.skipped,
+        "grad_norm": change.grad_norm,
+        "learning_rate": change.learning_rate,
+        **change.stats,
+    }
+
+
+def _mean(values: np.ndarray) -> float:
+    """Mean of what could be scored; NaN where nothing could."""
+    known = np.isfinite(values)
+    return float(np.mean(values, where=known, dtype=np.float64)) if known.any() else math.nan
 
 
 @record_function("forward")

@@ -15,8 +15,8 @@ from fastsmart.machine.distributed import Ranks
 from fastsmart.policy.hf_format import load_policy
 from fastsmart.sampling import sample
 from fastsmart.tokens.token_batch import TokenBatch
+from fastsmart.trainer.batch import micro_batches
 from fastsmart.trainer.credit_targets import CreditTargets
-from fastsmart.trainer.micro_batch import micro_batches
 from fastsmart.trainer.settings import TrainSettings
 from fastsmart.trainer.update import completion_logprobs
 

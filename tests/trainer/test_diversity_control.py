@@ -16,8 +16,8 @@ from fastsmart.grpo.settings import DiversitySettings
 from fastsmart.music.histograms import BINS
 from fastsmart.music.likeness import split_rows
 from fastsmart.trainer import diversity_control
+from fastsmart.trainer.batch import micro_batches
 from fastsmart.trainer.diversity_control import DiversityControl
-from fastsmart.trainer.micro_batch import micro_batches
 from fastsmart.trainer.rehearsal import rehearse
 from fastsmart.trainer.update import completion_logprobs
 

@@ -16,9 +16,8 @@ from fastsmart.grpo.witness import gated, witness
 from fastsmart.music.histograms import BINS
 from fastsmart.music.likeness import split_rows
 from fastsmart.trainer import diversity_control
-from fastsmart.trainer.batch import Batch
+from fastsmart.trainer.batch import Batch, micro_batches
 from fastsmart.trainer.diversity_control import DIATONIC, DiversityControl
-from fastsmart.trainer.micro_batch import micro_batches
 from fastsmart.trainer.rehearsal import rehearse
 from fastsmart.trainer.update import completion_logprobs
 

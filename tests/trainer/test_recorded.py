@@ -13,7 +13,7 @@ from fastsmart.grpo.settings import LossSettings
 from fastsmart.sampling import sample
 from fastsmart.tokens.token_batch import TokenBatch
 from fastsmart.trainer import recorded
-from fastsmart.trainer.micro_batch import micro_batches
+from fastsmart.trainer.batch import micro_batches
 from fastsmart.trainer.recorded import RecordedPasses
 from fastsmart.trainer.update import completion_logprobs
 

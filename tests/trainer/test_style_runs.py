@@ -23,8 +23,8 @@ from fastsmart.study.evaluate import evaluate
 from fastsmart.study.report import write_report
 from fastsmart.tokens.prompts import make_prompts
 from fastsmart.tokens.styles import Styles
+from fastsmart.trainer.batch import micro_batches
 from fastsmart.trainer.loop import train
-from fastsmart.trainer.micro_batch import micro_batches
 from fastsmart.trainer.style_metrics import divergences, styles_of_step
 from fastsmart.trainer.update import reference_logprobs
 

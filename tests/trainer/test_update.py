@@ -19,7 +19,7 @@ from fastsmart.policy.optimizer import (
 )
 from fastsmart.sampling import sample
 from fastsmart.tokens.token_batch import TokenBatch
-from fastsmart.trainer.micro_batch import micro_batches
+from fastsmart.trainer.batch import micro_batches
 from fastsmart.trainer.update import reference_logprobs, update
 
 PROMPTS = TokenBatch.pack([[21, 400, 180, 330], [1], [21, 401]])
