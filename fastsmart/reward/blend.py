@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -49,7 +48,9 @@ class RewardBlend:
     def __call__(self, clips: Clips) -> Scores:
         """Every term of every clip and their weighted sum, which is what is reported."""
         terms = {name: reward(clips) for name, reward in self.rewards.items()}
-        return Scores(terms, _weighted_sum(terms, self.weights))
+        # 0 x NaN is nothing, not NaN
+        weighted = [w * terms[name].astype(np.float64) for name, w in self.weights.items() if w]
+        return Scores(terms, np.sum(weighted, axis=0).astype(np.float32))
 
 
 def _configured(name: str, settings: RewardSettings, surroundings: Surroundings) -> Reward:
@@ -57,9 +58,3 @@ def _configured(name: str, settings: RewardSettings, surroundings: Surroundings)
     reward = reward_class(name)
     from_settings = getattr(reward, "from_settings", None)
     return from_settings(settings, surroundings) if from_settings else reward()
-
-
-def _weighted_sum(terms: Mapping[str, np.ndarray], weights: Mapping[str, float]) -> np.ndarray:
-    """Sum of weight x term over the terms that have a weight, float32 [N]; 0 x NaN is nothing, not NaN."""
-    weighted = [weights[name] * values.astype(np.float64) for name, values in terms.items() if weights[name]]
-    return np.sum(weighted, axis=0).astype(np.float32)
