@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from simulated_listeners import Listener
 
 from fastsmart.errors import UserError
 from fastsmart.notes import NoteBatch
@@ -12,7 +13,6 @@ from fastsmart.reward import Clips, RewardBlend, RewardSettings, load_reward
 from fastsmart.reward.taste import LOWEST, Taste, TasteReward
 from fastsmart.reward.taste_features import LABELS, NOTE_FEATURES, WIDEST, Standard, feature_names, features, key_fit
 from fastsmart.taste import Choice
-from fastsmart.taste.listeners import Listener
 
 F = len(NOTE_FEATURES)
 

@@ -6,12 +6,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 from made_notes import made, melody
+from simulated_listeners import Listener
 
 from fastsmart.errors import UserError
 from fastsmart.notes import NoteBatch
 from fastsmart.reward.taste_features import feature_names, features
 from fastsmart.taste import Choice, Clip, Standard, Taste, TasteFolder, append_choice, next_pair, replay
-from fastsmart.taste.listeners import Listener
 from fastsmart.taste.replay import Round
 
 CLIPS = 60

@@ -1,4 +1,4 @@
-"""Simulated listeners with a hidden utility: to test what is learnt, and to soak the page without a person.
+"""Simulated listeners with a hidden utility, to test what is learnt of them.
 
 Shape letters: N clips, F features.
 """
