@@ -8,12 +8,15 @@ level. Without a GPU the kernel's twin in torch takes its place, and says nothin
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import fastsmart  # noqa: F401  # isort: skip  # before torch: OpenMP's threads then wait politely
 
 import numpy as np
 import torch
 from harness import Work, interleaved, measured_ceilings, parser, report
 from results import write_result
+from stages import parse
 
 from fastsmart.audio import RenderSettings
 from fastsmart.audio.bank_renderer import BankRenderer
@@ -30,11 +33,7 @@ def main() -> None:
     options = parser(__doc__, runs=20)
     options.add_argument("--clips", type=int, default=64)
     options.add_argument("--soundfont", default="", help="default: the first one installed")
-    options.add_argument("--quick", action="store_true", help="2 clips, 1 run")
-    given = options.parse_args()
-    if given.quick:
-        given.clips, given.runs = 2, 1
-    torch.set_num_threads(given.threads)
+    given = parse(options, {"clips": 2, "runs": 1})
     clips = random_clips(given.clips)
     settings = RenderSettings(given.soundfont, max_seconds=SECONDS)
     with DeviceMixer(settings, given.device) as gpu, BankRenderer(settings) as cpu:
@@ -64,17 +63,15 @@ def main() -> None:
 def random_clips(count: int) -> NoteBatch:
     """Pieces of `NOTES` notes that end at `SECONDS`."""
     rng = np.random.default_rng(0)
-    none, m = NoteBatch.empty(count), count * NOTES
-    return NoteBatch(
-        **{name: getattr(none, name) for name in none.__dataclass_fields__}
-        | {
-            "onset_s": np.sort(rng.uniform(0.0, SECONDS - 0.1, (count, NOTES)), axis=1).ravel(),
-            "duration_s": rng.uniform(0.1, 1.0, m),
-            "pitch": rng.integers(36, 96, m).astype(np.uint8),
-            "velocity": rng.integers(40, 110, m).astype(np.uint8),
-            "offsets": np.arange(count + 1) * NOTES,
-            "end_s": np.full(count, SECONDS),
-        }
+    m = count * NOTES
+    return replace(
+        NoteBatch.empty(count),
+        onset_s=np.sort(rng.uniform(0.0, SECONDS - 0.1, (count, NOTES)), axis=1).ravel(),
+        duration_s=rng.uniform(0.1, 1.0, m),
+        pitch=rng.integers(36, 96, m).astype(np.uint8),
+        velocity=rng.integers(40, 110, m).astype(np.uint8),
+        offsets=np.arange(count + 1) * NOTES,
+        end_s=np.full(count, SECONDS),
     )
 
 

@@ -6,11 +6,11 @@ Shape letters: N pieces, M notes of all pieces together, E tempo events, S time 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from io import BytesIO
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -57,8 +57,7 @@ class Pedals:
 
     def select(self, pieces: np.ndarray) -> Pedals:
         """The pedals of the named pieces, int64, in that order."""
-        rows, offsets = _gather_rows(self.offsets, pieces)
-        return Pedals(self.tick[rows], self.second[rows], self.down[rows], offsets)
+        return Pedals(**_selected(self, _PEDAL_ROWS, pieces))
 
 
 @dataclass(frozen=True)
@@ -122,59 +121,51 @@ class NoteBatch:
     def select(self, pieces: Sequence[int] | np.ndarray) -> NoteBatch:
         """A batch of the named pieces in that order, or of those where a mask bool [N] is true."""
         pieces = np.arange(len(self))[list(pieces)]
-        note_rows, offsets = _gather_rows(self.offsets, pieces)
-        tempo_rows, tempo_offsets = _gather_rows(self.tempo_offsets, pieces)
-        meter_rows, meter_offsets = _gather_rows(self.meter_offsets, pieces)
-        return NoteBatch(
-            self.onset_s[note_rows],
-            self.duration_s[note_rows],
-            self.pitch[note_rows],
-            self.velocity[note_rows],
-            offsets,
-            self.end_s[pieces],
-            self.onset_tick[note_rows],
-            self.duration_tick[note_rows],
-            self.ticks_per_beat,
-            self.tempo_tick[tempo_rows],
-            self.tempo_bpm[tempo_rows],
-            tempo_offsets,
-            self.meter_tick[meter_rows],
-            self.meter[meter_rows],
-            meter_offsets,
-            self.pedals.select(pieces) if self.pedals else None,
-        )
+        pedals = self.pedals.select(pieces) if self.pedals else None
+        return replace(self, **_selected(self, _ROWS, pieces), end_s=self.end_s[pieces], pedals=pedals)
 
     @staticmethod
     def concat(batches: Sequence[NoteBatch]) -> NoteBatch:
         """One batch of all pieces in order; all must share `ticks_per_beat`."""
         if len({b.ticks_per_beat for b in batches}) != 1:
             raise ValueError("concat needs at least one batch, and one ticks_per_beat for all of them")
+        pedals = None
+        if any(b.pedals for b in batches):
+            pedals = Pedals(**_joined([b.pedals or Pedals.none(len(b)) for b in batches], _PEDAL_ROWS))
+        end_s = np.concatenate([b.end_s for b in batches])
+        return replace(batches[0], **_joined(batches, _ROWS), end_s=end_s, pedals=pedals)
 
-        def join(name: str) -> np.ndarray:
-            return np.concatenate([getattr(b, name) for b in batches])
+    @staticmethod
+    def single(
+        onset_s: np.ndarray,
+        duration_s: np.ndarray,
+        pitch: np.ndarray,
+        velocity: np.ndarray,
+        ticks: tuple[np.ndarray, np.ndarray],
+        ticks_per_beat: int,
+        tempi: tuple[np.ndarray, np.ndarray],
+        meters: tuple[np.ndarray, np.ndarray],
+        *,
+        pedals: Pedals | None = None,
+        end_s: float | None = None,
+    ) -> NoteBatch:
+        """A batch of one piece, from arrays of any dtype.
 
-        def join_offsets(name: str) -> np.ndarray:
-            counts = np.concatenate([np.diff(getattr(b, name)) for b in batches])
-            return np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
-
-        return NoteBatch(
-            join("onset_s"),
-            join("duration_s"),
-            join("pitch"),
-            join("velocity"),
-            join_offsets("offsets"),
-            join("end_s"),
-            join("onset_tick"),
-            join("duration_tick"),
-            batches[0].ticks_per_beat,
-            join("tempo_tick"),
-            join("tempo_bpm"),
-            join_offsets("tempo_offsets"),
-            join("meter_tick"),
-            join("meter"),
-            join_offsets("meter_offsets"),
-            _joined_pedals(batches),
+        ticks  : onset and duration of each note
+        tempi  : ticks [E], quarter notes a minute [E]
+        meters : ticks [S], numerators and denominators [S, 2]
+        end_s  : None = where the last note ends
+        """
+        end_s = float((onset_s + duration_s).max(initial=0.0)) if end_s is None else end_s
+        offsets, tempo_offsets, meter_offsets = (np.array([0, len(x)], np.int64) for x in (pitch, tempi[0], meters[0]))
+        numbers = pitch.astype(np.uint8), velocity.astype(np.uint8)
+        onset_tick, duration_tick, tempo_tick, meter_tick, meter = (
+            x.astype(np.int32) for x in (*ticks, tempi[0], *meters)
         )
+        return NoteBatch(
+            onset_s, duration_s, *numbers, offsets, np.array([end_s]), onset_tick, duration_tick, ticks_per_beat,
+            tempo_tick, tempi[1], tempo_offsets, meter_tick, meter, meter_offsets, pedals,
+        )  # fmt: skip
 
     def to_midi(self, i: int, path: str | Path) -> None:
         """Write piece i as a one-track MIDI file with its tempo map, time signatures and sustain pedal.
@@ -243,34 +234,36 @@ def read_midi(path: str | Path, max_seconds: float | None = None) -> NoteBatch:
     if tick > np.iinfo(np.int32).max:
         raise UserError(f"{path} is not a sound MIDI file: it lasts {tick} ticks")
     notes.sort()
-    table = np.array(notes, np.int64).reshape(-1, 4)
-    tempo_tick = np.array([t for t, _ in tempi], np.int64)
-    tempo_bpm = np.array([b for _, b in tempi], np.float64)
-    onset_s = ticks_to_seconds(table[:, 0], file.ticks_per_beat, tempo_tick, tempo_bpm)
-    end_s = ticks_to_seconds(table[:, 0] + table[:, 1], file.ticks_per_beat, tempo_tick, tempo_bpm)
-    pedal_tick = np.array([t for t, _ in pedals], np.int32)
-    pedal_s = ticks_to_seconds(pedal_tick, file.ticks_per_beat, tempo_tick, tempo_bpm)
-    pedal_down = np.array([down for _, down in pedals], bool)
+    return piece_of_rows(notes, file.ticks_per_beat, tempi, meters, pedals, max_seconds)
+
+
+def piece_of_rows(
+    notes: Sequence[Sequence[int]] | np.ndarray,
+    ticks_per_beat: int,
+    tempi: Sequence[tuple[int, float]],
+    meters: Sequence[tuple[int, int, int]],
+    pedals: Sequence[tuple[int, bool]] = (),
+    max_seconds: float | None = None,
+) -> NoteBatch:
+    """A batch of one piece from its rows, as `_events` gives them; cut at `max_seconds` as `read_midi` does."""
+    table, meter = np.array(notes, np.int64).reshape(-1, 4), np.array(meters, np.int64).reshape(-1, 3)
+    tempo = np.array([t for t, _ in tempi], np.int64), np.array([b for _, b in tempi], np.float64)
+    onset_s = ticks_to_seconds(table[:, 0], ticks_per_beat, *tempo)
+    end_s = ticks_to_seconds(table[:, 0] + table[:, 1], ticks_per_beat, *tempo)
     if max_seconds is not None:
         keep = onset_s < max_seconds
         table, onset_s, end_s = table[keep], onset_s[keep], np.minimum(end_s[keep], max_seconds)
-    return NoteBatch(
-        onset_s,
-        end_s - onset_s,
-        table[:, 2].astype(np.uint8),
-        table[:, 3].astype(np.uint8),
-        np.array([0, len(table)], np.int64),
-        np.array([end_s.max(initial=0.0)]),
-        table[:, 0].astype(np.int32),
-        table[:, 1].astype(np.int32),
-        file.ticks_per_beat,
-        tempo_tick.astype(np.int32),
-        tempo_bpm,
-        np.array([0, len(tempi)], np.int64),
-        np.array([m[0] for m in meters], np.int32),
-        np.array([m[1:] for m in meters], np.int32).reshape(-1, 2),
-        np.array([0, len(meters)], np.int64),
-        Pedals(pedal_tick, pedal_s, pedal_down, np.array([0, len(pedals)], np.int64)) if pedals else None,
+    changes = None
+    if pedals:
+        at, down = np.array([t for t, _ in pedals], np.int32), np.array([down for _, down in pedals], bool)
+        seconds = ticks_to_seconds(at, ticks_per_beat, *tempo)
+        changes = Pedals(at, seconds, down, np.array([0, len(pedals)], np.int64))
+    onset, duration, pitch, velocity = table.T
+    return NoteBatch.single(
+        *(onset_s, end_s - onset_s, pitch, velocity, (onset, duration), ticks_per_beat, tempo),
+        (meter[:, 0], meter[:, 1:]),
+        pedals=changes,
+        end_s=float(end_s.max(initial=0.0)),
     )
 
 
@@ -343,21 +336,31 @@ def ticks_to_seconds(
     return at_s[segment] + (ticks - at[segment]) * seconds_per_tick[segment]
 
 
-def _joined_pedals(batches: Sequence[NoteBatch]) -> Pedals | None:
-    if not any(b.pedals for b in batches):
-        return None
-    parts = [b.pedals or Pedals.none(len(b)) for b in batches]
-    counts = np.concatenate([np.diff(p.offsets) for p in parts])
-    return Pedals(
-        np.concatenate([p.tick for p in parts]),
-        np.concatenate([p.second for p in parts]),
-        np.concatenate([p.down for p in parts]),
-        np.concatenate([[0], np.cumsum(counts)]).astype(np.int64),
-    )
+_ROWS = {  # offsets of compressed sparse rows -> the arrays that have these rows
+    "offsets": ("onset_s", "duration_s", "pitch", "velocity", "onset_tick", "duration_tick"),
+    "tempo_offsets": ("tempo_tick", "tempo_bpm"),
+    "meter_offsets": ("meter_tick", "meter"),
+}
+_PEDAL_ROWS = {"offsets": ("tick", "second", "down")}
 
 
-def _gather_rows(offsets: np.ndarray, pieces: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    counts = offsets[pieces + 1] - offsets[pieces]
-    new_offsets = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
-    rows = np.arange(new_offsets[-1]) - np.repeat(new_offsets[:-1] - offsets[pieces], counts)
-    return rows, new_offsets
+def _selected(batch: object, rows_of: Mapping[str, tuple[str, ...]], pieces: np.ndarray) -> dict[str, Any]:
+    """Arrays and offsets of the named pieces, int64, in that order."""
+    found = {}
+    for name, arrays in rows_of.items():
+        offsets = getattr(batch, name)
+        counts = offsets[pieces + 1] - offsets[pieces]
+        found[name] = new = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
+        rows = np.arange(new[-1]) - np.repeat(new[:-1] - offsets[pieces], counts)
+        found |= {array: getattr(batch, array)[rows] for array in arrays}
+    return found
+
+
+def _joined(batches: Sequence[object], rows_of: Mapping[str, tuple[str, ...]]) -> dict[str, Any]:
+    """Arrays and offsets of all pieces in order."""
+    found = {}
+    for name, arrays in rows_of.items():
+        counts = np.concatenate([np.diff(getattr(b, name)) for b in batches])
+        found[name] = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
+        found |= {array: np.concatenate([getattr(b, array) for b in batches]) for array in arrays}
+    return found

@@ -22,7 +22,7 @@ from rich.text import Text
 from fastsmart.audio import AudioBatch, find_soundfont, render
 from fastsmart.audio.bank_tools import snr_db
 from fastsmart.config import Config, merged
-from fastsmart.notes import NoteBatch
+from fastsmart.notes import MIDI_TICKS_PER_BEAT, NoteBatch
 from fastsmart.policy.hf_format import load_policy
 from fastsmart.presets import demo
 from fastsmart.reward import Clips, load_reward
@@ -161,18 +161,14 @@ EXPECTED_FIRST, EXPECTED_LOGPROB, EXPECTED_NOTES, EXPECTED_GRADIENT = -3.84599, 
 
 def _piece(notes: list[tuple[float, float, int]]) -> NoteBatch:
     """One piece of (onset s, duration s, pitch), at 120 beats a minute."""
-    onset, duration, pitch = (np.array(column) for column in zip(*notes, strict=True))
-    ticks = NoteBatch.empty(1).ticks_per_beat * 2  # a second
-    return replace(
-        NoteBatch.empty(1),
-        onset_s=onset.astype(float),
-        duration_s=duration.astype(float),
-        pitch=pitch.astype(np.uint8),
-        velocity=np.full(len(notes), 80, np.uint8),
-        offsets=np.array([0, len(notes)], np.int64),
-        end_s=np.array([(onset + duration).max()]),
-        onset_tick=np.rint(onset * ticks).astype(np.int32),
-        duration_tick=np.rint(duration * ticks).astype(np.int32),
+    onset, duration, pitch = (np.array(column, np.float64) for column in zip(*notes, strict=True))
+    ticks = MIDI_TICKS_PER_BEAT * 2  # a second
+    none = np.zeros(0), np.zeros(0)
+    in_ticks = np.rint(onset * ticks), np.rint(duration * ticks)
+    return NoteBatch.single(
+        *(onset, duration, pitch, np.full(len(notes), 80), in_ticks, MIDI_TICKS_PER_BEAT),
+        tempi=none,
+        meters=(none[0], np.zeros((0, 2))),
     )
 
 

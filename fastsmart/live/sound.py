@@ -71,20 +71,15 @@ def flac(samples: np.ndarray) -> bytes:
 def notes_of(rows: Sequence[tuple[float, float, int, int]], bpm: float) -> NoteBatch:
     """One piece of (onset s, duration s, pitch, velocity), in 4/4 at this tempo."""
     table = np.array(sorted(rows), np.float64).reshape(-1, 4)
-    ticks_per_s = bpm / 60 * MIDI_TICKS_PER_BEAT
-    none = np.zeros(1, np.int32)
-    return NoteBatch(
-        table[:, 0],
-        table[:, 1],
-        table[:, 2].astype(np.uint8),
-        table[:, 3].astype(np.uint8),
-        np.array([0, len(table)], np.int64),
-        np.array([(table[:, 0] + table[:, 1]).max(initial=0.0)]),
-        np.rint(table[:, 0] * ticks_per_s).astype(np.int32),
-        np.maximum(np.rint(table[:, 1] * ticks_per_s), 1).astype(np.int32),
+    ticks = np.rint(table[:, :2] * (bpm / 60 * MIDI_TICKS_PER_BEAT))
+    onset_s, duration_s, pitch, velocity = table.T
+    begin = np.zeros(1, np.int32)
+    return NoteBatch.single(
+        *(onset_s, duration_s, pitch, velocity),
+        (ticks[:, 0], np.maximum(ticks[:, 1], 1)),
         MIDI_TICKS_PER_BEAT,
-        *(none, np.array([bpm]), np.array([0, 1], np.int64)),
-        *(none, np.array([[4, 4]], np.int32), np.array([0, 1], np.int64)),
+        tempi=(begin, np.array([bpm])),
+        meters=(begin, np.array([[4, 4]])),
     )
 
 

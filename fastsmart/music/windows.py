@@ -54,24 +54,12 @@ def _clip(
     duration_s = np.minimum(piece.duration_s[rows], stop_s - start_s - onset_s)
     onset_tick = piece.onset_tick[rows]
     duration_tick = np.minimum(piece.duration_tick[rows], np.maximum(stop_tick - onset_tick, 1))
-    tempo_tick, tempo_bpm = _in_force(piece.tempo_tick, piece.tempo_bpm, start_tick, stop_tick, DEFAULT_BPM)
-    meter_tick, meter = _in_force(piece.meter_tick, piece.meter, start_tick, stop_tick, (4, 4))
-    return NoteBatch(
-        onset_s,
-        duration_s,
-        piece.pitch[rows],
-        piece.velocity[rows],
-        np.array([0, len(rows)], np.int64),
-        np.array([(onset_s + duration_s).max()]),
-        onset_tick - np.int32(start_tick),
-        duration_tick.astype(np.int32),
+    return NoteBatch.single(
+        *(onset_s, duration_s, piece.pitch[rows], piece.velocity[rows]),
+        (onset_tick - np.int32(start_tick), duration_tick),
         piece.ticks_per_beat,
-        tempo_tick,
-        tempo_bpm,
-        np.array([0, len(tempo_tick)], np.int64),
-        meter_tick,
-        meter,
-        np.array([0, len(meter_tick)], np.int64),
+        tempi=_in_force(piece.tempo_tick, piece.tempo_bpm, start_tick, stop_tick, DEFAULT_BPM),
+        meters=_in_force(piece.meter_tick, piece.meter, start_tick, stop_tick, (4, 4)),
     )
 
 

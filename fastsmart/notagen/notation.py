@@ -20,7 +20,7 @@ import numpy as np
 from fastsmart.errors import UserError
 from fastsmart.notagen.patches import split_piece
 from fastsmart.notagen.rests import restore_rests
-from fastsmart.notes import MIDI_TICKS_PER_BEAT, NoteBatch, ticks_to_seconds
+from fastsmart.notes import MIDI_TICKS_PER_BEAT, NoteBatch, piece_of_rows
 
 LONGEST_S = 20.0  # that the reader may take for a tune; one of a thousand bars takes it a tenth of a second
 _NUMBER = re.compile(r"V:\s*(\d{1,3})")
@@ -94,38 +94,14 @@ def _notes(answer: dict[str, Any]) -> list[list[int]]:
 def _batch(answer: dict[str, Any], lead: int, max_seconds: float | None) -> NoteBatch:
     """One piece; times are those of the score, in which a note begins where the one before ends."""
     table = np.array(answer["notes"], np.int64).reshape(-1, 4)
-    tempo = np.array(answer["tempi"], np.float64).reshape(-1, 2)
-    meter = np.array(answer["meters"], np.int64).reshape(-1, 3)
     per_beat = int(answer["ticks_per_beat"])
     if per_beat != MIDI_TICKS_PER_BEAT:
         raise UserError(f"symusic reads ABC at {per_beat} ticks a beat, not at {MIDI_TICKS_PER_BEAT}")
-    tempo_tick, tempo_bpm = tempo[:, 0].astype(np.int32), tempo[:, 1]
     onset = np.maximum(table[:, 0] - lead, 0)
     end = np.maximum(table[:, 0] + table[:, 1], onset + 1)
     order = np.lexsort((table[:, 2], onset))
-    onset, end, table = onset[order], end[order], table[order]
-    onset_s, end_s = (ticks_to_seconds(ticks, per_beat, tempo_tick, tempo_bpm) for ticks in (onset, end))
-    if max_seconds is not None:
-        kept = onset_s < max_seconds
-        onset, end, table, onset_s = onset[kept], end[kept], table[kept], onset_s[kept]
-        end_s = np.minimum(end_s[kept], max_seconds)
-    return NoteBatch(
-        onset_s,
-        end_s - onset_s,
-        table[:, 2].astype(np.uint8),
-        table[:, 3].clip(1, 127).astype(np.uint8),
-        np.array([0, len(table)], np.int64),
-        np.array([end_s.max(initial=0.0)]),
-        onset.astype(np.int32),
-        (end - onset).astype(np.int32),
-        per_beat,
-        tempo_tick,
-        tempo_bpm,
-        np.array([0, len(tempo)], np.int64),
-        meter[:, 0].astype(np.int32),
-        meter[:, 1:].astype(np.int32),
-        np.array([0, len(meter)], np.int64),
-    )
+    rows = np.column_stack([onset, end - onset, table[:, 2], table[:, 3].clip(1, 127)])[order]
+    return piece_of_rows(rows, per_beat, answer["tempi"], answer["meters"], max_seconds=max_seconds)
 
 
 class _Reader:

@@ -6,7 +6,7 @@ Shape letters: P prompts, G completions a prompt, N = P x G completions, L token
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import IntEnum
 from typing import TYPE_CHECKING, Protocol
 
@@ -77,15 +77,7 @@ class Rollout:
     def select(self, chosen: range | np.ndarray) -> Rollout:
         """The completions of the given numbers, in this order."""
         part = np.asarray(chosen, np.int64)
-        return Rollout(
-            self.prompt_ids[part],
-            self.prompt_lengths[part],
-            self.ids[part],
-            self.lengths[part],
-            self.logprobs[part],
-            self.group[part],
-            self.version,
-        )
+        return replace(self, **{name: values[part] for name, values in vars(self).items() if name != "version"})
 
     @staticmethod
     def concat(parts: Sequence[Rollout]) -> Rollout:
@@ -98,17 +90,12 @@ class Rollout:
             width = max(table.shape[1] for table in tables)
             return np.concatenate([np.pad(table, ((0, 0), (0, width - table.shape[1]))) for table in tables])
 
-        return Rollout(
-            wide("prompt_ids"),
-            np.concatenate([part.prompt_lengths for part in parts]),
-            wide("ids"),
-            np.concatenate([part.lengths for part in parts]),
-            wide("logprobs"),
-            np.concatenate([part.group + before for part, before in zip(parts, prompts, strict=False)]).astype(
-                np.int32
-            ),
-            version,
+        prompt_lengths, lengths = (
+            np.concatenate([getattr(p, n) for p in parts]) for n in ("prompt_lengths", "lengths")
         )
+        group = np.concatenate([part.group + before for part, before in zip(parts, prompts, strict=False)])
+        group = group.astype(np.int32)
+        return Rollout(wide("prompt_ids"), prompt_lengths, wide("ids"), lengths, wide("logprobs"), group, version)
 
     def sequences(self) -> TokenBatch:
         """Every prompt with its completion, packed."""

@@ -68,22 +68,13 @@ def _only(notes: NoteBatch, kept: np.ndarray) -> NoteBatch:
     """One piece with some of its notes, bool [M], and without its pedal."""
     end = int(notes.onset_tick[kept].max())
     tempi, meters = notes.tempo_tick <= end, notes.meter_tick <= end
-    return NoteBatch(
-        notes.onset_s[kept],
-        notes.duration_s[kept],
-        notes.pitch[kept],
-        notes.velocity[kept],
-        np.array([0, kept.sum()], np.int64),
-        notes.end_s,
-        notes.onset_tick[kept],
-        notes.duration_tick[kept],
+    return NoteBatch.single(
+        *(notes.onset_s[kept], notes.duration_s[kept], notes.pitch[kept], notes.velocity[kept]),
+        (notes.onset_tick[kept], notes.duration_tick[kept]),
         notes.ticks_per_beat,
-        notes.tempo_tick[tempi],
-        notes.tempo_bpm[tempi],
-        np.array([0, tempi.sum()], np.int64),
-        notes.meter_tick[meters],
-        notes.meter[meters],
-        np.array([0, meters.sum()], np.int64),
+        tempi=(notes.tempo_tick[tempi], notes.tempo_bpm[tempi]),
+        meters=(notes.meter_tick[meters], notes.meter[meters]),
+        end_s=float(notes.end_s[0]),
     )
 
 
