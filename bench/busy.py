@@ -32,6 +32,7 @@ import fastsmart  # isort: skip  # before torch: OpenMP's threads then wait poli
 
 import numpy as np
 import torch
+from harness import timed
 from results import write_result
 from stages import played, run
 
@@ -183,12 +184,6 @@ def family_s() -> float:
     return total
 
 
-def timed_once(job: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    job()
-    return time.perf_counter() - start
-
-
 def train_step(folder: Path, quick: bool) -> Step:
     """A step of the preset demo: 64 completions of 250 tokens, rendered, scored and learnt from."""
     from step import OwnStep
@@ -200,7 +195,7 @@ def train_step(folder: Path, quick: bool) -> Step:
             sampling=replace(config.sampling, group=2, max_tokens=16),
             train=replace(config.train, prompts=1),
         )
-    return partial(timed_once, OwnStep(config, folder).step)
+    return partial(timed, OwnStep(config, folder).step)
 
 
 def pretrain_step(folder: Path, quick: bool) -> Step:
@@ -238,7 +233,7 @@ def evaluation(folder: Path, quick: bool) -> Step:
         with tempfile.TemporaryDirectory(dir=folder) as out:
             evaluate(["pop909-tiny"], Path(out, "evaluation"), config, 8 if quick else 64, best_of=0)
 
-    return partial(timed_once, whole)
+    return partial(timed, whole)
 
 
 def scoring(folder: Path, quick: bool) -> Step:
@@ -254,7 +249,7 @@ def scoring(folder: Path, quick: bool) -> Step:
     reward = AudioboxReward(make_random_weights(folder / "checkpoint.pt", size=small if quick else None))
     windows = clips(1 if quick else 4)
     audio = AudioBatch(windows, np.full(len(windows), WINDOW), RATE_HZ)
-    return partial(timed_once, lambda: reward(Clips(range(len(windows)), audio)))  # type: ignore[arg-type]
+    return partial(timed, lambda: reward(Clips(range(len(windows)), audio)))  # type: ignore[arg-type]
 
 
 JOBS: dict[str, Callable[[Path, bool], Step]] = {

@@ -26,6 +26,7 @@ from fastsmart.audio import RenderSettings
 from fastsmart.audio.bank_renderer import BankRenderer
 from fastsmart.audio.events import piece_arrays
 from fastsmart.audio.gpu_mixdown import DeviceMixer
+from fastsmart.config import Config
 from fastsmart.kernels.mixdown import mixdown as mix_kernel
 from fastsmart.reward.audiobox import AudioboxReward, make_random_weights
 from fastsmart.reward.audiobox.architecture import Size
@@ -34,9 +35,7 @@ from fastsmart.sampling import Rollout, SamplingSettings
 from fastsmart.sampling.cuda_graph_batch import GraphBatch
 from fastsmart.sampling.native import NativeEngine
 from fastsmart.tokens.prompts import procedural
-from fastsmart.trainer.batch import micro_batches
-from fastsmart.trainer.parity import LIMITS
-from fastsmart.trainer.update import completion_logprobs
+from fastsmart.trainer.parity import LIMITS, token_mult_prob_error
 
 GROUP, PROMPT = 8, 4
 SMALL = Size(channels=16, width=32, ffn=64, heads=4, layers=2, pos_taps=16, pos_groups=4, head_layers=3)
@@ -78,12 +77,7 @@ def sampler(look: Look) -> Iterator[Finding]:
     for dtype in (torch.float32, torch.bfloat16) if look.on_gpu else (torch.float32,):
         engine = NativeEngine(policy, 0, dtype, static_cache=True)
         rollout = Rollout.gather(engine.stream(prompts, settings, (0,)), prompts, GROUP)
-        with torch.no_grad():
-            gaps = [
-                completion_logprobs(policy, batch, 1.0, dtype).logprob - batch.sampler_logprobs
-                for batch in micro_batches(rollout, 16, policy.device)
-            ]
-        error = float(torch.cat(gaps).abs().exp().mean())
+        error = token_mult_prob_error(policy, rollout, Config(), dtype)
         yield look.finding(f"token_mult_prob_error, {dtype}", apart=error - 1, limit=LIMITS[dtype] - 1)
         start = time.perf_counter()
         drawn = sum(len(c.ids) for c in engine.stream(prompts, replace(settings, ignore_eos=True), (1,)))

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fastsmart.machine.files import JsonLines
 from fastsmart.policy.hf_format import save_policy
 
 SMALL = [
@@ -98,7 +99,7 @@ def _bank_holds(out: Path) -> list[list[str]]:
 
 
 def _metrics(run: Path) -> list[dict]:
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    lines = JsonLines(run / "metrics.jsonl").lines()
     return [{key: value for key, value in line.items() if key not in ("time", "health")} for line in lines]
 
 

@@ -10,18 +10,18 @@ is written to listen to.
 from __future__ import annotations
 
 import math
-import statistics
 import tempfile
 import time
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import fastsmart  # noqa: F401  # isort: skip  # before torch: OpenMP's threads then wait politely
 
-import torch
 from harness import parser
 from policies import playing_policy
 from results import write_result
+from stages import parse
 
 from fastsmart import presets
 from fastsmart.config import merged
@@ -32,7 +32,7 @@ from fastsmart.trainer.loop import train
 
 QUICK = {
     "sampling": {"group": 2, "max_tokens": 32},
-    "train": {"steps": 3, "prompts": 1, "eval_prompts": 2},
+    "train": {"prompts": 1, "eval_prompts": 2},
     "audio": {"max_seconds": 10.0},
 }
 
@@ -41,9 +41,7 @@ def main() -> None:
     options = parser(__doc__, runs=1)
     options.add_argument("--steps", type=int, default=200)
     options.add_argument("--soundfont", default="", help="default: the first one installed")
-    options.add_argument("--quick", action="store_true", help="three steps of two short completions")
-    given = options.parse_args()
-    torch.set_num_threads(given.threads)
+    given = parse(options, {"steps": 3})
     with tempfile.TemporaryDirectory() as folder:
         save_policy(playing_policy(), Path(folder, "policy"))
         changes = {
@@ -71,10 +69,6 @@ def summary(lines: list[dict[str, Any]], steps: int, wall_s: float) -> dict[str,
     taken = [line for line in lines if "reward" in line]
     settled = taken[len(taken) // 10 :]
     stages = {name for line in settled for name, value in line["time"].items() if isinstance(value, float)}
-
-    def median(values: list[float]) -> float:
-        return statistics.median(values)
-
     seconds = {name: median([line["time"].get(name, 0.0) for line in settled]) for name in sorted(stages)}
     idle = {name: median([line["time"]["idle"][name] for line in settled]) for name in settled[-1]["time"]["idle"]}
     finite = sum(line["reward"] is not None and math.isfinite(line["reward"]) for line in taken)

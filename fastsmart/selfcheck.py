@@ -6,7 +6,6 @@ tolerances that cover other processors' rounding. What depends on the soundfont 
 
 from __future__ import annotations
 
-import json
 import math
 import tempfile
 import time
@@ -22,10 +21,12 @@ from rich.text import Text
 from fastsmart.audio import AudioBatch, find_soundfont, render
 from fastsmart.audio.bank_tools import snr_db
 from fastsmart.config import Config, merged
+from fastsmart.machine.files import JsonLines
 from fastsmart.notes import MIDI_TICKS_PER_BEAT, NoteBatch
 from fastsmart.policy.hf_format import load_policy
 from fastsmart.presets import demo
 from fastsmart.reward import Clips, load_reward
+from fastsmart.run.folder import METRICS_FILE
 from fastsmart.sampling import sample
 from fastsmart.tokens.decode import decode
 from fastsmart.tokens.prompts import procedural
@@ -140,7 +141,7 @@ def training() -> Iterator[Finding]:
         train(config, whole)
         train(replace(config, train=replace(config.train, steps=1)), halved)
         train(config, halved, resume=True, changes={"train.steps": 2})
-        lines, resumed = _metrics(whole), _metrics(halved)
+        lines, resumed = (JsonLines(run / METRICS_FILE).lines() for run in (whole, halved))
     first = next(line for line in lines if "reward" in line)
     yield Finding("KL to the base policy before the first step", float(first["kl"]), 0.0, 1e-4, "nats")
     yield Finding("norm of the first gradient", float(first["grad_norm"]), EXPECTED_GRADIENT, 0.2 * EXPECTED_GRADIENT)
@@ -179,10 +180,6 @@ def _peak_hz(samples: np.ndarray) -> float:
     bins = np.arange(len(spectrum)) * RATE_HZ / size
     near = (bins > 0.9 * MIDDLE_A_HZ) & (bins < 1.1 * MIDDLE_A_HZ)
     return float(bins[np.argmax(np.where(near, spectrum, 0.0))])
-
-
-def _metrics(run: Path) -> list[dict]:
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
 def _numbers(line: dict) -> dict:

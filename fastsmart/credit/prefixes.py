@@ -50,10 +50,8 @@ def note_prefixes(
     hears, the tokens, and whether the policy has ended the clip. Raises UserError as `note_ends` does.
     """
     ends = note_ends(vocab)
-    lengths = np.diff(completions.offsets)
-    cuts = [
-        _cuts(completions.ids[completions.offsets[n] : completions.offsets[n + 1]], ends) for n in range(len(lengths))
-    ]
+    lengths = completions.lengths
+    cuts = [_cuts(ids, ends) for ids in completions]
     clip, tokens = np.repeat(np.arange(len(cuts)), [len(c) for c in cuts]), np.concatenate(cuts)
     ended = (tokens == lengths[clip]) & (lengths[clip] < longest)
     found = [
@@ -117,18 +115,11 @@ def _features(
 
     swap : of each a place in the completion and the token that is to stand there, [P] each
     """
-    rows = [
-        np.concatenate(
-            [
-                prompts.ids[prompts.offsets[n] : prompts.offsets[n + 1]],
-                completions.ids[completions.offsets[n] : completions.offsets[n] + count],
-            ]
-        )
-        for n, count in zip(clip, tokens, strict=True)
-    ]
+    pairs = zip(clip, tokens, strict=True)
+    rows = [np.concatenate([prompts.row(n), completions.row(n)[:count]]) for n, count in pairs]
     sequences = TokenBatch.pack(rows)
     if swap is not None:
-        sequences.ids[sequences.offsets[:-1] + np.diff(prompts.offsets)[clip] + swap[0]] = swap[1]
+        sequences.ids[sequences.offsets[:-1] + prompts.lengths[clip] + swap[0]] = swap[1]
     played = np.asarray(decode(sequences, vocab).end_s)
     counted = features(decode(sequences, vocab, max_seconds=max_seconds))
     columns = [np.nan_to_num(values) for values in counted.values()]

@@ -154,9 +154,7 @@ class Checkpoints:
                 continue
             if not same:
                 raise UserError(f"{path} holds a policy of another size than the one this run is about")
-            with torch.no_grad():
-                for ours, theirs in zip(policy.parameters(), stored.parameters(), strict=True):
-                    ours.copy_(theirs)
+            policy.load_state_dict(stored.state_dict())
             return record
         torn = [path for path in self.passed_over if (path / STATE_FILE).is_file()]
         if torn:
@@ -172,9 +170,7 @@ class Checkpoints:
         if not self._previous:
             return None
         previous = copy.deepcopy(policy)
-        with torch.no_grad():
-            for name, parameter in previous.named_parameters():
-                parameter.copy_(self._previous[name])
+        previous.load_state_dict(self._previous, strict=False)  # it has a tied head once
         self._previous = {}
         return previous
 
@@ -229,10 +225,7 @@ def averaged_policy(checkpoint: Path) -> Policy:
     if not path.is_file():
         raise UserError(f"{checkpoint} has no average of weights; train with --set train.average=0.9")
     shapes = {name: parameter.shape for name, parameter in policy.named_parameters()}
-    weights = _weights(path, shapes)
-    with torch.no_grad():
-        for name, parameter in policy.named_parameters():
-            parameter.copy_(weights[name])
+    policy.load_state_dict(_weights(path, shapes), strict=False)  # it has a tied head once
     return policy
 
 

@@ -53,7 +53,7 @@ class MergedRuns:
 
     def restart(self, policy: Policy, base: Policy, optimizer: torch.optim.Optimizer) -> None:
         """Put policy and optimizer back to where the first run began."""
-        _copy(base, policy)
+        policy.load_state_dict(base.state_dict())
         forget_moments(optimizer)
 
     def after_step(self, step: int, policy: Policy, base: Policy) -> None:
@@ -70,7 +70,7 @@ class MergedRuns:
                 write_policy(policy, part)
         self.ranks.broadcast(run)  # written
         if run == self.settings.runs:
-            _copy(self._merged(base), policy)
+            policy.load_state_dict(self._merged(base).state_dict())
 
     def _merged(self, base: Policy) -> Policy:
         policies = []
@@ -85,9 +85,3 @@ class MergedRuns:
 
     def _kept(self, run: int) -> Path:
         return self.folder / f"run-{run}"
-
-
-@torch.no_grad()
-def _copy(source: Policy, target: Policy) -> None:
-    for ours, theirs in zip(target.parameters(), source.parameters(), strict=True):
-        ours.copy_(theirs)
