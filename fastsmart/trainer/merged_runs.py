@@ -17,7 +17,7 @@ from fastsmart.machine.distributed import Ranks
 from fastsmart.machine.files import atomic_folder, make_folder, os_errors_as_user_errors
 from fastsmart.policy.blend import blended, cooled
 from fastsmart.policy.hf_format import load_policy, write_policy
-from fastsmart.policy.optimizer import forget_moments, scheduled_rate
+from fastsmart.policy.optimizer import forget_moments
 from fastsmart.policy.transformer import Policy
 
 FOLDER = "merged"  # in the run's folder; below it a checkpoint for each run
@@ -37,15 +37,13 @@ class MergedRuns:
         self.end = config.train.steps - config.merge.tilt_steps
         self.steps = self.end // config.merge.runs
 
-    def learning_rate(self, step: int) -> float:
-        """Of the step that follows so many of all: each run has the whole course of it, and the fine-tuning has."""
-        train, peak, steps = self.train, self.train.learning_rate, self.steps
+    def course(self, step: int) -> tuple[int, int, float]:
+        """Place in the course of the learning rate of the step that follows so many of all: step, steps and peak. Each
+        run has the whole course, and the fine-tuning has."""
+        peak = self.train.learning_rate
         if self.settings.tilt_steps and step >= self.end:
-            step, steps = step - self.end, self.settings.tilt_steps
-            peak = self.settings.tilt_learning_rate or peak
-        elif self.settings.runs > 1:
-            step %= steps
-        return scheduled_rate(step, steps, peak, train.schedule, train.warmup)
+            return step - self.end, self.settings.tilt_steps, self.settings.tilt_learning_rate or peak
+        return step % self.steps if self.settings.runs > 1 else step, self.steps, peak
 
     def begins(self, step: int) -> bool:
         """Whether another run begins after so many steps of all; not the first, which begins from the base anyway."""

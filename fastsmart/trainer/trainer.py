@@ -120,12 +120,11 @@ class Trainer:
     @property
     def learning_rate(self) -> float:
         """Of the next step."""
-        if self.merge:
-            return self.merge.learning_rate(self.steps_done)
         settings = self.settings
-        return scheduled_rate(
-            self.steps_done, settings.steps, settings.learning_rate, settings.schedule, settings.warmup
-        )
+        step, steps, peak = self.steps_done, settings.steps, settings.learning_rate
+        if self.merge:
+            step, steps, peak = self.merge.course(step)
+        return scheduled_rate(step, steps, peak, settings.schedule, settings.warmup)
 
     def micro_batches(self, rollout: Rollout) -> list[MicroBatch]:
         """Completions in micro-batches of `train.micro_batch`, on the device; none of none."""
