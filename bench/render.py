@@ -240,9 +240,7 @@ def leak(clips: NoteBatch, font: str, number: int) -> dict[str, Any]:
     segments = set(os.listdir("/dev/shm"))
     with RenderPool(RenderSettings(font, max_seconds=SECONDS, workers=2), len(clips)) as pool:
         for done in range(0, number, len(clips)):
-            for i in range(len(clips)):
-                pool.submit(i, clips, i)
-            pool.wait()
+            pool.render(clips)
             if done % (len(clips) * max(1, number // len(clips) // 20)) == 0:
                 processes = [me, *me.children(recursive=True)]
                 memory.append([done, *(round(p.memory_info().rss / 2**20, 1) for p in processes)])

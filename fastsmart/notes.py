@@ -16,7 +16,7 @@ import numpy as np
 
 from fastsmart.errors import UserError
 from fastsmart.limits import require_kind
-from fastsmart.machine.files import atomic_file, read_file
+from fastsmart.machine.files import read_file, write_atomic
 
 if TYPE_CHECKING:
     import mido  # imported where files are read and written: training needs none
@@ -174,9 +174,13 @@ class NoteBatch:
 
         Raises UserError when the file cannot be written.
         """
+        require_kind(path, (str, Path), "path", "the name of a file")
+        write_atomic(path, self.midi_bytes(i))
+
+    def midi_bytes(self, i: int) -> bytes:
+        """Content of the file that `to_midi` writes."""
         import mido
 
-        require_kind(path, (str, Path), "path", "the name of a file")
         if not 0 <= i < len(self):
             raise IndexError(f"piece {i} of a batch of {len(self)}")
         scale = MIDI_TICKS_PER_BEAT // self.ticks_per_beat
@@ -210,8 +214,9 @@ class NoteBatch:
         for tick, _, message in events:
             track.append(message.copy(time=(tick - now) * scale))
             now = tick
-        with atomic_file(path) as part:
-            file.save(str(part))
+        content = BytesIO()
+        file.save(file=content)
+        return content.getvalue()
 
 
 def read_midi(path: str | Path, max_seconds: float | None = None) -> NoteBatch:

@@ -38,9 +38,7 @@ def build_bank(settings: RenderSettings, progress: Callable[[int, int], None] | 
         duration_tick=np.ones(m, np.int32),
     )
     with RenderPool(settings, keys) as pool:
-        for i in range(keys):
-            pool.submit(i, notes, i)
-        pool.wait(lambda done: progress(done, keys) if progress else None)
+        pool.render(notes, lambda done: progress(done, keys) if progress else None)
 
 
 def fidelity(settings: RenderSettings, notes: NoteBatch) -> list[float]:
@@ -51,9 +49,7 @@ def fidelity(settings: RenderSettings, notes: NoteBatch) -> list[float]:
     clips = []
     for backend in ("fluidsynth", "bank"):
         with RenderPool(replace(settings, backend=backend, normalize="none"), len(notes)) as pool:
-            for i in range(len(notes)):
-                pool.submit(i, notes, i)
-            clips.append(pool.wait())
+            clips.append(pool.render(notes))
     reference, other = clips
     return [snr_db(reference.clip(i), other.clip(i)) for i in range(len(notes))]
 

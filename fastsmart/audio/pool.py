@@ -141,6 +141,12 @@ class RenderPool:
         self.clear()
         return batch
 
+    def render(self, notes: NoteBatch, progress: Callable[[int], None] | None = None) -> AudioBatch:
+        """All pieces of a batch as clips in their order; `progress` as of `wait`."""
+        for i in range(len(notes)):
+            self.submit(i, notes, i)
+        return self.wait(progress)
+
     def clear(self) -> None:
         """Forget the finished clips: the pool is empty again. Raises ValueError while a clip is under way."""
         if len(self._done) < len(self._pieces):

@@ -50,9 +50,7 @@ def render(
         str(soundfont), backend, sample_rate=sample_rate, max_seconds=max_seconds, workers=workers, **options
     )
     with RenderPool(settings, len(notes)) as pool:
-        for i in range(len(notes)):
-            pool.submit(i, notes, i)
-        return pool.wait(progress)
+        return pool.render(notes, progress)
 
 
 def listening_seconds(notes: NoteBatch) -> float:

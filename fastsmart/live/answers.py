@@ -90,13 +90,7 @@ class Answers:
     def take_played(self, rows: Sequence[Sequence[float]], bpm: float) -> None:
         """Take what was played on a keyboard, [onset s, duration s, pitch, velocity] each; raises UserError for what
         cannot be played."""
-        part = self.session.folder.path / f".{PHRASE_FILE}.{uuid.uuid4().hex}"
-        try:
-            played_notes(rows, bpm).to_midi(0, part)
-            content = part.read_bytes()
-        finally:
-            part.unlink(missing_ok=True)
-        self.take(content, "what you played")
+        self.take(played_notes(rows, bpm).midi_bytes(0), "what you played")
 
     def warm(self) -> None:
         """Load what the first phrase would else have to wait for: MidiTok takes seconds."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import tempfile
 from collections.abc import Callable
 from functools import partial
 from importlib import resources
@@ -17,7 +16,7 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 
 from fastsmart.errors import UserError
 from fastsmart.live.requests import body, file_name, order
-from fastsmart.live.session import Session, Stale
+from fastsmart.live.session import Stale
 from fastsmart.live.sound import KEYS
 from fastsmart.live.studio import Studio
 from fastsmart.notes import LARGEST_BYTES
@@ -66,7 +65,7 @@ class Handlers:
 
     async def midi(self, request: Request) -> Response:
         id = self._id(request)
-        content = await run_in_threadpool(_midi, self.session, id)
+        content = await run_in_threadpool(lambda: self.session.notes(id).midi_bytes(0))
         return Response(content, media_type="audio/midi", headers=_as_file(f"{id}.mid"))
 
     async def key(self, request: Request) -> Response:
@@ -152,13 +151,6 @@ class Handlers:
 def _page_file(name: str) -> bytes:
     room = "fastsmart.study" if name == "page.css" else "fastsmart.live"  # reports and this page look alike
     return (resources.files(room) / ("pages" if room == "fastsmart.study" else "page") / name).read_bytes()
-
-
-def _midi(session: Session, id: str) -> bytes:
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "clip.mid"
-        session.clip(id).notes.to_midi(0, path)
-        return path.read_bytes()
 
 
 def _as_file(name: str) -> dict[str, str]:

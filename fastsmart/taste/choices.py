@@ -12,13 +12,13 @@ import os
 import re
 import time as clock
 import uuid
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 from fastsmart.errors import UserError
-from fastsmart.machine.files import os_errors_as_user_errors, read_file
+from fastsmart.machine.files import os_errors_as_user_errors, read_file, sync
 
 Answer = Literal["left", "right", "equal", "both_bad"]
 ANSWERS = get_args(Answer)
@@ -96,7 +96,7 @@ def append_choice(path: str | Path, choice: Choice) -> None:
         finally:
             os.close(handle)
         if fresh:
-            _sync_folder(path.parent)
+            sync(path.parent)
 
 
 def read_choices(path: str | Path) -> ChoiceLog:
@@ -145,11 +145,6 @@ def standing(choices: Iterable[Choice]) -> list[Choice]:
     return [c for c in known.values() if c.choice and not taken_back.get(c.id, False)]
 
 
-def listeners(choices: Sequence[Choice]) -> list[str]:
-    """Names of all listeners, in the order of their first choice."""
-    return list(dict.fromkeys(choice.listener for choice in choices))
-
-
 def of_listener(choices: Iterable[Choice], listener: str | None) -> list[Choice]:
     """The choices of one listener; of all where it is None."""
     return [choice for choice in choices if listener is None or choice.listener == listener]
@@ -194,9 +189,3 @@ def _wrong(choice: Choice) -> str:
         if not NAME.fullmatch(getattr(choice, side)):
             return f'has a "{side}" that is no id of a clip'
     return "compares a clip with itself" if choice.left == choice.right else ""
-
-
-def _sync_folder(folder: Path) -> None:
-    from fastsmart.machine.files import sync
-
-    sync(folder)

@@ -1,8 +1,7 @@
 """Training on a taste: some steps of GRPO on a run folder that goes on, round after round, with the newest taste.
 
 config = taste_config("pop909-tiny")
-policy = train_round(out / "run", config, taste_file, steps=3, beta=0.04)
-clips = play_clips(policy, 8, seed, config, version)
+checkpoint = train_round(out / "run", config, taste_file, steps=3, beta=0.04)
 """
 
 from __future__ import annotations
@@ -14,14 +13,9 @@ from fastsmart.config import Config
 from fastsmart.errors import UserError
 from fastsmart.machine.files import make_folder, read_file, write_atomic
 from fastsmart.policy.hf_format import step_of
-from fastsmart.policy.transformer import Policy
 from fastsmart.presets import demo
 from fastsmart.run.display import Display
 from fastsmart.run.folder import RunFolder
-from fastsmart.sampling import sample
-from fastsmart.taste.clips import Clip
-from fastsmart.tokens.decode import decode
-from fastsmart.tokens.prompts import make_prompts
 
 KEPT = 20  # checkpoints, so many rounds to go back
 HELD_OUT = 16  # clips of the evaluation that a round ends with
@@ -107,20 +101,3 @@ def go_back(out: str | Path, step: int) -> Path:
             number = sum(1 for _ in undone.iterdir())
             path.rename(undone / f"{number:04d}-{path.name}")
     return newest_policy(out)
-
-
-def play_clips(policy: Policy, count: int, seed: int, config: Config, version: int = 0, start: int = 0) -> list[Clip]:
-    """New clips of a policy, ids and all: the openings of the split "train" from number `start`, one clip each."""
-    prompts = make_prompts(config.prompts, policy.vocab, "train", start, count)
-    rollout = sample(policy, prompts, 1, config.sampling.max_tokens, config.sampling.temperature, seed)
-    notes = decode(rollout.sequences(), policy.vocab, config.audio.max_seconds)
-    return [
-        Clip.of(
-            f"v{version}-{seed}-{start + i}",
-            rollout.sequence(i),
-            int(rollout.prompt_lengths[i]),
-            notes.select([i]),
-            version,
-        )
-        for i in range(count)
-    ]
