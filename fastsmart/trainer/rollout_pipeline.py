@@ -211,12 +211,9 @@ class RolloutPipeline:
 
 def started_thread(name: str) -> ThreadPoolExecutor:
     """Start a thread at once, so that it gets the cores and the GPU of the thread that calls this."""
-    on_gpu = torch.cuda.is_initialized()
-    executor = (
-        ThreadPoolExecutor(1, name, torch.cuda.set_device, (torch.cuda.current_device(),))
-        if on_gpu
-        else ThreadPoolExecutor(1, name)
-    )
+    executor = ThreadPoolExecutor(1, name)
+    if torch.cuda.is_initialized():
+        executor.submit(torch.cuda.set_device, torch.cuda.current_device())
     executor.submit(int).result()
     return executor
 
