@@ -18,14 +18,14 @@ import torch
 from torch import Tensor
 
 from fastsmart.errors import UserError
-from fastsmart.kernels.sample import UNDEFINED
+from fastsmart.kernels.sample import UNDEFINED, sample_tokens
 from fastsmart.machine.cuda_graph import GraphCapture, OwnStream
 from fastsmart.policy.transformer import Policy
 from fastsmart.sampling.cuda_graph_batch import HALVED_ABOVE, GraphBatch
 from fastsmart.sampling.decoder_weights import DecoderWeights
 from fastsmart.sampling.kv_cache import LayerCache
 from fastsmart.sampling.rollout import Completion, check_prompts, not_finite
-from fastsmart.sampling.sampler import guided, sample_token
+from fastsmart.sampling.sampler import guided, truncated
 from fastsmart.sampling.settings import SamplingSettings
 from fastsmart.tokens.token_batch import TokenBatch
 
@@ -121,7 +121,8 @@ class NativeEngine:
         for step in range(settings.max_tokens):
             logits = self.weights.head(hidden)
             logits = guided(logits, settings.guidance) if guides else logits
-            token, logprob = sample_token(logits, uniform[:, step], settings)
+            logits, temperature = truncated(logits, settings)
+            token, logprob = sample_tokens(logits, uniform[:, step], temperature)
             sampled[:, step], logprobs[:, step] = token, logprob
             seen, last = token.cpu().numpy(), step + 1 == settings.max_tokens
             if (running & (seen == UNDEFINED)).any():

@@ -1,27 +1,11 @@
-"""The draw of a token from a row of logits.
-
-Shape letters: R rows, V vocabulary.
-"""
+"""What is done to logits before a token is drawn: guidance and truncation. Shape letters: R rows, V vocabulary."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from fastsmart.kernels.sample import sample_tokens
 from fastsmart.sampling.settings import SamplingSettings
-
-
-def sample_token(logits: Tensor, uniform: Tensor, settings: SamplingSettings) -> tuple[Tensor, Tensor]:
-    """One token a row by inverting the cumulative distribution at `uniform`.
-
-    logits [R, V] float32, uniform [R] in [0, 1) -> ids [R] int64 and their log-probs [R] float32 under the tempered
-    (and, where asked for, truncated) distribution that was drawn from.
-
-    A row whose logits are not finite, as those of a policy that has diverged, gives `UNDEFINED`.
-    """
-    logits, temperature = truncated(logits, settings)
-    return sample_tokens(logits, uniform, temperature)
 
 
 def guided(logits: Tensor, guidance: float) -> Tensor:
@@ -35,7 +19,7 @@ def guided(logits: Tensor, guidance: float) -> Tensor:
 
 
 def truncated(logits: Tensor, settings: SamplingSettings) -> tuple[Tensor, float]:
-    """Logits, truncated where that is asked for, and the temperature that is still to be applied to them."""
+    """Logits [R, V], truncated where that is asked for, and the temperature that is still to be applied to them."""
     if settings.top_k or settings.top_p < 1.0:
         return truncate(logits / settings.temperature, settings.top_k, settings.top_p), 1.0
     return logits, settings.temperature

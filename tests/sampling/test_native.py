@@ -10,9 +10,10 @@ from tiny_policy import eager_to_end, make_policy
 from transformers import TopKLogitsWarper, TopPLogitsWarper
 
 from fastsmart.errors import UserError
+from fastsmart.kernels.sample import sample_tokens
 from fastsmart.sampling import SamplingSettings, sample
 from fastsmart.sampling.native import NativeEngine, _fewer_rows
-from fastsmart.sampling.sampler import sample_token, truncate
+from fastsmart.sampling.sampler import truncate, truncated
 from fastsmart.tokens.token_batch import TokenBatch
 
 PROMPTS = TokenBatch.pack([[21, 400, 180, 330], [1], [21, 401], [21, 400, 180, 331, 50, 120, 150]])
@@ -131,15 +132,15 @@ def test_truncation_is_that_of_transformers():
     ids = torch.zeros(50, 1, dtype=torch.long)
     torch.testing.assert_close(truncate(logits, 10, 1.0), TopKLogitsWarper(10)(ids, logits))
     torch.testing.assert_close(truncate(logits, 0, 0.9), TopPLogitsWarper(0.9)(ids, logits))
-    settings = SamplingSettings(top_k=1)
-    token, logprob = sample_token(logits, torch.full((50,), 1.0 - 2.0**-24), settings)
+    truncated_logits, temperature = truncated(logits, SamplingSettings(top_k=1))
+    token, logprob = sample_tokens(truncated_logits, torch.full((50,), 1.0 - 2.0**-24), temperature)
     assert torch.equal(token, logits.argmax(-1))
     assert (logprob == 0).all()
 
 
 def test_the_ends_of_the_uniform_range_draw_possible_tokens():
     logits = torch.tensor([[-torch.inf, 0.0, 1.0, -torch.inf]] * 2)
-    token, logprob = sample_token(logits, torch.tensor([0.0, 1.0 - 2.0**-24]), SamplingSettings())
+    token, logprob = sample_tokens(logits, torch.tensor([0.0, 1.0 - 2.0**-24]))
     assert token.tolist() == [1, 2]
     assert logprob.isfinite().all()
 

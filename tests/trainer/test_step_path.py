@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 SCRIPT = Path(__file__).parents[1] / "helpers" / "step_path.py"
-LINES, FILES = 1992, 32  # docs/log.md has what it was
+LINES, FILES = 2004, 33  # docs/log.md has what it was
 
 
 @pytest.mark.slow
