@@ -1,4 +1,4 @@
-"""One optimizer batch: the policy's log-probs, the loss, the step.
+"""One optimizer batch: the policy's log-probs, the loss, the step, and the line of metrics about it.
 
 Shape letters: N completions, B completions of a micro-batch, T tokens of a row, M completion tokens of a micro-batch.
 """
