@@ -24,7 +24,8 @@ from fastsmart.machine.hardware import (
 )
 from fastsmart.run.provenance import PACKAGES
 
-PEERS = ("transformers", "trl", "triton", "tinysoundfont", "liger_kernel")  # beside what fastsmart itself is built on
+# beside what fastsmart itself is built on
+PEERS = ("transformers", "trl", "triton", "tinysoundfont", "liger_kernel", "onnxruntime", "openvino", "nncf", "torchao")
 
 
 def write_result(path: str | Path, figures: dict[str, Any]) -> None:

@@ -6,12 +6,15 @@ Random weights of the published size: scores mean nothing, the work is the same;
 The ceilings are those of the first of --dtypes, so int8 may pass the floor. Memory is what a forward pass adds at its
 peak to a process of its own. Windows are where the scorer reads them in training: on a GPU, in its memory.
 
-What a GPU runs, and its twin in 16 bit, is held against the float32 encoder of a CPU: "encoder_error" is how far the
-mean over time of every layer is from that, relative to its length, and decides whether the result has passed.
+What a GPU runs, its twin in 16 bit, and 8 bit are held against the float32 encoder of a CPU: "encoder_error" is how far
+the mean over time of every layer is from that, relative to its length, and decides whether the result has passed. The
+engines among the peers (`peers/engines.py`) are held against it too before they have a turn, "peer_error", and one that
+errs by more than ours may is left out.
 
     python bench/score.py --dtypes float32 bfloat16 int8 --real FOLDER --out bench/results/score.json
 
-also says how each of them ranks real pieces.
+also says how each of them, and each peer, ranks real pieces; OpenVINO's 8-bit ranges are then taken from such pieces,
+otherwise from made sounds.
 """
 
 from __future__ import annotations
@@ -21,7 +24,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +34,7 @@ import numpy as np
 import torch
 from harness import REFERENCE, Job, Work, interleaved, measured_ceilings, parser, report
 from memory import added_mib, peak_in_own_process
+from peers.engines import ENGINES, Engines
 from stages import finish, made, parse, run, tried
 from torch import Tensor
 
@@ -39,17 +43,20 @@ from fastsmart.audio.batch import DeviceAudio
 from fastsmart.errors import UserError
 from fastsmart.notes import MIDI_SUFFIXES, NoteBatch, read_midi
 from fastsmart.reward import Clips
-from fastsmart.reward.audiobox import AudioboxReward, make_random_weights
+from fastsmart.reward.audiobox import AudioboxReward, make_random_weights, read_weights
+from fastsmart.reward.audiobox.encoder import encoder_weights
 from fastsmart.reward.settings import AUDIOBOX_AXES
 
 RATE_HZ, WINDOW = 16_000, 160_000
 GFLOP = 148.0  # of one window
 WEIGHTS = 95e6  # numbers that a pass reads
-PEERS = ("upstream",)
+PEERS = ("upstream", *ENGINES)
+CALIBRATION = 16  # windows that ranges of 8 bit are taken from
 TRUTH = 3  # windows that the float32 encoder of a CPU hears too, the first cut to HEARD samples
 HEARD = 37_001
-# Four times what the twins err on a CPU with random weights (4.5e-4 and 3.6e-3); float32 convolutions of a GPU are TF32
-ENCODER_LIMITS = {"float16": 2e-3, "bfloat16": 1.5e-2, "float32": 2e-3}
+# Four times what the twins (4.5e-4 and 3.6e-3) and 8 bit (2.2e-2) err on a CPU with random weights; convolutions of a
+# GPU are TF32
+ENCODER_LIMITS = {"float16": 2e-3, "bfloat16": 1.5e-2, "int8": 0.1, "float32": 2e-3}
 Rate = Callable[[np.ndarray | Tensor], np.ndarray]  # windows [B, 160000] -> ratings [B, 4]
 
 
@@ -78,9 +85,14 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any] | None:
             raise UserError("; ".join(refused.values()))
         given.dtypes = list(scorers)
         more: dict[str, Any] = {"weights": "random"} | agreement(given.dtypes, checkpoint, given.device)
-        if given.real:
-            more["real_clips"] = on_real_clips(given.real, given.clips, given.dtypes, checkpoint, given.device)
-        peers, left_out = made({"upstream": lambda: {"upstream": upstream(checkpoint, given.device)}}, given)  # type: ignore[dict-item]
+        real = real_clips(given.real, given.clips) if given.real else None
+        more["peer_error"] = {}
+        makers = {"upstream": lambda: {"upstream": upstream(checkpoint, given.device)}}
+        makers |= engine_makers(checkpoint, given, real, more["peer_error"])
+        peers, left_out = made(makers, given)  # type: ignore[arg-type]
+        del makers  # and with them a copy of the weights
+        if real:
+            more["real_clips"] = on_real_clips(real, given.dtypes, peers, checkpoint, given.device)  # type: ignore[arg-type]
     ceilings = measured_ceilings(given.device, getattr(torch, given.dtypes[0]))
     cases: dict[str, Any] = {}
     more["left_out"] = refused | left_out
@@ -89,7 +101,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any] | None:
         figures = finish("score", cases, given, **more)
     if given.memory:
         own = ["--device", given.device, "--threads", str(given.threads)]
-        names = [*given.dtypes, *peers]
+        names = [*given.dtypes, *(name for name in peers if name == "upstream")]
         more["peak_mib_of_one_window"] = {name: peak_in_own_process(__file__, [*own, "--peak", name]) for name in names}
         print("peak memory, MiB:", {name: f"{mib:.0f}" for name, mib in more["peak_mib_of_one_window"].items()})
         figures = finish("score", cases, given, **more)
@@ -111,19 +123,20 @@ def agreement(dtypes: Sequence[str], checkpoint: Path, device: str) -> dict[str,
             error = 0.0
             for _ in range(2):  # on a GPU recorded, then replayed
                 there = [torch.from_numpy(window).to(device) for window in windows] if device != "cpu" else windows
-                found = encoder(there).cpu()
-                error = max(error, float(((found - exact).norm(dim=-1) / exact.norm(dim=-1)).max()))
+                error = max(error, relative_error(encoder(there).cpu(), exact))
             errors[name] = error
             print(f"  {name}: error of the encoder {error:.2g}, limit {ENCODER_LIMITS[name]:.2g}")
     passed = all(error <= ENCODER_LIMITS[name] for name, error in errors.items())
     return {"encoder_error": errors, "passed": passed}
 
 
-def on_real_clips(folder: str, count: int, dtypes: Sequence[str], checkpoint: Path, device: str) -> dict[str, Any]:
-    """How every dtype rates the first ten seconds of real pieces beside the first dtype: by axis the spread of ratings,
-    the largest difference and Spearman's rank correlation; and the processor seconds of a clip."""
-    from scipy.stats import spearmanr  # GPU machines may be without it
+def relative_error(found: Tensor, exact: Tensor) -> float:
+    """Largest distance of the mean of a layer [B, L + 1, D] from the exact one, relative to its length."""
+    return float(((found - exact).norm(dim=-1) / exact.norm(dim=-1)).max())
 
+
+def real_clips(folder: str, count: int) -> AudioBatch:
+    """The first ten seconds of pieces spread over a folder."""
     paths = sorted(path for path in Path(folder).rglob("*") if path.suffix.lower() in MIDI_SUFFIXES)
     if len(paths) < 2:
         raise UserError(f"--real {folder} has {len(paths)} MIDI files; at least 2 are compared")
@@ -133,28 +146,87 @@ def on_real_clips(folder: str, count: int, dtypes: Sequence[str], checkpoint: Pa
         pieces.setdefault(piece.ticks_per_beat, []).append(piece)
     rendered = [render(NoteBatch.concat(batch), workers=0) for batch in pieces.values()]
     samples, lengths = (np.concatenate([getattr(a, name) for a in rendered]) for name in ("samples", "lengths"))
-    audio = AudioBatch(samples, lengths, RATE_HZ)
+    return AudioBatch(samples, lengths, RATE_HZ)
+
+
+def on_real_clips(
+    audio: AudioBatch, dtypes: Sequence[str], peers: dict[str, Rate], checkpoint: Path, device: str
+) -> dict[str, Any]:
+    """How every dtype, and every peer, rates real clips beside the first dtype: by axis the spread of ratings, the
+    largest difference and Spearman's rank correlation; and the processor seconds of a clip. Peers rate those that are
+    whole windows."""
+    from scipy.stats import spearmanr  # GPU machines may be without it
+
     heard = Clips(range(len(audio)), audio)  # type: ignore[arg-type]
-    ratings: dict[str, dict[str, np.ndarray]] = {}
-    found: dict[str, Any] = {"clips": len(audio), "processor_s": {}, "of": {}}
-    for name in dtypes:
-        reward = AudioboxReward(checkpoint, device=device, dtype=name)
+    whole = np.flatnonzero(audio.lengths == WINDOW)
+    ratings: dict[str, np.ndarray] = {}
+    found: dict[str, Any] = {"clips": len(audio), "whole": len(whole), "processor_s": {}, "of": {}}
+
+    def timed(name: str, rate: Callable[[], np.ndarray]) -> None:
         start = time.process_time()
-        ratings[name] = reward.rate(heard)
-        found["processor_s"][name] = (time.process_time() - start) / len(audio)
-    exact = ratings[dtypes[0]]
-    for name in dtypes[1:]:
+        ratings[name] = rate()
+        found["processor_s"][name] = (time.process_time() - start) / len(ratings[name])
+
+    for name in dtypes:
+        timed(name, partial(rated, AudioboxReward(checkpoint, device=device, dtype=name), heard))
+    for name, peer in peers.items() if len(whole) > 1 else ():
+        timed(name, partial(one_by_one, peer, audio.samples[whole]))
+    for name, other in list(ratings.items())[1:]:
+        exact = ratings[dtypes[0]] if len(other) == len(audio) else ratings[dtypes[0]][whole]
         found["of"][name] = {
             axis: {
-                "spread": float(exact[axis].std()),
-                "largest_difference": float(np.abs(ratings[name][axis] - exact[axis]).max()),
-                "rank_correlation": float(spearmanr(exact[axis], ratings[name][axis]).statistic),
+                "spread": float(exact[:, i].std()),
+                "largest_difference": float(np.abs(other[:, i] - exact[:, i]).max()),
+                "rank_correlation": float(spearmanr(exact[:, i], other[:, i]).statistic),
             }
-            for axis in AUDIOBOX_AXES
+            for i, axis in enumerate(AUDIOBOX_AXES)
         }
         worst = min(axis["rank_correlation"] for axis in found["of"][name].values())
-        print(f"  {name}: least rank correlation with {dtypes[0]} {worst:.5f} on {len(audio)} real clips")
+        print(f"  {name}: least rank correlation with {dtypes[0]} {worst:.5f} on {len(other)} real clips")
     return found
+
+
+def one_by_one(rate: Rate, windows: np.ndarray) -> np.ndarray:
+    return np.concatenate([rate(windows[i : i + 1]) for i in range(len(windows))])
+
+
+def rated(reward: AudioboxReward, clips: Clips) -> np.ndarray:
+    """All four axes, [N, 4]."""
+    ratings = reward.rate(clips)
+    return np.stack([ratings[axis] for axis in AUDIOBOX_AXES], axis=1)
+
+
+def engine_makers(
+    checkpoint: Path, options: argparse.Namespace, real: AudioBatch | None, errors: dict[str, float]
+) -> dict[str, Callable[[], dict[str, Rate]]]:
+    """Makers of the contenders that are engines. Each is held against our float32 encoder first; `errors` is told."""
+
+    @cache
+    def shared() -> tuple[Engines, AudioboxReward, np.ndarray, Tensor]:
+        ours, windows = AudioboxReward(checkpoint), clips(TRUTH)
+        heard = [] if real is None else [real.samples[i, :WINDOW] for i in np.flatnonzero(real.lengths == WINDOW)]
+        heard = heard[:: max(1, len(heard) // CALIBRATION)][:CALIBRATION] or list(clips(CALIBRATION, seed=1))
+        weights = encoder_weights(read_weights(checkpoint).state)
+        return Engines(weights, checkpoint.parent, options.threads, heard), ours, windows, ours.encoder(list(windows))
+
+    def make(name: str) -> dict[str, Rate]:
+        if options.device != "cpu":
+            raise UserError(f"{name} is measured on a CPU, not on {options.device}")
+        with torch.no_grad():  # and no inference mode, whose tensors cannot be exported
+            engines, ours, windows, exact = shared()
+        encode, heads = engines.encoder(name), ours.heads
+
+        def encoded(windows: Any) -> Tensor:
+            return torch.from_numpy(np.concatenate([encode(windows[i : i + 1]) for i in range(len(windows))]))
+
+        errors[name] = error = relative_error(encoded(windows), exact)
+        limit = ENCODER_LIMITS.get(name.rpartition("-")[2], ENCODER_LIMITS["float32"])
+        print(f"  {name}: error of the encoder {error:.2g}, limit {limit:.2g}")
+        if not error <= limit:
+            raise UserError(f"its encoder errs by {error:.2g}, more than {limit:.2g}, so that its speed says nothing")
+        return {name: torch.inference_mode()(lambda windows: heads(encoded(windows)).numpy())}
+
+    return {name: partial(make, name) for name in ENGINES}
 
 
 def compare(scorers: dict[str, Rate], batch: int, options: argparse.Namespace, ceilings: Any) -> dict[str, Any]:
@@ -180,9 +252,9 @@ def compare(scorers: dict[str, Rate], batch: int, options: argparse.Namespace, c
     return case
 
 
-def clips(count: int) -> np.ndarray:
+def clips(count: int, seed: int = 0) -> np.ndarray:
     """Ten-second chords over noise, float32 [count, 160000], no two alike."""
-    rng = np.random.default_rng(0)
+    rng = np.random.default_rng(seed)
     t = np.arange(WINDOW) / RATE_HZ
     windows = np.empty((count, WINDOW), np.float32)
     for i in range(count):
@@ -199,8 +271,7 @@ def scorer(name: str, checkpoint: Path, options: argparse.Namespace) -> Rate:
     def rate(windows: np.ndarray | Tensor) -> np.ndarray:
         on_device = isinstance(windows, Tensor)
         audio = (DeviceAudio if on_device else AudioBatch)(windows, np.full(len(windows), WINDOW), RATE_HZ)  # type: ignore[arg-type]
-        ratings = reward.rate(Clips(range(len(windows)), audio))  # type: ignore[arg-type]
-        return np.stack([ratings[axis] for axis in AUDIOBOX_AXES], axis=1)
+        return rated(reward, Clips(range(len(windows)), audio))  # type: ignore[arg-type]
 
     return rate
 

@@ -2,13 +2,16 @@
 
 import importlib
 import json
+import sys
 from functools import partial
 
 import harness
+import numpy as np
 import pytest
 import suite
 import torch
 from harness import Ceilings, parser
+from peers.engines import ENGINES, Engines, PlainEncoder
 from results import write_result
 from stages import decoding_work, made, one_pass, parse, phi3, played, update_work
 from tiny_policy import make_policy
@@ -17,9 +20,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from vllm_policy import make_vllm_policy
 
 from fastsmart.errors import UserError
-from fastsmart.reward.audiobox import cpu, make_random_weights
-from fastsmart.reward.audiobox.architecture import Size
+from fastsmart.reward.audiobox import AudioboxReward, cpu, make_random_weights, read_weights
+from fastsmart.reward.audiobox.architecture import WINDOW, Size
 from fastsmart.reward.audiobox.cpu import int8_is_fast
+from fastsmart.reward.audiobox.encoder import encoder_weights
 
 SMALL = Size(channels=16, width=32, ffn=64, heads=4, layers=2, pos_taps=16, pos_groups=4, head_layers=3)
 TOY = {
@@ -112,6 +116,46 @@ def test_an_encoder_that_errs_does_not_pass(toy, monkeypatch):
     wrong = toy("score", *options)
     assert not wrong["passed"]
     assert wrong["encoder_error"]["float16"] > 10 * figures["encoder_error"]["float16"]
+
+
+ENGINE_PEERS = [word for name in ENGINES for word in ("--peer", name)]
+
+
+def test_engines_whose_package_is_missing_are_left_out_by_name(toy, monkeypatch):
+    for package in ("onnxruntime", "openvino", "torchao"):
+        monkeypatch.setitem(sys.modules, package, None)
+    figures = toy("score", *TOY["score"], "--dtypes", "float32", *ENGINE_PEERS)
+    assert list(figures["left_out"]) == list(ENGINES)
+    assert all(name.partition("-")[0] in reason for name, reason in figures["left_out"].items())
+    assert list(figures["cases"]["batch 2"]["windows_per_s"]) == ["float32"]
+
+
+def test_an_engine_that_computes_something_else_has_no_turn(toy, monkeypatch):
+    monkeypatch.setattr(Engines, "encoder", lambda engines, name: lambda window: np.ones((1, 3, 32), np.float32))
+    figures = toy("score", *TOY["score"], "--dtypes", "float32", "--peer", "onnxruntime")
+    assert "errs by" in figures["left_out"]["onnxruntime"]
+    assert figures["peer_error"]["onnxruntime"] > 0.5
+    assert list(figures["cases"]["batch 2"]["windows_per_s"]) == ["float32"]
+
+
+def test_engines_are_made_from_the_encoder_that_ours_is(tmp_path):
+    checkpoint = make_random_weights(tmp_path / "checkpoint.pt", size=SMALL)
+    windows = np.random.default_rng(0).normal(size=(2, WINDOW)).astype(np.float32)
+    with torch.no_grad():
+        exact = AudioboxReward(checkpoint).encoder(list(windows))
+        plain = PlainEncoder(encoder_weights(read_weights(checkpoint).state))(torch.from_numpy(windows))
+    torch.testing.assert_close(plain, exact, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["onnxruntime", "onnxruntime-int8", "openvino", "torchao-int8"])
+def test_an_engine_rates_as_ours_does(toy, name):
+    """Those of OpenVINO with fewer bits err too much with so small a network, and say so."""
+    pytest.importorskip(name.partition("-")[0], reason="not installed: see bench/README.md", exc_type=ImportError)
+    figures = toy("score", *TOY["score"], "--dtypes", "float32", "--peer", name)
+    (case,) = figures["cases"].values()
+    assert not figures["left_out"]
+    assert figures["peer_error"][name] < (1e-5 if "int8" not in name else 0.05)
+    assert max(case["largest_difference"][name].values()) < (1e-3 if "int8" not in name else 0.5)
 
 
 def test_rendering_is_measured_beside_its_peers(toy, tmp_path, monkeypatch):
