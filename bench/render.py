@@ -38,6 +38,7 @@ from fastsmart.audio.bank_tools import build_bank, fidelity
 from fastsmart.audio.events import piece_arrays, timing
 from fastsmart.audio.gpu_mixdown import DeviceMixer
 from fastsmart.audio.mixdown import pair, slice_notes
+from fastsmart.errors import UserError
 from fastsmart.music.windows import cut_windows
 from fastsmart.notes import NoteBatch, read_midi
 from fastsmart.tokens.decode import decode
@@ -175,6 +176,10 @@ def symusic(font: str, files: Sequence[Path]) -> dict[str, Job]:
     from symusic import Score, Synthesizer
 
     synth, scores = Synthesizer(font, RATE_HZ, 0), [Score(str(file)) for file in files]
+    try:
+        synth.render(scores[0], stereo=False)
+    except TypeError as error:  # of 0.6.0 with Python 3.11
+        raise UserError(f"symusic cannot hand over what it rendered: {str(error).partition('!')[0]}") from error
     return {"symusic, 16 kHz mono": lambda: [synth.render(score, stereo=False) for score in scores]}
 
 
