@@ -1,8 +1,8 @@
 """What docs/diversity-protocol.md asks, over seeds: python bench/diversity_claim.py EVALUATION ... --out JSON
 
 Each argument is the folder of a `fastsmart evaluate` of one seed with the policies base, unconstrained and candidate;
---best-of names one that has the base's best of four. Writes the ratios of every seed, their means and bounds, whether
-the claim holds, and of the side conditions which.
+--unconstrained names more of unconstrained tuning alone, --best-of one that has the base's best of four. Writes the
+ratios of every seed, their means and bounds, whether the claim holds, and of the side conditions which.
 """
 
 from __future__ import annotations
@@ -40,6 +40,29 @@ def lower_bound(values: Sequence[float]) -> float:
     return float(np.mean(values) - stats.t.ppf(LEVEL, len(values) - 1) * error)
 
 
+def gain_test(tuned: Sequence[float], unconstrained: Sequence[float], base: Sequence[float]) -> dict[str, float]:
+    """Share of the gain of unconstrained tuning, and how surely it is above `LEAST`, by a Welch test to one side.
+
+    tuned, unconstrained, base : mean rewards, one a seed, two at least
+
+    `above` is tuned - LEAST unconstrained - (1 - LEAST) base in the means, `lower_bound` its bound at level `LEVEL`,
+    with the degrees of freedom of Welch and Satterthwaite.
+    """
+    weights = (1.0, -LEAST, -(1 - LEAST))
+    groups = [np.asarray(group, np.float64) for group in (tuned, unconstrained, base)]
+    c, u, b = (float(group.mean()) for group in groups)
+    parts = [w**2 * group.var(ddof=1) / len(group) for w, group in zip(weights, groups, strict=True)]
+    freedom = sum(parts) ** 2 / sum(part**2 / (len(group) - 1) for part, group in zip(parts, groups, strict=True))
+    above = c - LEAST * u - (1 - LEAST) * b
+    bound = above - stats.t.ppf(LEVEL, freedom) * sum(parts) ** 0.5
+    return {
+        "share": (c - b) / (u - b),
+        "above": above,
+        "lower_bound": float(bound),
+        "degrees_of_freedom": float(freedom),
+    }
+
+
 def retained(values: Mapping[str, Mapping[str, float]], label: str) -> dict[str, float]:
     """What a policy retains: of the reward gain of unconstrained tuning, of the base's diversity, distances and notes.
 
@@ -51,12 +74,12 @@ def retained(values: Mapping[str, Mapping[str, float]], label: str) -> dict[str,
     return {GAIN: gain} | {name: values[name][label] / values[name][BASE] for name in others}
 
 
-def verdict(seeds: Sequence[Mapping[str, float]]) -> dict[str, Any]:
-    """Means, bounds and whether the claim holds, of what the candidate retains with every seed."""
+def verdict(seeds: Sequence[Mapping[str, float]], gain: Mapping[str, float]) -> dict[str, Any]:
+    """Means, bounds and whether the claim holds, of what a policy retains with every seed and of its `gain_test`."""
     mean = {name: float(np.mean([s[name] for s in seeds])) for name in seeds[0]}
     bound = {name: lower_bound([s[name] for s in seeds]) for name in seeds[0]}
-    primary = all(bound[name] > LEAST for name in (GAIN, *PRIMARY))
-    return {"mean": mean, "lower_bound": bound, "primary_hold": primary}
+    primary = gain["lower_bound"] > 0 and all(bound[name] > LEAST for name in PRIMARY)
+    return {"mean": mean, "lower_bound": bound, "gain": dict(gain), "primary_hold": primary}
 
 
 def side_conditions(
@@ -95,6 +118,9 @@ def values_of(evaluation: Evaluation) -> dict[str, dict[str, float]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("evaluation", nargs="+")
+    parser.add_argument(
+        "--unconstrained", nargs="*", default=[], help="evaluations of unconstrained tuning, other seeds"
+    )
     parser.add_argument("--best-of", default="", help="evaluation with the base's best of four, for its notes a clip")
     parser.add_argument("--out", required=True)
     options = parser.parse_args()
@@ -102,11 +128,19 @@ def main() -> None:
     for folder, evaluation in zip(options.evaluation, opened, strict=True):
         if missing := {BASE, UNCONSTRAINED, CANDIDATE} - set(evaluation.labels):
             parser.error(f"{folder} has no policy labelled {sorted(missing)[0]}; evaluate with --policy LABEL=POLICY")
-    if len({e.config.train.seed for e in opened}) < len(opened):
+    more = [Evaluation.open(Path(folder)) for folder in options.unconstrained]
+    if len({e.config.train.seed for e in (*opened, *more)}) < len(opened) + len(more):
         parser.error("two evaluations are of the same train.seed; give each seed once")
     values = [values_of(e) for e in opened]
     labels = [label for label in values[0]["reward"] if label not in (BASE, UNCONSTRAINED)]
-    found = {label: verdict([retained(v, label) for v in values]) for label in (UNCONSTRAINED, *labels)}
+    rewards = {label: [v["reward"][label] for v in values] for label in (BASE, UNCONSTRAINED, *labels)}
+    rewards[UNCONSTRAINED] += [e.metric("reward", "reward").values[UNCONSTRAINED].value for e in more]
+    found = {
+        label: verdict(
+            [retained(v, label) for v in values], gain_test(rewards[label], rewards[UNCONSTRAINED], rewards[BASE])
+        )
+        for label in (UNCONSTRAINED, *labels)
+    }
     curve = Evaluation.open(Path(options.best_of)).record["best_of"] if options.best_of else []
     notes = next((point["notes"]["value"] for point in curve if point["n"] == 4), None)
     side = {label: side_conditions(values, label, notes) for label in found}
@@ -114,6 +148,10 @@ def main() -> None:
     rows += [
         [name, *(f"{f['mean'][name]:.3f} ({f['lower_bound'][name]:.3f})" for f in found.values())]
         for name in found[CANDIDATE]["mean"]
+    ]
+    rows.append(["gain, all seeds (above, bound)"])
+    rows[-1] += [
+        f"{f['gain']['share']:.3f} ({f['gain']['above']:.3f}, {f['gain']['lower_bound']:.3f})" for f in found.values()
     ]
     print(text_table(rows))
     print(
@@ -127,6 +165,7 @@ def main() -> None:
                 {"evaluation": folder, "train_seed": e.config.train.seed, "values": v}
                 for folder, e, v in zip(options.evaluation, opened, values, strict=True)
             ],
+            "unconstrained_rewards": rewards[UNCONSTRAINED],
             "retained": found,
             "side_conditions": side,
             "notes_of_best_of_four": notes,

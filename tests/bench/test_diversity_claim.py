@@ -2,7 +2,17 @@
 
 import numpy as np
 import pytest
-from diversity_claim import DISTANCES, FAULTS, GAIN, PRIMARY, lower_bound, retained, side_conditions, verdict
+from diversity_claim import (
+    DISTANCES,
+    FAULTS,
+    GAIN,
+    PRIMARY,
+    gain_test,
+    lower_bound,
+    retained,
+    side_conditions,
+    verdict,
+)
 from scipy import stats
 
 NAMES = (*PRIMARY, *(f"rarefied_{name}_distance_across" for name in DISTANCES))
@@ -35,8 +45,23 @@ def test_what_is_retained_is_of_the_gain_and_of_the_base():
 )
 def test_it_holds_where_every_bound_does(gain, share, holds):
     """Over seeds that differ by as much as 0.04, a mean of 0.91 is not surely above 0.90."""
-    seeds = [retained(seed_values(gain + d, share + d), "candidate") for d in (-0.02, -0.01, 0.0, 0.01, 0.02)]
-    assert verdict(seeds)["primary_hold"] is holds
+    values = [seed_values(gain + d, share + d) for d in (-0.02, -0.01, 0.0, 0.01, 0.02)]
+    rewards = {label: [v["reward"][label] for v in values] for label in ("candidate", "unconstrained", "base")}
+    seeds = [retained(v, "candidate") for v in values]
+    assert verdict(seeds, gain_test(*rewards.values()))["primary_hold"] is holds
+
+
+def test_the_gain_is_tested_as_welch_has_it():
+    """Against scipy's: with the base known, it is a test of two samples, one of them scaled."""
+    tuned, free, base = [6.53, 6.52, 6.55, 6.51, 6.54], [6.65, 6.60, 6.63, 6.66, 6.58, 6.62, 6.64], [5.35, 5.35]
+    found = gain_test(tuned, free, base)
+    assert found["share"] == pytest.approx((np.mean(tuned) - 5.35) / (np.mean(free) - 5.35))
+    others = 0.9 * np.array(free) + 0.1 * 5.35
+    welch = stats.ttest_ind(tuned, others + found["lower_bound"], equal_var=False, alternative="greater")
+    assert welch.pvalue == pytest.approx(0.05)
+    assert found["above"] == pytest.approx(np.mean(tuned) - others.mean())
+    noisy = gain_test(tuned, free, [5.25, 5.45])
+    assert noisy["lower_bound"] < found["lower_bound"]
 
 
 def test_each_side_condition_is_told_by_itself():
@@ -52,7 +77,6 @@ def test_each_side_condition_is_told_by_itself():
     ):
         values = seed_values(1.0, 1.0)
         values[name]["candidate"] = value
-        assert verdict([retained(values, "candidate")] * 2)["primary_hold"]
         found = side_conditions([values] * 2, "candidate", 60.0)
         assert [name for name, holds in found.items() if not holds] == [condition]
     assert (
