@@ -86,13 +86,13 @@ def test_threads_wait_as_fastsmart_says_unless_the_user_or_torch_was_first():
     """By GNU OpenMP's own word, not ours."""
     show = "print(fastsmart.machine.hardware.waiting())"
     said = openmp_says(f"import fastsmart, torch; {show}")
-    assert "GOMP_SPINCOUNT = '1000'" in said
-    assert "{'GOMP_SPINCOUNT': '1000', 'set_by': 'fastsmart'}" in said
+    assert "GOMP_SPINCOUNT = '6000'" in said
+    assert "{'GOMP_SPINCOUNT': '6000', 'set_by': 'fastsmart'}" in said
     said = openmp_says(f"import fastsmart, torch; {show}", OMP_WAIT_POLICY="active")
     assert "OMP_WAIT_POLICY = 'ACTIVE'" in said
     assert "{'OMP_WAIT_POLICY': 'active', 'set_by': 'environment'}" in said
     said = openmp_says(f"import torch, fastsmart; {show}; import os; print(os.environ.get('GOMP_SPINCOUNT'))")
-    assert "GOMP_SPINCOUNT = '1000'" not in said
+    assert "GOMP_SPINCOUNT = '6000'" not in said
     assert "{'set_by': 'nobody'}\nNone" in said
 
 
