@@ -248,8 +248,10 @@ import numpy as np
 from fastsmart.audio import RenderPool, RenderSettings
 from fastsmart.notes import NoteBatch
 from dataclasses import replace
+import signal
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job is started deaf to it
     m, none = 16_000, NoteBatch.empty(1)
     onset = np.linspace(0, 190, m)
     notes = replace(none, onset_s=onset, duration_s=np.full(m, 10.0), pitch=np.arange(m, dtype=np.uint8) % 60 + 21,
