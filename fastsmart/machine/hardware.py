@@ -21,9 +21,9 @@ LIMITS = ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY", "MKL_
 _ONEDNN_WITHOUT_VNNI = ("sse41", "avx", "avx2", "avx2_vnni", "avx2_vnni_2", "avx512_core")
 _ONEDNN_WITHOUT_BFLOAT16 = (*_ONEDNN_WITHOUT_VNNI, "avx512_core_vnni")
 
-# Turns of a loop in which a thread of GNU OpenMP looks whether work has come, before it sleeps: well below a
-# millisecond. Its own 300,000 are milliseconds, in which a thread that waits holds a core against whoever would work
-# there; with 1,000 a step of the demo takes a tenth longer on an idle machine (docs/running.md).
+# Turns of a loop in which a thread of GNU OpenMP looks whether work has come, before it sleeps: 0.07 ms of a Xeon's
+# pauses. Its own 300,000 are milliseconds, in which a thread that waits holds a core against whoever would work there;
+# with 1,000 a step of the demo takes a tenth longer on an idle machine (docs/running.md).
 SPIN_COUNT = "6000"
 WAITING = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")  # what GNU OpenMP waits by; it reads them when it is loaded, once
 _waiting = {"set_by": "nobody"}

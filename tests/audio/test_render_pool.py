@@ -243,12 +243,11 @@ def test_a_batch_can_be_written_as_wav(undisturbed: AudioBatch, tmp_path: Path) 
 
 
 OWNER = """
-import sys, time
+import signal, sys, time
 import numpy as np
 from fastsmart.audio import RenderPool, RenderSettings
 from fastsmart.notes import NoteBatch
 from dataclasses import replace
-import signal
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job is started deaf to it

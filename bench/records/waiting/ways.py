@@ -14,7 +14,7 @@ from pathlib import Path
 sys.path.insert(0, "bench")
 import busy
 
-COMPARISONS = (((1000, 4000, 10000), (0, 1, 2), 3), ((6000, 300000), (0,), 6), ((6000, 1000), (0, 1), 3))
+COMPARISONS = (((1000, 4000, 10000), (0, 1, 2), 3), ((6000, 300000), (0,), 6), ((6000, 1000), (0, 1, 2), 3))
 
 
 def main() -> None:
