@@ -130,7 +130,7 @@ def diverse() -> Config:
         train=replace(
             base.train,
             algorithm="credit",
-            steps=580,
+            steps=630,
             prompts=128,
             learning_rate=2.5e-4,
             schedule="linear",
@@ -148,8 +148,8 @@ def diverse() -> Config:
             neutral=("mean_pitch", "mean_velocity"),
             neutral_share=0.25,
         ),
-        merge=MergeSettings(runs=3, scale=1.2, temperature=0.85, tilt_steps=100, tilt_learning_rate=2e-4),
-        tilt=TiltSettings(prompts=2048, clips=64, weights="diverse", gain=1.0),
+        merge=MergeSettings(runs=3, scale=1.2, temperature=0.85, tilt_steps=150, tilt_learning_rate=2e-4),
+        tilt=TiltSettings(prompts=4096, clips=64, weights="diverse", gain=1.1),
     )
 
 
