@@ -317,5 +317,7 @@ def _pretrain(p: argparse.ArgumentParser) -> None:
     whole_option(p, "--ffn", within=(1, 2**18), default=768)
     whole_option(p, "--heads", within=(1, 2**12), default=4)
     p.add_argument("--device", help="torch device; default cpu")
-    whole_option(p, "--threads", within=(0, MOST_THREADS), default=0, help="CPU threads; default: one a core")
+    whole_option(
+        p, "--threads", within=(0, MOST_THREADS), default=0, help="CPU threads; default: OMP_NUM_THREADS or one a core"
+    )
     p.add_argument("--compile", action="store_true", help="fuse the network with torch.compile (needs a C++ compiler)")

@@ -121,3 +121,22 @@ def test_what_holds_onednn_back_holds_8_bit_products_back(monkeypatch, limit, ma
     monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", limit)
     assert hardware.onednn_may_use_vnni() is may
     assert hardware.library_limits().get("ONEDNN_MAX_CPU_ISA", "") == limit
+
+
+@pytest.mark.parametrize(
+    ("said", "ranks", "threads"),
+    [
+        ("3", 1, 3),
+        ("3,2", 1, 3),  # OpenMP's list for nested regions
+        ("", 1, 5),
+        ("0", 1, 5),
+        ("many", 1, 5),
+        ("1", 2, 5),  # as torchrun sets it without being asked
+    ],
+)
+def test_threads_are_as_many_as_the_environment_says(
+    said: str, ranks: int, threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", said)
+    monkeypatch.setattr("fastsmart.machine.files.cpu_cores", lambda: 5)
+    assert hardware.compute_threads(ranks) == threads

@@ -35,7 +35,7 @@ PRETRAIN_OPTIONS = (
 def pretrain(options: argparse.Namespace) -> int:
     import torch
 
-    from fastsmart.machine.files import cpu_cores
+    from fastsmart.machine.hardware import compute_threads
     from fastsmart.machine.progress import bar
     from fastsmart.machine.signals import stop_signals
     from fastsmart.policy.crops import CropSettings
@@ -49,7 +49,7 @@ def pretrain(options: argparse.Namespace) -> int:
     from fastsmart.tokens.vocabulary import load_vocabulary
 
     vocab, out = load_vocabulary(options.vocabulary), Path(options.out)
-    torch.set_num_threads(options.threads or cpu_cores())
+    torch.set_num_threads(options.threads or compute_threads())
     given = {key: value for key in PRETRAIN_OPTIONS if (value := getattr(options, key)) is not None}
     settings = PretrainSettings(compile=options.compile, **given)
     if options.length:

@@ -52,6 +52,19 @@ def waiting() -> dict[str, str]:
     return {name: os.environ[name] for name in WAITING if own and name in os.environ} | _waiting
 
 
+def compute_threads(local_world: int = 1) -> int:
+    """Threads to compute with: OMP_NUM_THREADS where the environment has it, else one for each core.
+
+    Of several ranks on a machine (`local_world`) each takes its own cores: torchrun sets OMP_NUM_THREADS=1 unasked.
+    """
+    asked = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()
+    if local_world == 1 and asked.isdecimal() and int(asked):
+        return int(asked)
+    from fastsmart.machine.files import cpu_cores  # `import fastsmart` reads this module, and is instant
+
+    return cpu_cores()
+
+
 @cache
 def _cpuinfo() -> dict[str, str]:
     """Key -> value of the first processor the kernel lists; nothing where there is no list."""

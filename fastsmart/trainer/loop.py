@@ -12,8 +12,8 @@ import torch
 from fastsmart.config import Config
 from fastsmart.machine.cpu_affinity import bind_cores
 from fastsmart.machine.distributed import Ranks, join_ranks
-from fastsmart.machine.files import cpu_cores
 from fastsmart.machine.gc_control import gc_at_steps
+from fastsmart.machine.hardware import compute_threads
 from fastsmart.machine.signals import StopRequest, stop_signals
 from fastsmart.policy.device import resolved_device
 from fastsmart.run.display import Display
@@ -100,8 +100,8 @@ def open_run(folder: RunFolder, ranks: Ranks, display: Display | None = None) ->
     """Open a run for its next step; the engine has been checked to hold the policy's weights."""
     config = folder.config
     bind_cores(ranks)
-    computing = cpu_cores() if resolved_device(config.policy).type == "cpu" else 1  # on a GPU this thread launches only
-    torch.set_num_threads(config.train.threads or computing)
+    on_gpu = resolved_device(config.policy).type != "cpu"  # there this thread launches only
+    torch.set_num_threads(config.train.threads or (1 if on_gpu else compute_threads(ranks.local_world)))
     with Trainer(config, folder.checkpoints, ranks, folder.path / "failed") as trainer:
         worker, done = trainer.worker, trainer.steps_done
         with Recorder(folder, ranks, worker.trace, worker.writing, worker.pool, display) as recorder:

@@ -74,7 +74,7 @@ class TrainSettings:
     listen: int = 6
     """Held-out prompts written to listen/ as MIDI and WAV, before and after."""
     threads: int = 0
-    """CPU threads of torch (0 = one a core of this rank; for a policy on a GPU, one)."""
+    """CPU threads of torch (0 = OMP_NUM_THREADS of a single rank, or one a core; for a policy on a GPU, one)."""
     writers: tuple[Literal["tensorboard", "wandb"], ...] = ()
     """Services that get the metrics beside metrics.jsonl: "tensorboard", "wandb"."""
     mismatch_limit: float = 0.0
