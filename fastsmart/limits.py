@@ -14,6 +14,7 @@ from fastsmart.errors import UserError
 MOST_STEPS = 10**9
 MOST_AT_ONCE = 10**6  # completions, clips, prompts, tokens
 MOST_THREADS = 1024
+MOST_COMPONENTS = 32  # of an embedding that a taste hears
 LARGEST_SEED = 2**63 - 1
 LONGEST_NAME = 255  # of a file or folder, in the file systems in use
 

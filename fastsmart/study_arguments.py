@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from fastsmart.arguments import alphas, real_option, settings_options, weighted, whole_option
-from fastsmart.limits import MOST_AT_ONCE, MOST_THREADS
+from fastsmart.limits import MOST_AT_ONCE, MOST_COMPONENTS, MOST_THREADS
 
 
 def evaluate(p: argparse.ArgumentParser) -> None:
@@ -119,6 +119,13 @@ def live(p: argparse.ArgumentParser) -> None:
     real_option(p, "--seconds", within=(2, 60), help="longest piece that is compared; default: 10")
     whole_option(p, "--max-tokens", within=(8, 4096), help="of a piece; default: 250")
     whole_option(p, "--boldness", within=(0, 10), help="how far from the first policy it may go; default: 5")
+    whole_option(
+        p,
+        "--embedding",
+        within=(0, MOST_COMPONENTS),
+        metavar="C",
+        help="let the taste hear C components of what the policy makes of a clip, beside named features; default: 0",
+    )
     p.add_argument("--no-training", action="store_true", help="write choices down and learn from them, train nothing")
     p.add_argument("--replay", default="", metavar="CHOICES", help="train from a choices.jsonl without the page")
     p.add_argument("--host", help="address to listen at; default: 127.0.0.1, which only this machine reaches")

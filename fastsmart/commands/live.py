@@ -17,7 +17,18 @@ def live(options: argparse.Namespace) -> int:
 
     given = {
         key: value
-        for key in ("policy", "listener", "host", "port", "soundfont", "boldness", "threads", "seconds", "max_tokens")
+        for key in (
+            "policy",
+            "listener",
+            "host",
+            "port",
+            "soundfont",
+            "boldness",
+            "threads",
+            "seconds",
+            "max_tokens",
+            "embedding",
+        )
         if (value := getattr(options, key)) is not None
     }
     settings = LiveSettings(joint=options.joint, train=not options.no_training, **given)

@@ -23,6 +23,7 @@ from fastsmart.live.settings import BOLDEST, LONGEST_NAME, LiveSettings
 from fastsmart.machine.files import make_folder
 from fastsmart.notes import NoteBatch
 from fastsmart.reward.taste import Taste
+from fastsmart.reward.taste_embedding import ClipEmbedding
 from fastsmart.reward.taste_features import LEAST_CLIPS, Standard
 from fastsmart.taste import Choice, Clip, append_choice, next_pair, standing
 from fastsmart.taste.choices import of_listener
@@ -66,7 +67,7 @@ class Session:
         self.standard: Standard | None = None
         self.taste: Taste | None = None
         if (self.folder.path / STANDARD_FILE).is_file():
-            self.standard = self.folder.standard()
+            self.standard = self._known_standard()
         else:
             self._measure()
         if self.standard is not None:
@@ -156,6 +157,8 @@ class Session:
         """Take in new clips; two of them are heard next where nothing is heard now."""
         with self._change():
             for clip in clips:
+                if self.standard is not None:
+                    clip = clip.embedded(self.standard.embedding)
                 self.folder.clips.save(clip)
                 self.unheard[clip.id] = clip
             if self.standard is None:
@@ -275,14 +278,33 @@ class Session:
             self.taste = self.folder.next_taste(told, self.standard, before)
         self.folder.save(self.taste, self.listener)
 
+    def _known_standard(self) -> Standard:
+        """The standard of the folder; raises UserError where its embedding is not the one that is asked for."""
+        standard, asked = self.folder.standard(), self.settings.embedding
+        there = len(standard.names) - standard.named
+        if asked not in (None, there):
+            raise UserError(f"--embedding is {asked}, and {self.folder.path} was begun with {there}; leave it out")
+        return standard
+
     def _measure(self) -> None:
         """Measure the first policy's clips, once there are enough of them."""
-        first = [clip.vector for clip in self._free().values() if clip.version == 0]
-        known = [vector for vector in first if np.isfinite(vector).any()]
-        if len(known) >= STANDARD_CLIPS:
-            self.standard = Standard.of(np.stack(known))
-            self.folder.write_standard(self.standard)
-            self._learn(None)
+        first = [clip for clip in self._free().values() if clip.version == 0 and np.isfinite(clip.vector).any()]
+        if len(first) < STANDARD_CLIPS:
+            return
+        embedding = None
+        if self.settings.embedding:
+            notes = NoteBatch.concat([clip.notes for clip in first])
+            embedding = ClipEmbedding.fit(self.settings.policy, notes, self.settings.embedding)
+            for id in self.folder.clips.ids():  # heard already or not
+                with suppress(UserError):  # a damaged one, as above
+                    clip = self.folder.clips.load(id).embedded(embedding)
+                    self.folder.clips.save(clip)
+                    if id in self.unheard:
+                        self.unheard[id] = clip
+            first = [self.unheard[clip.id] for clip in first]
+        self.standard = Standard.of(np.stack([clip.vector for clip in first]), embedding=embedding)
+        self.folder.write_standard(self.standard)
+        self._learn(None)
 
     def _free(self) -> dict[str, Clip]:
         """Clips that were never played and answer no phrase."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from fastsmart.errors import UserError
+from fastsmart.limits import MOST_COMPONENTS
 
 LOOPBACK = "127.0.0.1"
 PORT = 8723
@@ -39,6 +40,9 @@ class LiveSettings:
     """Files of clips kept; of those above, the oldest that no choice is about go."""
     threads: int = 1
     """Threads that sampling computes with; the other cores are for the training beside it."""
+    embedding: int | None = None
+    """Components of what the first policy makes of a clip that a taste has beside named features; None = as many as the
+    folder has, in a new one 0."""
     soundfont: str = ""
     """Path of an SF2 or SF3 file; "" = one that is installed."""
     boldness: int = 5
@@ -55,9 +59,10 @@ class LiveSettings:
             "most_clips": (64, 10**6),
             "threads": (1, 1024),
             "boldness": (0, BOLDEST),
+            "embedding": (0, MOST_COMPONENTS),
         }
         for key, (low, high) in limits.items():
-            if not low <= getattr(self, key) <= high:
+            if getattr(self, key) is not None and not low <= getattr(self, key) <= high:
                 raise UserError(
                     f"--{key.replace('_', '-')} is {getattr(self, key)}; it must be from {low:g} to {high:g}"
                 )

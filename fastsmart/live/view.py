@@ -10,6 +10,7 @@ from fastsmart.live.composer import Composer
 from fastsmart.live.rounds import FIRST_CHOICES, Rounds
 from fastsmart.live.session import Session
 from fastsmart.reward.taste import Taste
+from fastsmart.reward.taste_features import LABELS
 from fastsmart.study.sound import note_rows
 from fastsmart.taste import Clip
 from fastsmart.taste.choices import of_listener, standing
@@ -43,10 +44,11 @@ def view(session: Session, composer: Composer, rounds: Rounds, answers: Answers)
 
 
 def learnt(taste: Taste | None) -> dict[str, Any]:
-    """What a taste says: of features those it has a view of, the most certain first, and how well it has guessed."""
+    """What a taste says: of named features those it has a view of, the most certain first; how well it has guessed."""
     if taste is None or taste.choices == 0:
         return {"features": [], "guessed": 0, "right": 0}
-    effects = [e for e in taste.explained() if e.certainty >= LEAST_CERTAINTY and math.isfinite(e.effect)]
+    named = [e for e in taste.explained() if e.name in LABELS and math.isfinite(e.effect)]
+    effects = [e for e in named if e.certainty >= LEAST_CERTAINTY]
     recent = min(RECENT, len(taste.predictions))
     return {
         "features": [

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from importlib import resources
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -264,3 +266,17 @@ def _read_tensors(locate: Callable[[str], Path], source: str | Path) -> dict[str
         except (SafetensorError, OSError) as error:
             raise UserError(f"{file} is damaged: {error}; copy or save it again") from error
     return tensors
+
+
+class HasParameters(Protocol):
+    """A network, or what holds one."""
+
+    def named_parameters(self) -> Iterator[tuple[str, torch.nn.Parameter]]: ...
+
+
+def weights_hash(policy: HasParameters) -> str:
+    """sha256 of the names and values of all parameters, hex."""
+    digest = hashlib.sha256()
+    for name, parameter in policy.named_parameters():
+        digest.update(name.encode() + parameter.detach().cpu().numpy().tobytes())
+    return digest.hexdigest()

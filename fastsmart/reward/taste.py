@@ -1,6 +1,6 @@
 """The reward `taste`: what a listener likes, learnt from choices between two clips.
 
-Shape letters: N clips, F features, D coordinates (features, their squares and products).
+Shape letters: N clips, F features, D coordinates (features, squares and products of named ones).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from fastsmart.machine.files import read_file, write_atomic
 from fastsmart.reward.base import Clips, Surroundings, heard, unrendered
 from fastsmart.reward.bradley_terry import BOTH_BAD, EQUAL, LEFT, RIGHT, Posterior, fit, information, probabilities
 from fastsmart.reward.settings import RewardSettings
-from fastsmart.reward.taste_features import LABELS, NOTE_FEATURES, Standard, features
+from fastsmart.reward.taste_features import LABELS, NOTE_FEATURES, Standard
 
 FORMAT = "fastsmart taste 1"  # counts up whenever a feature or the order of the coordinates means something else
 ANSWERS = {"left": LEFT, "right": RIGHT, "equal": EQUAL, "both_bad": BOTH_BAD}
@@ -102,8 +102,9 @@ class Taste:
         kept = [c for c in choices if c.choice]
         z = {side: _gathered([getattr(c, side) for c in kept], vectors, standard) for side in ("left", "right")}
         answer = np.array([ANSWERS[c.choice] for c in kept], np.int64)
-        left, right = (_coordinates(z[side], curved) for side in ("left", "right"))
-        posterior = fit(left, right, answer, _scales(len(standard.names), curved))
+        curves = standard.named if curved else 0
+        left, right = (_coordinates(z[side], curves) for side in ("left", "right"))
+        posterior = fit(left, right, answer, _scales(len(standard.names), curves))
         return Taste(standard, posterior, curved, len(kept), _expected(kept, z, before))
 
     @staticmethod
@@ -149,7 +150,7 @@ class Taste:
     def explained(self) -> list[Effect]:
         """Effect of each feature on what it thinks is liked, the most certain first."""
         z = self.standard.clips
-        phi = _coordinates(z, self.curved)
+        phi = _coordinates(z, self._curves)
         weights, covariance = self.posterior.weights
         apart = phi - phi.mean(axis=0)
         slope = (z - z.mean(axis=0)).T @ apart / len(z)  # [F, D]: covariance of a feature and the coordinates
@@ -198,10 +199,15 @@ class Taste:
     @property
     def needs_audio(self) -> bool:
         """Whether its features are heard, not only read."""
-        return len(self.standard.names) > len(NOTE_FEATURES)
+        return self.standard.heard
 
     def _phi(self, table: np.ndarray) -> np.ndarray:
-        return _coordinates(self.standard(table), self.curved)
+        return _coordinates(self.standard(table), self._curves)
+
+    @property
+    def _curves(self) -> int:
+        """How many features, the first ones, have squares and products."""
+        return self.standard.named if self.curved else 0
 
     def _utility(self, table: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         return self.posterior.utility(self._phi(table))
@@ -224,7 +230,7 @@ class TasteReward:
     def __init__(self, taste: str | Path | Taste, caution: float = 1.0) -> None:
         self.taste = taste if isinstance(taste, Taste) else Taste.load(taste)
         self.caution = caution
-        base = self.taste.posterior.utility(_coordinates(self.taste.standard.clips, self.taste.curved))
+        base = self.taste.posterior.utility(_coordinates(self.taste.standard.clips, self.taste._curves))
         scores = base[0] - caution * base[1]
         self.centre, self.unit = float(scores.mean()), max(float(scores.std()), 1e-6)
 
@@ -240,7 +246,7 @@ class TasteReward:
 
     def __call__(self, clips: Clips) -> np.ndarray:
         audio = heard(clips, self.name) if self.needs_audio else None
-        scores = self.taste.cautious(features(clips.notes, audio), self.caution)
+        scores = self.taste.cautious(self.taste.standard.measure(clips.notes, audio), self.caution)
         values = np.maximum((scores - self.centre) / self.unit, -LOWEST).astype(np.float32)
         values[clips.notes.counts == 0] = -LOWEST
         if audio is not None:
@@ -256,17 +262,17 @@ def _gathered(ids: Sequence[str], vectors: Mapping[str, np.ndarray], standard: S
     return standard(np.stack(rows)) if rows else np.zeros((0, len(standard.names)))
 
 
-def _coordinates(z: np.ndarray, curved: bool) -> np.ndarray:
-    """Features [N, F], and with `curved` (z² - 1) / √2 of each and the products of every two: [N, D]."""
-    if not curved:
+def _coordinates(z: np.ndarray, curves: int) -> np.ndarray:
+    """Features [N, F], then of the first `curves` of them (z² - 1) / √2 of each, products of every two: [N, D]."""
+    if not curves:
         return z
-    rows, columns = np.triu_indices(z.shape[1], 1)
-    return np.concatenate([z, (z**2 - 1) / math.sqrt(2), z[:, rows] * z[:, columns]], axis=1)
+    rows, columns = np.triu_indices(curves, 1)
+    return np.concatenate([z, (z[:, :curves] ** 2 - 1) / math.sqrt(2), z[:, rows] * z[:, columns]], axis=1)
 
 
-def _scales(f: int, curved: bool) -> np.ndarray:
+def _scales(f: int, curves: int) -> np.ndarray:
     """Scale of each weight before any choice, float64 [D]."""
-    return np.concatenate([np.full(f, SCALE), np.full(f * (f + 1) // 2 if curved else 0, CURVED_SCALE)])
+    return np.concatenate([np.full(f, SCALE), np.full(curves * (curves + 1) // 2, CURVED_SCALE)])
 
 
 def _expected(
@@ -277,7 +283,7 @@ def _expected(
         return ()
     known = {row[0]: row for row in before.predictions}
     new = [i for i, c in enumerate(choices) if c.id not in known and c.choice in ("left", "right")]
-    apart = _coordinates(z["left"][new], before.curved) - _coordinates(z["right"][new], before.curved)
+    apart = _coordinates(z["left"][new], before._curves) - _coordinates(z["right"][new], before._curves)
     better = apart @ before.posterior.mean[: apart.shape[1]]
     for i, gain in zip(new, better, strict=True):
         c = choices[i]
@@ -288,7 +294,7 @@ def _expected(
 def _checked(content: dict[str, Any]) -> Taste:
     standard = Standard.from_dict(content["standard"])
     curved = bool(content["curved"])
-    p = _coordinates(np.zeros((1, len(standard.names))), curved).shape[1] + 2
+    p = _coordinates(np.zeros((1, len(standard.names))), standard.named if curved else 0).shape[1] + 2
     mean, lower = np.array(content["mean"], np.float64), np.array(content["covariance"], np.float64)
     if mean.shape != (p,) or lower.shape != (p * (p + 1) // 2,):
         raise ValueError(f"{mean.size} and {lower.size} numbers for {p} weights")
@@ -299,7 +305,7 @@ def _checked(content: dict[str, Any]) -> Taste:
     covariance = covariance + np.tril(covariance, -1).T
     if np.linalg.eigvalsh(covariance).min() < -1e-9:
         raise ValueError("a covariance that no distribution has")
-    if tuple(standard.names) not in (tuple(NOTE_FEATURES), tuple(LABELS)):
+    if standard.names[: standard.named] not in (tuple(NOTE_FEATURES), tuple(LABELS)):
         raise ValueError("features that this version of fastsmart does not have")
     predictions = tuple((str(a), str(b), str(c)) for a, b, c in content["predictions"])
     return Taste(standard, Posterior(mean, covariance), curved, int(content["choices"]), predictions)

@@ -19,6 +19,7 @@ from fastsmart.music.features import features as note_features
 from fastsmart.music.histograms import MAJOR_PROFILE, MINOR_PROFILE, PROFILE_UNIT
 from fastsmart.notes import NoteBatch
 from fastsmart.reward.base import Clips
+from fastsmart.reward.taste_embedding import ClipEmbedding
 
 if TYPE_CHECKING:
     from fastsmart.audio.batch import AudioBatch
@@ -86,6 +87,12 @@ def features(notes: NoteBatch, audio: AudioBatch | None = None) -> np.ndarray:
     return np.where(np.isfinite(table), table, np.nan)
 
 
+def all_features(notes: NoteBatch, audio: AudioBatch | None, embedding: ClipEmbedding | None) -> np.ndarray:
+    """`features`, and the components of an embedding after them, float64 [N, F]."""
+    table = features(notes, audio)
+    return table if embedding is None else np.concatenate([table, embedding(notes)], axis=1)
+
+
 def feature_names(audio: bool = False) -> tuple[str, ...]:
     """Names of the columns of `features`."""
     return tuple(LABELS if audio else NOTE_FEATURES)
@@ -117,27 +124,32 @@ _PROFILES = np.stack([np.roll(profile, tonic) for profile in _PROFILES for tonic
 class Standard:
     """Means and standard deviations of the features of the base model's clips, in whose units a taste counts.
 
-    names      : of the F features
+    names      : of the F features; those of the embedding's components are the last
     mean, std  : float64 [F]
     clips      : standardised features of some of these clips, float64 [K, F]
+    embedding  : what components of clips are measured by; None = a taste has named features alone
     """
 
     names: tuple[str, ...]
     mean: np.ndarray
     std: np.ndarray
     clips: np.ndarray
+    embedding: ClipEmbedding | None = None
 
     @staticmethod
-    def of(clips: np.ndarray | NoteBatch | Clips, names: tuple[str, ...] = ()) -> Standard:
-        """From the base model's clips, or their `features` [N, F] (`names` where they are not the usual ones).
+    def of(
+        clips: np.ndarray | NoteBatch | Clips, names: tuple[str, ...] = (), embedding: ClipEmbedding | None = None
+    ) -> Standard:
+        """From the base model's clips, or their `all_features` [N, F] (`names` where they are not the usual ones).
 
         Raises UserError for fewer than 16 clips with notes.
         """
         if isinstance(clips, Clips):
-            clips = features(clips.notes, clips.audio)
+            clips = all_features(clips.notes, clips.audio, embedding)
         elif isinstance(clips, NoteBatch):
-            clips = features(clips)
-        names = names or feature_names(clips.shape[1] == len(LABELS))
+            clips = all_features(clips, None, embedding)
+        components = embedding.names if embedding else ()
+        names = names or feature_names(clips.shape[1] == len(LABELS) + len(components)) + components
         if clips.ndim != 2 or clips.shape[1] != len(names):
             raise ValueError(f"{clips.shape} features of {len(names)} names")
         known = clips[np.isfinite(clips).any(axis=1)]
@@ -148,7 +160,21 @@ class Standard:
             )
         mean, std = np.nanmean(known, axis=0), np.nanstd(known, axis=0)
         standard = Standard(names, mean, np.maximum(std, LEAST_SD), known[:0])
-        return Standard(names, mean, standard.std, standard(known[:MOST_KEPT]))
+        return Standard(names, mean, standard.std, standard(known[:MOST_KEPT]), embedding)
+
+    @property
+    def named(self) -> int:
+        """How many of the features have a name: all but the components of the embedding."""
+        return len(self.names) - (len(self.embedding.names) if self.embedding else 0)
+
+    def measure(self, notes: NoteBatch, audio: AudioBatch | None = None) -> np.ndarray:
+        """Features of clips in this standard's order, float64 [N, F], not standardised."""
+        return all_features(notes, audio, self.embedding)
+
+    @property
+    def heard(self) -> bool:
+        """Whether some of the features are of sound."""
+        return any(name in AUDIO_FEATURES for name in self.names)
 
     def __call__(self, table: np.ndarray) -> np.ndarray:
         """Features [N, F] in standard deviations from the mean, at most ±4; what is unknown is the mean, 0."""
@@ -175,7 +201,8 @@ class Standard:
     def to_dict(self) -> dict[str, Any]:
         """Content as JSON has it."""
         rows = {name: getattr(self, name).tolist() for name in ("mean", "std")}
-        return {"names": list(self.names), **rows, "clips": np.round(self.clips, 4).tolist()}
+        embedding = {"embedding": self.embedding.to_dict()} if self.embedding else {}
+        return {"names": list(self.names), **rows, "clips": np.round(self.clips, 4).tolist()} | embedding
 
     @staticmethod
     def from_dict(tree: dict[str, Any]) -> Standard:
@@ -187,7 +214,10 @@ class Standard:
         finite = sound and all(np.isfinite(a).all() for a in (mean, std, clips)) and (std > 0).all()
         if not finite:
             raise ValueError("numbers of the base's clips that do not fit together")
-        return Standard(names, mean, std, clips)
+        embedding = ClipEmbedding.from_dict(tree["embedding"]) if "embedding" in tree else None
+        if embedding and names[-len(embedding.names) :] != embedding.names:
+            raise ValueError("components that are not those of the embedding")
+        return Standard(names, mean, std, clips, embedding)
 
 
 LEAST_CLIPS = 16

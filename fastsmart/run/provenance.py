@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 import platform
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
@@ -17,7 +15,7 @@ from fastsmart.machine.files import cpu_cores, file_hash, processor
 from fastsmart.machine.hardware import cpu_family, installed_version, instruction_sets, waiting
 from fastsmart.music.styles import JUDGE_FILE
 from fastsmart.policy.device import resolved_device
-from fastsmart.policy.hf_format import shipped_file, shipped_policies
+from fastsmart.policy.hf_format import shipped_file, shipped_policies, weights_hash
 from fastsmart.policy.transformer import Policy
 from fastsmart.reward.audiobox.reward import fastest_dtype
 from fastsmart.reward.registry import FROM_STATISTICS, STATISTICS_FILE
@@ -99,17 +97,3 @@ def machine() -> dict[str, Any]:
         },
         "packages": {name: version for name in PACKAGES if (version := installed_version(name))},
     }
-
-
-class HasParameters(Protocol):
-    """A network, or what holds one."""
-
-    def named_parameters(self) -> Iterator[tuple[str, torch.nn.Parameter]]: ...
-
-
-def weights_hash(policy: HasParameters) -> str:
-    """sha256 of the names and values of all parameters, hex."""
-    digest = hashlib.sha256()
-    for name, parameter in policy.named_parameters():
-        digest.update(name.encode() + parameter.detach().cpu().numpy().tobytes())
-    return digest.hexdigest()

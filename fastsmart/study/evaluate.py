@@ -21,10 +21,10 @@ from fastsmart.notagen.weights import is_notagen
 from fastsmart.notes import MIDI_SUFFIXES
 from fastsmart.policy.blend import blend_alpha
 from fastsmart.policy.device import resolved_device
-from fastsmart.policy.hf_format import load_policy
+from fastsmart.policy.hf_format import load_policy, weights_hash
 from fastsmart.reward import RewardSettings
 from fastsmart.run.folder import CONFIG_FILE, PROVENANCE_FILE
-from fastsmart.run.provenance import machine, weights_hash
+from fastsmart.run.provenance import machine
 from fastsmart.study.choosing import reweighting
 from fastsmart.study.clamp_measures import ClampMeasures, named_files
 from fastsmart.study.evaluation import (

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from safetensors.numpy import save as save_arrays
 from fastsmart.errors import UserError
 from fastsmart.machine.files import make_folder, read_file, write_atomic
 from fastsmart.notes import NoteBatch
+from fastsmart.reward.taste_embedding import ClipEmbedding
 from fastsmart.reward.taste_features import feature_names, features
 from fastsmart.taste.choices import NAME
 
@@ -31,8 +32,9 @@ class Clip:
     tokens   : int32 [L], prompt and completion
     prompt   : how many of the tokens are the prompt
     notes    : NoteBatch of one piece, as it is played
-    vector   : `features`, float64 [F]
+    vector   : `features`, float64 [F], and the components of an embedding after them
     version  : step of the policy that played it
+    components : how many of the vector's numbers, the last, are of an embedding
     """
 
     id: str
@@ -41,11 +43,17 @@ class Clip:
     notes: NoteBatch
     vector: np.ndarray
     version: int = 0
+    components: int = 0
 
     @staticmethod
     def of(id: str, tokens: np.ndarray, prompt: int, notes: NoteBatch, version: int = 0) -> Clip:
         """A clip with the features of its notes."""
         return Clip(id, np.asarray(tokens, np.int32), prompt, notes, features(notes)[0], version)
+
+    def embedded(self, embedding: ClipEmbedding | None) -> Clip:
+        """The same clip with the components of this embedding, or without any."""
+        named, found = self.vector[: len(self.vector) - self.components], embedding(self.notes)[0] if embedding else ()
+        return replace(self, vector=np.concatenate([named, found]), components=len(found))
 
 
 class ClipFolder:
@@ -78,7 +86,8 @@ class ClipFolder:
             "prompt": clip.prompt,
             "version": clip.version,
             "ticks_per_beat": clip.notes.ticks_per_beat,
-            "names": feature_names(len(clip.vector) > len(feature_names())),
+            "names": _names(len(clip.vector) - clip.components),
+            "components": clip.components,
         }
         arrays |= {"tokens": np.asarray(clip.tokens, np.int32), "vector": np.asarray(clip.vector, np.float64)}
         write_atomic(path, save_arrays(arrays, {"clip": json.dumps(about)}))
@@ -96,10 +105,12 @@ class ClipFolder:
             about = json.loads(header["__metadata__"]["clip"])
             parts: dict[str, Any] = {name: arrays[f"notes.{name}"] for name in _ARRAYS}
             notes = NoteBatch(**parts, ticks_per_beat=int(about["ticks_per_beat"]))
-            vector = arrays["vector"]
-            if tuple(about["names"]) != feature_names(len(vector) > len(feature_names())):
-                vector = features(notes)[0]
-            return Clip(id, arrays["tokens"], int(about["prompt"]), notes, vector, int(about["version"]))
+            vector, components = arrays["vector"], int(about.get("components", 0))
+            named = len(vector) - components
+            if tuple(about["names"]) != _names(named):
+                vector = np.concatenate([features(notes)[0], vector[named:]])
+            tokens, prompt, version = arrays["tokens"], int(about["prompt"]), int(about["version"])
+            return Clip(id, tokens, prompt, notes, vector, version, components)
         except OSError as error:
             raise UserError(f"cannot read the clip {path}: {error.strerror}; put its file back") from error
         except (SafetensorError, ValueError, KeyError, TypeError, IndexError, RecursionError) as error:
@@ -108,3 +119,8 @@ class ClipFolder:
     def vectors(self, ids: Iterable[str]) -> dict[str, np.ndarray]:
         """Features [F] of the named clips by their ids."""
         return {id: self.load(id).vector for id in dict.fromkeys(ids)}
+
+
+def _names(count: int) -> tuple[str, ...]:
+    """Names of so many features of this version of fastsmart."""
+    return feature_names(count > len(feature_names()))

@@ -41,7 +41,10 @@ def phrase(path: str | Path, vocab: Vocabulary, n: int, longest: int, bars: int 
         )
     if within.sum() > MOST_NOTES:
         raise UserError(f"cannot continue {path}: it has {within.sum():,} notes; take its beginning with --bars")
-    ids = _cut(_encoded(_only(notes, within), vocab, path), vocab, bars)
+    try:
+        ids = _cut(encode_notes(_only(notes, within), vocab), vocab, bars)
+    except UserError as error:
+        raise UserError(f"cannot continue {path}: {error}") from error
     if not set(ids.tolist()) & set(vocab.ids_of("Pitch")):
         raise UserError(f"cannot continue {path}: no note that the policy can play begins in {where}")
     if len(ids) > longest:
@@ -52,16 +55,18 @@ def phrase(path: str | Path, vocab: Vocabulary, n: int, longest: int, bars: int 
     return Prompts(TokenBatch.pack([ids] * n), vocab)
 
 
-def _encoded(notes: NoteBatch, vocab: Vocabulary, path: str | Path) -> np.ndarray:
-    """Token ids of a piece, int32. MidiTok reads a file written here: a damaged one can end its parser, and us."""
+def encode_notes(notes: NoteBatch, vocab: Vocabulary) -> np.ndarray:
+    """Token ids of one piece, int32, without BOS and EOS, by MidiTok from a file written here.
+
+    Raises UserError when it holds no notes that the vocabulary can express.
+    """
     with tempfile.TemporaryDirectory() as folder:
         written = Path(folder) / "phrase.mid"
         try:
             notes.to_midi(0, written)
             return encode_midi(written, vocab).astype(np.int32)
         except (UserError, ValueError) as error:
-            reason = str(error).replace(str(written), "it")
-            raise UserError(f"cannot continue {path}: {reason}") from error
+            raise UserError(str(error).replace(str(written), "it")) from error
 
 
 def _only(notes: NoteBatch, kept: np.ndarray) -> NoteBatch:

@@ -25,9 +25,9 @@ from fastsmart.errors import UserError
 from fastsmart.machine.distributed import Ranks
 from fastsmart.machine.files import make_folder, write_atomic
 from fastsmart.music.likeness import likeness, split_rows
+from fastsmart.policy.hf_format import weights_hash
 from fastsmart.policy.optimizer import forget_moments
 from fastsmart.reward import Scores
-from fastsmart.run.provenance import weights_hash
 from fastsmart.sampling import Rollout
 from fastsmart.trainer.algorithm import StepResult
 from fastsmart.trainer.batch import Batch, MicroBatch

@@ -220,3 +220,21 @@ def test_killed_at_any_instant_nothing_that_was_confirmed_is_lost(session):
     assert len(written) <= len(confirmed) + 2  # the one that was being made when it was killed
     assert len({id for pair in written for id in pair}) == 2 * len(written)
     assert found.taste.choices == len(written)
+
+
+def test_an_embedding_is_fitted_once_and_goes_on(tiny, clips, tmp_path):
+    settings = LiveSettings(tiny, train=False, embedding=4)
+    session = Session(tmp_path / "taste", settings)
+    session.add(clips[:6])
+    given = judged(session, ["left"])  # before anything is measured
+    session.add(clips[6:])
+    assert session.standard.names[-4:] == tuple(f"embedding_{k}" for k in range(1, 5))
+    vectors = session.folder.clips.vectors(session.folder.clips.ids())
+    assert {len(v) for v in vectors.values()} == {len(session.standard.names)}
+    np.testing.assert_array_equal(vectors[given[0][0]], session.standard.measure(session.notes(given[0][0]))[0])
+    judged(session)
+    found = Session(session.folder.path, LiveSettings(tiny, train=False))
+    np.testing.assert_array_equal(found.taste.posterior.mean, session.taste.posterior.mean)
+    assert replay_all(session.folder.choices_file, tmp_path / "again", "me", print)[0].choices == len(ANSWERS) + 1
+    with pytest.raises(UserError, match=r"--embedding is 2, and .* was begun with 4; leave it out"):
+        Session(session.folder.path, LiveSettings(tiny, train=False, embedding=2))
