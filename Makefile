@@ -5,7 +5,7 @@
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' Makefile
 
-demo: ## train the shipped piano model on how it sounds; hear it in runs/demo/listen
+demo: ## train the shipped piano model on how it sounds; hear it in runs/demo/listen/index.html
 	@bash .ci/setup demo
 	.venv/bin/fastsmart train --preset demo --out runs/demo --resume=auto
 

@@ -138,7 +138,9 @@ def train(options: argparse.Namespace) -> int:
     table = run.path / "before_after.md"
     if run.after and ranks.leader and table.is_file():
         print(table.read_text(encoding="utf-8"))
-        print(f"listen to {run.path / 'listen'}, look at {run.path / 'curves.png'}")
+        listen = run.path / "listen"
+        page = listen / "index.html"
+        print(f"listen to {page if page.is_file() else listen}, look at {run.path / 'curves.png'}")
     return run.exit_code
 
 

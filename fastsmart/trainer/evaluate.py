@@ -23,6 +23,7 @@ from fastsmart.music.rarefied import NOTES, TOKENS, rarefied_diversity
 from fastsmart.notes import NoteBatch
 from fastsmart.reward.constraints import Constraint, share_met
 from fastsmart.run.folder import table_heading
+from fastsmart.run.listening_page import Outcome
 from fastsmart.run.recorder import Recorder
 from fastsmart.sampling import RandomStream, Rollout
 from fastsmart.sampling.rollout import pad
@@ -215,9 +216,8 @@ def before_after(before: dict, after: dict, steps: int, clips: tuple[HeldOut, He
     rows += [(f"reward: {n}", f"term {n}", before["terms"][n], after["terms"][n]) for n in before["terms"]]
     rows += [(n.replace("_", " "), n, before["features"][n], after["features"][n]) for n in before["features"]]
     openings = before.get("openings")
-    on = f"{openings} held-out openings" if openings else "held-out openings"
     lines = [
-        f"{table_heading(steps)}{counted(before['clips'], 'output')} on {on}",
+        f"{table_heading(steps)}{rests_on(before).rstrip('.')}",
         "",
         f"| | before | after | change, in standard deviations of before{' [interval]' if clips else ''} |",
         "|---|---|---|---|",
@@ -252,6 +252,27 @@ def before_after(before: dict, after: dict, steps: int, clips: tuple[HeldOut, He
             "clips have.",
         ]
     return "\n".join(lines) + "\n"
+
+
+def rests_on(before: dict) -> str:
+    """A sentence that says how many outputs, on how many openings, a summary is of."""
+    openings = before.get("openings")
+    on = f"{openings} held-out openings" if openings else "held-out openings"
+    return f"{counted(before['clips'], 'output')} on {on}."
+
+
+def outcome(before: dict, after: dict, clips: tuple[HeldOut, HeldOut] | None) -> Outcome:
+    """What two summaries say of reward and diversity; `clips`, of before and after, give the interval."""
+    old, new, better, interval = before["reward"], after["reward"], None, None
+    if old["std"] and new["mean"] is not None:
+        better = (new["mean"] - old["mean"]) / old["std"]
+        if clips:
+            weights = resample_weights(clips[0].opening, 0)
+            e = effect_draws(clips[0].table["reward"], clips[1].table["reward"], weights).estimate()
+            interval = (e.low, e.high) if np.isfinite(e.low) else None
+    apart = [held_out_distance(summary.get("diversity", {})) for summary in (before, after)]
+    varied = apart[1] / apart[0] if apart[0] and apart[1] is not None else None
+    return Outcome(better, interval, varied)
 
 
 def _moments(values: np.ndarray) -> dict[str, float]:

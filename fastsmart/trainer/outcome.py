@@ -18,9 +18,11 @@ from fastsmart.policy.transformer import Policy
 from fastsmart.run.curves import plot_curves
 from fastsmart.run.display import Display
 from fastsmart.run.folder import TABLE_FILE, RunFolder
+from fastsmart.run.listening_page import write_page
 from fastsmart.run.recorder import Recorder
-from fastsmart.trainer.evaluate import HeldOut, before_after
+from fastsmart.trainer.evaluate import HeldOut, before_after, outcome, rests_on
 from fastsmart.trainer.trainer import Trainer
+from fastsmart.words import counted
 
 MAX_SKIPPED = 3  # steps in a row whose gradient is not finite before a run gives up
 
@@ -88,7 +90,10 @@ def finish(folder: RunFolder, recorder: Recorder, trainer: Trainer, stop: StopRe
     if trainer.ranks.leader:
         plot_curves(folder.metrics.lines(), folder.path / "curves.png")
         if before and after:
-            folder.write(TABLE_FILE, before_after(before, after, step, _clips(folder, recorder)))
+            clips = _clips(folder, recorder)
+            folder.write(TABLE_FILE, before_after(before, after, step, clips))
+            title = f"{folder.config.policy.source} before and after {counted(step, 'step')}"
+            write_page(folder.listen, title, outcome(before, after, clips), rests_on(before))
     if stop and step < steps:
         name = signal.Signals(stop.signal_number).name
         recorder.show.message(f"{name}: saved at step {step}; go on with: fastsmart train --out {folder.path} --resume")

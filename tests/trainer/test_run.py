@@ -58,6 +58,11 @@ def test_a_run_leaves_what_a_person_opens(checkpoint, tmp_path):
     changes = [line.split("|")[4] for line in table.splitlines() if line.startswith("| reward")]
     assert re.fullmatch(r" [+-]\d+\.\d\d \[[+-]\d+\.\d\d, [+-]\d+\.\d\d\] ", changes[0])
 
+    page = (out / "listen" / "index.html").read_text()
+    word, size = "Worse" if changes[0][1] == "-" else "Better", changes[0][2:6]
+    assert f"<h1>{word} by {size} standard deviations [" in page
+    assert page.count("<audio") == 2 * len(list((out / "listen").glob("*-before.wav")))
+
     lines = comparable(out)
     before, after = (HeldOut.load(out / "held-out" / f"{label}.csv") for label in ("before", "after"))
     assert before.table["reward"].mean() == pytest.approx(lines[0]["eval"]["reward"]["mean"])
