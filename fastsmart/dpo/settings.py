@@ -46,13 +46,20 @@ class DpoSettings:
     is chosen already, "cut-off" = not ended by the policy itself."""
     fewest_notes: int = 8
     """Notes that a clip needs in order not to count as empty."""
+    training_set: str = ""
+    """Folder of MIDI files, or of an encoded dataset, copies of whose pieces are never chosen; "" = none."""
+    copy_distance: float = 0.25
+    """Training distance below which a clip counts as a copy: 0.25 = more than three quarters of its four-note figures
+    are in one and the same piece."""
 
     def __post_init__(self) -> None:
         require(self, "dpo.", LIMITS)
-        require_finite(self, "dpo.", "beta", "penalty")
+        require_finite(self, "dpo.", "beta", "penalty", "copy_distance")
         if not 0 < self.keep <= 0.5:
             raise UserError(f"dpo.keep is {self.keep}; it must be above 0 and at most 0.5, the better half")
         if not self.beta > 0:
             raise UserError(f"dpo.beta is {self.beta}; it must be above 0")
+        if not 0 <= self.copy_distance <= 1:
+            raise UserError(f"dpo.copy_distance is {self.copy_distance}; it is a share, from 0 to 1")
         if not self.penalty >= 0:
             raise UserError(f"dpo.penalty is {self.penalty}; it must be 0 (plain DPO) or above")

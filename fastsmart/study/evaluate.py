@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,9 @@ from fastsmart.machine.files import file_hash, make_folder, without_nan, write_a
 from fastsmart.music.bootstrap import LEVEL, RESAMPLES
 from fastsmart.music.diversity import prompt_numbers
 from fastsmart.music.rarefied import NOTES, TOKENS
-from fastsmart.music.training_set import TrainingSet
+from fastsmart.music.training_set import TrainingSet, require_training_set
 from fastsmart.notagen.engine import STYLE_MARK, SheetPolicy
 from fastsmart.notagen.weights import is_notagen
-from fastsmart.notes import MIDI_SUFFIXES
 from fastsmart.policy.blend import blend_alpha
 from fastsmart.policy.device import resolved_device
 from fastsmart.policy.hf_format import load_policy, weights_hash
@@ -41,7 +41,6 @@ from fastsmart.study.evaluation import (
 from fastsmart.study.heard import as_tree, heard, judges_of
 from fastsmart.study.measures import Ruler, against, best_of_point, measure
 from fastsmart.study.outputs import Outputs, Playable, Player, Progress, best_of_counts, named_soundfonts
-from fastsmart.tokens.dataset import TokenDataset, encode_folder
 from fastsmart.tokens.vocabulary import Vocabulary, load_vocabulary
 
 
@@ -73,12 +72,15 @@ def evaluate(
     user can mend.
     """
     pairs = labelled(sources)
-    require_training_set(training_set)
+    require_training_set(training_set, "--training-set")
     named_files(clamp, clamp_styles)
     store = OutputStore(out, config, prompts, soundfonts)
     records, base, played, best = _played(pairs, store, best_of, progress)
     vocab, first = base.vocab, played[pairs[0][0]]
-    training = _training_set(training_set, store.out, vocab, progress) if training_set else None
+    training = None
+    if training_set:
+        reading = partial(progress, "reading MIDI files")
+        training = TrainingSet.open(training_set, store.out / "training-set", vocab, reading)
     progress("fitting on the first policy", 0, 1)
     measures = ClampMeasures.of(clamp, clamp_styles, vocab, store.device) if clamp else None
     judges = judges_of(config, records[0].source)
@@ -267,31 +269,6 @@ def _about(store: OutputStore, outputs: Outputs, ruler: Ruler, training_set: str
         "training_set": str(Path(training_set).resolve()) if training_set else "",
         **machine(),
     }
-
-
-def require_training_set(source: str | Path) -> None:
-    """Raises UserError where this is no folder of MIDI files and no encoded dataset; "" is none that is wanted."""
-    if not source:
-        return
-    files = Path(source).rglob("*")
-    if not any(path.suffix.lower() in MIDI_SUFFIXES or path.name == "tokens.bin" for path in files):
-        raise UserError(f"--training-set {source} holds no MIDI files; name a folder of them, or leave it out")
-
-
-def _training_set(source: str | Path, out: Path, vocab: Vocabulary, progress: Progress) -> TrainingSet:
-    """The pieces of an encoded dataset, or of a folder of MIDI files, which is encoded once."""
-    folder = Path(source)
-    if not (folder / "dataset.json").is_file():
-        folder = out / "training-set"
-        if not folder.is_dir() or TokenDataset.open(folder).source != str(Path(source).resolve()):
-            encode_folder(source, folder, vocab, 0, lambda done, total, _: progress("reading MIDI files", done, total))
-    dataset = TokenDataset.open(folder)
-    if dataset.vocab.tokens != vocab.tokens:
-        raise UserError(f"{folder} was encoded with another vocabulary than the policies'; name its MIDI files instead")
-    training = TrainingSet.of(dataset)
-    if not len(training.figures):
-        raise UserError(f"no piece in {source} has as many as four notes; name the pieces the policies were trained on")
-    return training
 
 
 def _under(label: str, progress: Progress) -> Progress:

@@ -32,10 +32,11 @@ from typing import Any
 from fastsmart.config import Config, read_config, shortened, toml_value, with_overrides
 from fastsmart.errors import UserError
 from fastsmart.machine.files import make_folder, read_file, write_atomic
+from fastsmart.music.training_set import require_training_set
 from fastsmart.presets import load_preset
 from fastsmart.run.display import Display
 from fastsmart.run.folder import RunFolder
-from fastsmart.study.evaluate import OutputStore, evaluate, labelled, require_training_set
+from fastsmart.study.evaluate import OutputStore, evaluate, labelled
 from fastsmart.study.evaluation import FORBIDDEN, is_label
 from fastsmart.study.outputs import Progress
 from fastsmart.study.report import drawn_figures, standalone, write_report
@@ -89,7 +90,7 @@ def run_sweep(
 
     Call it again to go on. Raises UserError when a run in `out` has other settings than the sweep asks for.
     """
-    require_training_set(training_set)
+    require_training_set(training_set, "--training-set")
     out, names = make_folder(out), list(sweep.runs)
     if index is not None and not 0 <= index < len(names):
         raise UserError(f"--index {index}: the sweep has runs 0 to {len(names) - 1}")

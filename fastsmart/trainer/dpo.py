@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,9 +17,13 @@ import torch
 
 from fastsmart.dpo.losses import completion_sums, pair_loss
 from fastsmart.dpo.pairs import choose, pairs_of_step, repeated
+from fastsmart.music.ngrams import figures
+from fastsmart.music.training_set import TrainingSet, require_training_set
 from fastsmart.sampling import RandomStream, Rollout
+from fastsmart.tokens.decode import decode
 from fastsmart.trainer.batch import MicroBatch, packed, uploaded
 from fastsmart.trainer.rounds import Arrays, Round, RoundAlgorithm
+from fastsmart.trainer.trainer import Trainer
 from fastsmart.trainer.update import Update, completion_logprobs, reference_logprobs
 
 # Sums over the pairs of a step; their means are metrics
@@ -44,6 +49,11 @@ class Dpo(RoundAlgorithm[Pairs]):
     """Rounds of preference steps (see `fastsmart.dpo.settings.DpoSettings`)."""
 
     section, making = "dpo", "reference"
+
+    def __init__(self, trainer: Trainer, folder: Path, start: tuple[int, int] = (0, 0)) -> None:
+        require_training_set(trainer.config.dpo.training_set, "dpo.training_set")
+        super().__init__(trainer, folder, start)
+        self.training = self._training_set(folder / "training-set") if self.settings.training_set else None
 
     def made_of(self, found: Round) -> Pairs:
         """The pairs of a round and the reference's log-probs, which all ranks compute together once a round.
@@ -73,7 +83,21 @@ class Dpo(RoundAlgorithm[Pairs]):
             "duplicate": lambda: repeated(rollout.ids, rollout.lengths, found.batch.group),
             "cut-off": lambda: last != vocab.eos_id,
         }
-        return {name: reasons[name]() for name in self.settings.refuse}
+        refused = {name: reasons[name]() for name in self.settings.refuse}
+        if self.training is None:
+            return refused
+        notes = decode(rollout.sequences(), vocab, self.trainer.config.audio.max_seconds)
+        return refused | {"copy": self.training.distance(figures(notes)) < self.settings.copy_distance}
+
+    def _training_set(self, keep: Path) -> TrainingSet:
+        """The pieces that copies are told by; the leader encodes them into `keep`, then the others read them."""
+        ranks, found = self.trainer.ranks, []
+        for leads in (True, False):
+            if ranks.leader is leads:
+                source, vocab = self.settings.training_set, self.trainer.policy.vocab
+                found.append(TrainingSet.open(source, keep, vocab, lambda done, total: None))
+            ranks.broadcast(0)
+        return found[0]
 
     def _reference(self, rollout: Rollout, needed: np.ndarray) -> Arrays:
         """Log-prob of each of these completions [U] under the reference."""

@@ -29,9 +29,12 @@ from fastsmart.policy.hf_format import weights_hash
 from fastsmart.policy.optimizer import forget_moments
 from fastsmart.reward import Scores
 from fastsmart.sampling import Rollout
+from fastsmart.tokens.prompts import asked_styles
+from fastsmart.tokens.token_batch import TokenBatch
 from fastsmart.trainer.algorithm import StepResult
 from fastsmart.trainer.batch import Batch, MicroBatch
 from fastsmart.trainer.rollout_pipeline import Progress, ScoredRollout
+from fastsmart.trainer.style_metrics import style_rewards
 from fastsmart.trainer.trainer import Trainer
 from fastsmart.trainer.update import Update, metrics, reference_logprobs, step_on_gradients
 
@@ -239,6 +242,11 @@ class RoundAlgorithm(ABC, Generic[Made]):
         used, about = self.about(found, made)
         line = metrics(trainer.steps_done + 1, found.batch, torch.from_numpy(used), change)
         line["round"] = {"number": number, "distance": found.stats["distance"], **about}
+        if trainer.config.prompts.styles:
+            prompts = TokenBatch.pack(
+                [ids[:n] for ids, n in zip(found.rollout.prompt_ids, found.rollout.prompt_lengths, strict=True)]
+            )
+            line["styles"] = style_rewards(found.batch, asked_styles(prompts, trainer.policy.vocab))
         return StepResult(change, line, sampled, len(found.rollout) if sampled else 0)
 
     @property

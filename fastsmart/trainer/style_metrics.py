@@ -43,14 +43,18 @@ def style_metrics(batch: Batch, styles: Sequence[str], mine: np.ndarray, ranks: 
     """
     prompts = int(batch.group[-1]) + 1
     size = len(batch.group) // prompts
-    kl = ranks.gather(mine.reshape(-1, size), prompts).ravel()
+    kl, of = ranks.gather(mine.reshape(-1, size), prompts).ravel(), np.array(styles)
+    table = style_rewards(batch, styles)
+    for style, row in table.items():
+        row["kl_per_completion"] = float(kl[of == style].mean())
+    return table
+
+
+def style_rewards(batch: Batch, styles: Sequence[str]) -> dict[str, dict[str, float]]:
+    """By style the mean reward of those of the N completions that could be scored, for a line of metrics."""
     of, reward = np.array(styles), batch.scores.total.astype(np.float64)
     table = {}
     for style in sorted(set(styles)):
-        own = of == style
-        known = own & np.isfinite(reward)
-        table[style] = {
-            "reward": float(reward[known].mean()) if known.any() else float("nan"),
-            "kl_per_completion": float(kl[own].mean()),
-        }
+        known = reward[(of == style) & np.isfinite(reward)]
+        table[style] = {"reward": float(known.mean()) if len(known) else float("nan")}
     return table

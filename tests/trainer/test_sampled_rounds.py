@@ -25,6 +25,8 @@ from fastsmart.machine.distributed import Ranks
 from fastsmart.policy.hf_format import load_policy
 from fastsmart.reward import RewardBlend, register
 from fastsmart.sampling import Rollout
+from fastsmart.tokens.decode import decode
+from fastsmart.tokens.token_batch import TokenBatch
 from fastsmart.trainer import credit_targets, dpo, rounds
 from fastsmart.trainer.dpo import pair_batches
 from fastsmart.trainer.rollout_worker import RolloutWorker
@@ -129,6 +131,34 @@ def test_the_lines_of_a_dpo_run_say_what_its_rounds_and_pairs_did(whole):
     assert {p.name for p in (whole / "dpo" / "rounds").iterdir()} == {
         f"{name}-000{number}.npz" for name in ("samples", "reference") for number in (0, 1)
     }
+
+
+def test_copies_of_training_pieces_are_never_chosen(whole, tmp_path):
+    """A run whose training set holds what its first round chooses chooses something else."""
+    with np.load(whole / "dpo" / "rounds" / "samples-0000.npz") as kept:
+        reward, group = kept["total"], kept["group"]
+        best = [int(np.flatnonzero(group == g)[reward[group == g].argmax()]) for g in range(3)]
+        pieces = [np.concatenate([kept["prompt_ids"][i][: kept["prompt_lengths"][i]],
+                                  kept["ids"][i][: kept["lengths"][i]]]) for i in best]  # fmt: skip
+    notes = decode(TokenBatch.pack(pieces), load_policy(PLAYS).vocab)
+    (tmp_path / "pieces").mkdir()
+    for i in range(len(notes)):
+        notes.to_midi(i, tmp_path / "pieces" / f"{i}.mid")
+    *changes, own = changes_for("dpo", steps=3)
+    own = {"dpo": own["dpo"] | {"training_set": str(tmp_path / "pieces")}}
+    train(config_for(PLAYS, *changes, own), tmp_path / "run")
+    told, before = (comparable(run)[1]["round"] for run in (tmp_path / "run", whole / "dpo"))
+    assert told["refused"]["copy"] == 3
+    assert "copy" not in before["refused"]
+    assert told["chosen_reward"] < before["chosen_reward"]
+
+
+def test_a_training_set_without_pieces_is_refused_before_any_work(tmp_path):
+    (tmp_path / "nothing").mkdir()
+    config = config_for(PLAYS, *changes_for("dpo"), {"dpo": {"training_set": str(tmp_path / "nothing")}})
+    with pytest.raises(UserError, match=r"^dpo\.training_set .*nothing holds no MIDI files"):
+        train(config, tmp_path / "run")
+    assert not list((tmp_path / "run").glob("rounds/*"))
 
 
 def test_the_reference_is_computed_once_a_round_without_dropout(tmp_path, monkeypatch):

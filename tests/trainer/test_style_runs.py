@@ -76,6 +76,15 @@ def test_metrics_say_reward_and_divergence_of_each_style(run):
     assert all(f"{what} of {style}" in text for what in ("reward", "kl") for style in STYLES)
 
 
+def test_rounds_say_the_reward_of_each_style(base, tmp_path):
+    rounds = {"prompts": 4, "round_steps": 2, "pairs": 2, "fewest_notes": 0}
+    train(config_for(base, ASKED, {"train": {"algorithm": "dpo", "prompts": 2}, "dpo": rounds}), tmp_path / "run")
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    line = next(line for line in lines if "reward" in line)
+    assert list(line["styles"]) == sorted(STYLES)
+    assert np.mean([of["reward"] for of in line["styles"].values()]) == pytest.approx(line["reward"], rel=1e-5)
+
+
 def test_provenance_names_the_judge_and_checkpoints_keep_their_styles(run, base):
     inputs = json.loads((run / PROVENANCE_FILE).read_text())["inputs"]
     assert inputs["style_judge"]["path"] == str(base / JUDGE_FILE)
