@@ -14,6 +14,7 @@ from fastsmart.words import counted
 
 if TYPE_CHECKING:
     from fastsmart.config import Config
+    from fastsmart.machine.distributed import Ranks
     from fastsmart.tokens.dataset import TokenDataset
     from fastsmart.tokens.vocabulary import Vocabulary
 
@@ -109,6 +110,8 @@ def _encoded(midi: str, folder: Path, vocab: Vocabulary) -> TokenDataset:
 def train(options: argparse.Namespace) -> int:
     from fastsmart.config import to_toml
     from fastsmart.machine.distributed import join_ranks
+    from fastsmart.notagen.engine import STYLE_MARK
+    from fastsmart.notagen.weights import is_notagen
     from fastsmart.run.folder import RunFolder
     from fastsmart.run.resumed_config import resumed_config
 
@@ -128,6 +131,8 @@ def train(options: argparse.Namespace) -> int:
     config, changes = _asked(options, resume)
     if not resume:
         _need_reward(config)
+    if is_notagen(config.policy.source.partition(STYLE_MARK)[0]):
+        return _train_sheets(config, options.out, resume, ranks, changes)
 
     from fastsmart.run.display import Plain, Terminal
     from fastsmart.trainer.loop import train as run_training
@@ -135,13 +140,32 @@ def train(options: argparse.Namespace) -> int:
     display = Terminal() if sys.stdout.isatty() else Plain()
     run = run_training(config, options.out, resume, display, ranks, changes)
     ranks.close()
-    table = run.path / "before_after.md"
-    if run.after and ranks.leader and table.is_file():
-        print(table.read_text(encoding="utf-8"))
-        listen = run.path / "listen"
-        page = listen / "index.html"
-        print(f"listen to {page if page.is_file() else listen}, look at {run.path / 'curves.png'}")
+    if run.after and ranks.leader:
+        _say_outcome(run.path)
     return run.exit_code
+
+
+def _train_sheets(config: Config, out: str, resume: bool, ranks: Ranks, changes: dict[str, Any]) -> int:
+    """Train NotaGen, which has a loop of its own."""
+    from fastsmart.run.display import Plain, Terminal
+    from fastsmart.trainer.sheet_dpo import train_sheets
+
+    if ranks.world > 1:
+        raise UserError("NotaGen is trained in one process; leave out torchrun")
+    run = train_sheets(config, out, resume, Terminal() if sys.stdout.isatty() else Plain(), changes)
+    if not run.exit_code:
+        _say_outcome(run.path)
+    return run.exit_code
+
+
+def _say_outcome(path: Path) -> None:
+    """Print the table of before and after, and say what to open."""
+    table, listen, curves = path / "before_after.md", path / "listen", path / "curves.png"
+    if table.is_file():
+        print(table.read_text(encoding="utf-8"))
+        page = listen / "index.html"
+        looked = f", look at {curves}" if curves.is_file() else ""
+        print(f"listen to {page if page.is_file() else listen}{looked}")
 
 
 def blend(options: argparse.Namespace) -> int:

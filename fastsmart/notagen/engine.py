@@ -85,7 +85,7 @@ class SheetEngine:
             yield Completion(piece.index, ids, np.zeros(len(ids), np.float32), self.version)
 
     def load(self, policy: object, version: int) -> None:
-        raise UserError("NotaGen is not trained here; evaluate it, or sample from it")
+        raise UserError("NotaGen has a loop of its own (fastsmart.trainer.sheet_dpo)")
 
     def first_difference(self, policy: object) -> str | None:
         return None

@@ -16,9 +16,11 @@ from fastsmart.machine.files import atomic_file
 from fastsmart.machine.hub import fetch
 from fastsmart.machine.torch_checkpoints import first_difference, read_plain
 from fastsmart.notagen.model import HEAD_SIZE, NotaGen, NotaGenSize, shapes
+from fastsmart.policy.hf_format import step_folders
 
 HUB_ID = "ElectricAlexis/NotaGen"
 SUFFIXES = (".pth", ".pt")
+CHECKPOINTS = "checkpoints"  # of a run folder
 HEAD = "char_level_decoder.base.lm_head.weight"
 WORDS = "char_level_decoder.base.transformer.wte.weight"
 _MASK = re.compile(r"\.attn\.(bias|masked_bias)$")  # which older versions of transformers store
@@ -59,13 +61,13 @@ PUBLISHED = {
 
 
 def is_notagen(source: str) -> bool:
-    """Whether a person who names this policy means NotaGen: a published name, one of its files, or a folder of one."""
-    path = Path(source)
+    """Whether a person who names this policy means NotaGen: a published name, a file, a folder of one, or a run's."""
+    path = _newest(Path(source))
     return source in PUBLISHED or path.suffix.lower() in SUFFIXES or (path.is_dir() and bool(_files(path)))
 
 
 def load_notagen(source: str | Path, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu") -> NotaGen:
-    """A network in eval mode from a published name, a checkpoint file, or a folder that holds one.
+    """A network in eval mode from a published name, a checkpoint file, a folder that holds one, or a run folder.
 
     Nothing in the file is run; its optimizer state, where it has one, is left on the disk. Raises UserError when it is
     missing, truncated, of another model, or holds numbers that are not finite.
@@ -123,6 +125,12 @@ def save_published(model: NotaGen, path: str | Path, **more: Any) -> Path:
     return Path(path)
 
 
+def _newest(path: Path) -> Path:
+    """The newest checkpoint of a run folder; anything else is itself."""
+    found = step_folders(path / CHECKPOINTS) if (path / CHECKPOINTS).is_dir() else []
+    return found[-1] if found else path
+
+
 def _files(folder: Path) -> list[Path]:
     return sorted(file for file in folder.iterdir() if file.suffix.lower() in SUFFIXES and file.is_file())
 
@@ -134,6 +142,7 @@ def _located(source: str | Path) -> Path:
             return fetch(HUB_ID, PUBLISHED[str(source)].file)
         except UserError as error:
             raise UserError(f"{error}; {_how_to_get_them()}") from error
+    path = _newest(path)
     if path.is_dir():
         found = _files(path)
         if len(found) != 1:

@@ -21,6 +21,7 @@ from fastsmart.music.features import features
 from fastsmart.music.histograms import BINS, histograms, spread
 from fastsmart.music.rarefied import NOTES, TOKENS, rarefied_diversity
 from fastsmart.notes import NoteBatch
+from fastsmart.reward import Scores
 from fastsmart.reward.constraints import Constraint, share_met
 from fastsmart.run.folder import table_heading
 from fastsmart.run.listening_page import Outcome
@@ -56,7 +57,7 @@ class HeldOut:
     """The N clips of an evaluation, of all ranks.
 
     opening : int64 [N], equal for clips of equal prompts
-    table   : see `clip_table`
+    table   : see `table_of`
     """
 
     opening: np.ndarray
@@ -162,11 +163,15 @@ def held_out_distance(diversity: Mapping[str, float]) -> float | None:
 
 
 def clip_table(scored_rollouts: Sequence[ScoredRollout]) -> dict[str, np.ndarray]:
+    """`table_of` the clips of all."""
+    scores = Scores.concat([p.scores for p in scored_rollouts])
+    return table_of(scores, NoteBatch.concat([p.notes for p in scored_rollouts]))
+
+
+def table_of(scores: Scores, notes: NoteBatch) -> dict[str, np.ndarray]:
     """`reward`, `term <name>` for each of its terms and every feature of the N clips, float64 [N] each."""
-    table = {"reward": np.concatenate([p.scores.total for p in scored_rollouts])}
-    for name in scored_rollouts[0].scores.terms:
-        table[f"term {name}"] = np.concatenate([p.scores.terms[name] for p in scored_rollouts])
-    measured = features(NoteBatch.concat([p.notes for p in scored_rollouts]))
+    table = {"reward": scores.total} | {f"term {name}": values for name, values in scores.terms.items()}
+    measured = features(notes)
     table |= {name: measured[name] for name in TABLE_FEATURES}
     return {name: np.asarray(values, np.float64) for name, values in table.items()}
 
