@@ -82,8 +82,8 @@ def train_sheets(
     """Tune NotaGen as the sections dpo, train, reward, audio and sampling say, into the folder `out`.
 
     policy.source names the weights; prompts.styles the styles, in turn (or one behind an @ of the source);
-    for each of sampling.max_tokens four characters are drawn, as the authors draw them. A run that was killed goes on to
-    the same numbers on a CPU. `changes` are as of `train`.
+    for each of sampling.max_tokens four characters are drawn, as the authors draw them. A run that was killed goes on
+    to the same numbers on a CPU. `changes` are as of `train`.
 
     Raises UserError for what the user can mend, among it any other algorithm than "dpo".
     """
