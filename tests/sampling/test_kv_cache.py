@@ -9,17 +9,29 @@ from fastsmart.sampling.kv_cache import BLOCK, LayerCache
 R, K, E, S = 3, 2, 8, 3 * BLOCK + 5
 
 
+@pytest.fixture(params=[True, False], ids=["Intel", "others"], autouse=True)
+def intel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Whether the cache is laid out as on an Intel processor."""
+    monkeypatch.setattr("fastsmart.sampling.kv_cache.mkl_knows_processor", lambda: request.param)
+    return request.param
+
+
 def filled(end: int, prompt: int) -> tuple[LayerCache, torch.Tensor]:
     """A cache whose first `end` slots came as a prompt and then one by one; what it was given, [R, end, 2, K, E]."""
     cache = LayerCache.empty((R, K, S, E), torch.float32, torch.device("cpu"))
     cache.kv.fill_(torch.nan)
-    assert cache.values_transposed is not None
-    cache.values_transposed.fill_(torch.nan)
+    if cache.values_transposed is not None:
+        cache.values_transposed.fill_(torch.nan)
     given = torch.randn(R, end, 2, K, E, generator=torch.Generator().manual_seed(0))
     cache.put(given[:, :prompt], 0)
     for slot in range(prompt, end):
         cache.put(given[:, slot : slot + 1], slot)
     return cache, given
+
+
+def test_values_are_transposed_where_mkl_does_not_know_the_processor(intel: bool) -> None:
+    cache, _ = filled(5, 1)
+    assert (cache.values_transposed is None) == intel
 
 
 @pytest.mark.parametrize("queries", [1, 3])  # for each key head
