@@ -77,10 +77,7 @@ def evaluate(
     store = OutputStore(out, config, prompts, soundfonts)
     records, base, played, best = _played(pairs, store, best_of, progress)
     vocab, first = base.vocab, played[pairs[0][0]]
-    training = None
-    if training_set:
-        reading = partial(progress, "reading MIDI files")
-        training = TrainingSet.open(training_set, store.out / "training-set", vocab, reading)
+    training = store.training_set(training_set, vocab, progress) if training_set else None
     progress("fitting on the first policy", 0, 1)
     measures = ClampMeasures.of(clamp, clamp_styles, vocab, store.device) if clamp else None
     judges = judges_of(config, records[0].source)
@@ -182,6 +179,10 @@ class OutputStore:
         """Path and SHA-256 of every soundfont that outputs are scored on, by name; none where no reward listens."""
         fonts = self.player.soundfonts.items() if self.player.needs_audio else ()
         return {name: {"path": str(path), "sha256": file_hash(path)} for name, path in fonts}
+
+    def training_set(self, source: str | Path, vocab: Vocabulary, progress: Progress) -> TrainingSet:
+        """The pieces that copies are looked for in; MIDI files are encoded into `out` once."""
+        return TrainingSet.open(source, self.out / "training-set", vocab, partial(progress, "reading MIDI files"))
 
     def write(
         self, tree: dict[str, Any], metrics: Sequence[Metric], played: Mapping[str, Outputs], vocab: Vocabulary
