@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastsmart.errors import UserError
+from fastsmart.policy.few_passes import rms_norm, rotated, swiglu
 from fastsmart.tokens.vocabulary import Vocabulary
 
 # Far above any policy of music; a size is refused before memory is taken for it
@@ -82,9 +83,7 @@ class Attention(nn.Module):
         """q [B, T, H, E] and k [B, T, K, E], rotated, and v [B, T, K, E] of x [B, T, D]."""
         size = self.size
         qkv = self.qkv_proj(x).unflatten(-1, (size.num_heads + 2 * size.num_kv_heads, size.head_size))
-        qk, v = qkv.split([size.num_heads + size.num_kv_heads, size.num_kv_heads], dim=-2)
-        q, k = rotate(qk, cos, sin).split([size.num_heads, size.num_kv_heads], dim=-2)
-        return q, k, v
+        return rotated(qkv, cos, sin, size.num_heads, size.num_kv_heads)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         q, k, v = (t.transpose(1, 2) for t in self.qkv(x, cos, sin))
@@ -102,16 +101,23 @@ class FeedForward(nn.Module):
         self.down_proj = nn.Linear(size.intermediate_size, size.hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
-        return self.down_proj(F.silu(gate) * up)
+        return self.down_proj(swiglu(self.gate_up_proj(x)))
+
+
+class Norm(nn.RMSNorm):
+    """RMSNorm in few passes."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        assert self.eps is not None
+        return rms_norm(x, self.weight, self.eps)
 
 
 class Layer(nn.Module):
     def __init__(self, size: PolicySize) -> None:
         super().__init__()
-        self.input_layernorm = nn.RMSNorm(size.hidden_size, eps=size.rms_norm_eps)
+        self.input_layernorm = Norm(size.hidden_size, eps=size.rms_norm_eps)
         self.self_attn = Attention(size)
-        self.post_attention_layernorm = nn.RMSNorm(size.hidden_size, eps=size.rms_norm_eps)
+        self.post_attention_layernorm = Norm(size.hidden_size, eps=size.rms_norm_eps)
         self.mlp = FeedForward(size)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -130,7 +136,7 @@ class Backbone(nn.Module):
         super().__init__()
         self.embed_tokens = nn.Embedding(size.vocab_size, size.hidden_size, padding_idx=pad_id)
         self.layers = nn.ModuleList(Layer(size) for _ in range(size.num_layers))  # type: ignore[assignment]
-        self.norm = nn.RMSNorm(size.hidden_size, eps=size.rms_norm_eps)
+        self.norm = Norm(size.hidden_size, eps=size.rms_norm_eps)
         self.size = size
         self.make_tables()
 
@@ -215,10 +221,3 @@ def rotary_tables(size: PolicySize) -> tuple[Tensor, Tensor]:
     frequency = size.rope_theta ** -(torch.arange(0, size.head_size, 2, dtype=torch.float32) / size.head_size)
     angle = torch.arange(size.max_positions, dtype=torch.float32)[:, None] * frequency
     return angle.cos(), angle.sin()
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn x [..., T, heads, E] by its position's angle, cos and sin [T, E / 2]; the two halves are the coordinates."""
-    cos, sin = cos.unsqueeze(-2).to(x.dtype), sin.unsqueeze(-2).to(x.dtype)
-    first, second = x.chunk(2, dim=-1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
