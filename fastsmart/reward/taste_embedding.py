@@ -62,7 +62,8 @@ class ClipEmbedding:
 
         Raises UserError where the policy is gone or has other weights.
         """
-        if _frozen(self.policy)[1] != self.weights:
+        frozen, weights = _frozen(self.policy)
+        if weights != self.weights or len(self.centre) != frozen.size.hidden_size:
             raise UserError(
                 f"the policy {self.policy} has other weights than those the taste was learnt with; put them back, or "
                 "learn the taste anew"
