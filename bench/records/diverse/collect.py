@@ -1,7 +1,8 @@
 """Keep what runs and evaluations of a seed left: python bench/records/diverse/collect.py RUNS SEED ...
 
-RUNS holds the folders u22, c22 (runs of unconstrained tuning and of the candidate) and e22 (their evaluation) of seed 22.
-Here `seed-22/` gets the evaluation as bench/diversity_claim.py reads it, the configs, and the metrics, compressed.
+RUNS holds, of seed 22, the folders u22 and c22 (runs of unconstrained tuning and of the candidate) and e22 (their
+evaluation). Here `seed-22/` gets the evaluation as bench/diversity_claim.py reads it, the configs, and the metrics,
+compressed.
 """
 
 from __future__ import annotations
