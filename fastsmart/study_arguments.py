@@ -144,10 +144,13 @@ def listen(p: argparse.ArgumentParser) -> None:
     make.add_argument("evaluation", help="folder of an evaluation")
     make.add_argument("--out", required=True, help="folder of the test")
     make.add_argument(
-        "--design", choices=["rating", "ab", "sets"], default="rating", help="a clip at a time, two, or two sets"
+        "--design",
+        choices=["rating", "ab", "sets", "styles"],
+        default="rating",
+        help="a clip at a time, two, two sets, or a clip at a time whose style is to be told",
     )
     make.add_argument("--policy", action="append", help="label of a policy; repeatable; default: the first two")
-    whole_option(make, "--prompts", within=(1, MOST_AT_ONCE), help="default 15; 36 for sets")
+    whole_option(make, "--prompts", within=(1, MOST_AT_ONCE), help="default 15; 36 for sets, 28 for styles")
     whole_option(make, "--set-size", within=(2, 12), default=6, metavar="N", help="clips of a set; default 6")
     real_option(make, "--seconds", within=(5, 60), default=10.0, help="of each clip; default 10")
     whole_option(make, "--checks", within=(0, 1000), default=2, help="attention checks; default 2")

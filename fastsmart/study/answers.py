@@ -14,11 +14,11 @@ from typing import Any, Literal
 
 from fastsmart.errors import UserError
 from fastsmart.machine.files import read_file
-from fastsmart.study.listening import DESIGNS, RATINGS
+from fastsmart.study.listening import DESIGNS, OF_ONE_CLIP, RATINGS
 
 NO_PREFERENCE = "none"
 LONGEST_NAME = 40  # characters of a listener's name, as on the page
-Question = Literal["rating", "choice", "varied", "keep"]
+Question = Literal["rating", "choice", "varied", "keep", "style"]
 
 
 @dataclass(frozen=True)
@@ -26,10 +26,13 @@ class Answer:
     """One answer about music, with the key put in.
 
     prompt   : the opening, or the set, that the policies are compared on
-    question : "rating" and "keep" are of one policy; "choice" and "varied" compare the second policy with the first
+    question : "rating", "keep" and "style" are of one policy; "choice" and "varied" compare the second policy with the
+               first
     policy   : label of the policy judged; "" where two are compared
-    value    : points; 1 or 0 for one to keep or none; 1, 0, -1 for the second policy chosen, neither, the first
+    value    : points; 1 or 0 for one to keep or none, or for a style heard as asked or not; 1, 0, -1 for the second
+               policy chosen, neither, the first
     repeat   : whether the listener had answered the same before
+    asked, heard : of "style", the style that the clip was asked for, and the one it was taken for
     """
 
     listener: str
@@ -38,6 +41,8 @@ class Answer:
     policy: str
     value: float
     repeat: bool
+    asked: str = ""
+    heard: str = ""
 
 
 @dataclass(frozen=True)
@@ -97,6 +102,10 @@ def _answered(name: str, answer: dict[str, Any], key: dict[str, Any]) -> list[An
     value = answer["answer"]
     if key["design"] == "rating":
         return [Answer(name, prompt, "rating", next(iter(clips.values()))["policy"], float(value), repeat)]
+    if key["design"] == "styles":
+        (clip,) = clips.values()
+        right = float(value == clip["style"])
+        return [Answer(name, prompt, "style", clip["policy"], right, repeat, clip["style"], value)]
 
     def chosen(clip: str) -> float:
         return 0.0 if clip == NO_PREFERENCE else 1.0 if clips[clip]["policy"] == key["policies"][1] else -1.0
@@ -122,16 +131,23 @@ def _key(file: str | Path) -> dict[str, Any]:
     policies = key["policies"]
     labels = isinstance(policies, list) and all(isinstance(p, str) for p in policies)
     need(labels and len(set(policies)) == len(policies) >= 2, '"policies" is no list of two or more labels')
-    need(key["design"] == "rating" or len(policies) == 2, f'"policies" are {len(policies)}, not two')
+    alone = key["design"] in OF_ONE_CLIP
+    need(alone or len(policies) == 2, f'"policies" are {len(policies)}, not two')
+    styles = key.get("styles", [])
+    need(isinstance(styles, list) and all(isinstance(s, str) for s in styles), '"styles" is no list of names')
     clips, trials, checks = key["clips"], key["trials"], key["checks"]
     need(isinstance(clips, dict) and all(_is_origin(o, policies) for o in clips.values()),
          '"clips" do not all name a policy and a prompt')  # fmt: skip
+    if key["design"] == "styles":
+        need(all(origin.get("style") in styles for origin in clips.values()), '"clips" do not all have a style')
     need(isinstance(checks, dict) and all(isinstance(c, str | int) for c in checks.values()),
          '"checks" do not all have an answer')  # fmt: skip
     music = {name: t for name, t in trials.items() if name not in checks} if isinstance(trials, dict) else {}
     need(isinstance(trials, dict) and all(_is_trial(t, clips) for t in music.values()),
          '"trials" do not all name clips of the key')  # fmt: skip
-    if key["design"] != "rating":
+    if alone:
+        need(all(len(t["clips"]) == 1 for t in music.values()), '"trials" do not all have one clip')
+    else:
         pairs = [[clips[c] for c in t["clips"]] for t in music.values()]
         sound = all(
             len(p) == 2 and p[0]["prompt"] == p[1]["prompt"] and p[0]["policy"] != p[1]["policy"] for p in pairs
@@ -197,8 +213,12 @@ def _wrong(answer: Any, key: dict[str, Any]) -> str:
         return "" if fits else 'has an "answer" that the page does not offer'
     if trial not in key["trials"] or sorted(clips) != sorted(key["trials"][trial]["clips"]):
         return "is of a trial or clip that the key does not know"
-    offered = {"rating": _is_rating, "ab": _is_choice, "sets": _is_judgement_of_sets}[key["design"]]
-    return "" if offered(value, clips) else 'has an "answer" that the page does not offer'
+    offered = {"rating": _is_rating, "ab": _is_choice, "sets": _is_judgement_of_sets}
+    if key["design"] == "styles":
+        fits = isinstance(value, str) and value in key["styles"]
+    else:
+        fits = offered[key["design"]](value, clips)
+    return "" if fits else 'has an "answer" that the page does not offer'
 
 
 def _is_rating(value: Any, clips: list[str]) -> bool:

@@ -25,6 +25,8 @@ from fastsmart.study.evaluation import Evaluation
 from fastsmart.study.outputs import Progress
 from fastsmart.study.report import render_page
 from fastsmart.study.sound import data_url, listen_to, mp3
+from fastsmart.tokens.prompts import asked_styles
+from fastsmart.tokens.token_batch import TokenBatch
 
 PAGE_FILE, KEY_FILE = "listen.html", "key.json"
 FADE_S = 0.5
@@ -38,10 +40,12 @@ QUESTIONS = {
     "rating": "How good is this music? Judge the music itself, not the sound of the recording.",
     "ab": "Which of the two do you enjoy more?",
     "sets": "Which SET of six is more varied?",
+    "styles": "Which style is this?",
 }
 KEEP_QUESTION = "Would you keep one of the six of set"
 DESIGNS = tuple(QUESTIONS)
-PROMPTS = {"rating": 15, "ab": 15, "sets": 36}  # asked for where nobody says how many
+OF_ONE_CLIP = ("rating", "styles")  # designs in which a trial has one clip
+PROMPTS = {"rating": 15, "ab": 15, "sets": 36, "styles": 28}  # asked for where nobody says how many
 NUMBERS = ("two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve")
 
 
@@ -50,7 +54,8 @@ class ListeningSettings:
     """A blind test.
 
     design   : "rating", one clip at a time on a scale of five, as in the paper; "ab", two clips of one prompt; "sets",
-               two sets of clips of the same prompts: which is more varied, and is one worth keeping
+               two sets of clips of the same prompts: which is more varied, and is one worth keeping; "styles", one
+               clip at a time, whose style is to be told
     prompts  : numbers of held-out prompts, which go through the openings in turn; each policy's clip of each is heard;
                of "sets", as many as fill the sets
     seconds  : length of every clip; outputs shorter than that are passed over, for all policies alike
@@ -62,7 +67,7 @@ class ListeningSettings:
     Raises UserError for a number out of range.
     """
 
-    design: Literal["rating", "ab", "sets"] = "rating"
+    design: Literal["rating", "ab", "sets", "styles"] = "rating"
     prompts: int = 15
     seconds: float = 10.0
     checks: int = 2
@@ -118,7 +123,7 @@ def make_test(
     unknown = [label for label in labels if label not in evaluation.labels]
     if unknown or len(set(labels)) != len(labels) or len(labels) < 2:
         raise UserError(f"compare at least two of {', '.join(evaluation.labels)}, not {', '.join(labels)}")
-    if settings.design != "rating" and len(labels) != 2:
+    if settings.design not in OF_ONE_CLIP and len(labels) != 2:
         raise UserError(f"a test of pairs compares two policies, not {len(labels)}; name two with --policy")
     out = make_folder(out)
     with FolderLock(out, "making a listening test"):
@@ -136,19 +141,26 @@ def _make_test(
     tones = list(range(1, len(RATINGS) + 1)) if settings.checks else []
     sounds += [_tones(k, settings.seconds) for k in tones]
     sounds, loudness = _equally_loud(sounds)
-    opening = prompt_numbers(evaluation.outputs(labels[0]).prompts)
+    asked = evaluation.outputs(labels[0]).prompts
+    opening = prompt_numbers(asked)
     origin = [{"policy": label, "prompt": int(opening[i])} for label in labels for i in prompts]
+    styles: list[str] = []
+    if settings.design == "styles":
+        of = _styles(evaluation, asked, prompts)
+        origin = [about | {"style": of[k % len(of)]} for k, about in enumerate(origin)]
+        styles = sorted(set(of))
     if settings.design == "sets":
         sounds, origin = _in_sets(sounds, origin, settings)
     names = [secrets.token_hex(8) for _ in sounds]
     clips = {name: data_url(mp3(samples, constant=True)) for name, samples in zip(names, sounds, strict=True)}
     trials, answers = trials_of(names, len(labels), settings.units, settings)
     study = secrets.token_hex(8)
-    page = _page(study, settings, trials, clips)
+    page = _page(study, settings, trials, clips, styles)
     key = {
         "study": study,
         "design": settings.design,
         "policies": labels,
+        "styles": styles,
         "evaluation": str(evaluation.path.resolve()),
         "prompts": len(prompts),
         "seconds": settings.seconds,
@@ -164,7 +176,20 @@ def _make_test(
     return out / "page" / PAGE_FILE, out / KEY_FILE
 
 
-def _page(study: str, settings: ListeningSettings, trials: list[dict[str, Any]], clips: dict[str, str]) -> str:
+def _styles(evaluation: Evaluation, asked: TokenBatch, prompts: np.ndarray) -> list[str]:
+    """The style that each of these prompts asks for; raises UserError where there are no two to tell apart."""
+    of = asked_styles(asked, evaluation.vocab)
+    found = [of[i] for i in prompts]
+    if "" in found or len(set(found)) < 2:
+        raise UserError(
+            "the outputs are not of two or more styles that were asked for; evaluate with --set prompts.styles=[...]"
+        )
+    return found
+
+
+def _page(
+    study: str, settings: ListeningSettings, trials: list[dict[str, Any]], clips: dict[str, str], styles: list[str]
+) -> str:
     """The listeners' page; of a trial it gets all but whether it is a repeat."""
     return render_page(
         "listen.html",
@@ -175,6 +200,7 @@ def _page(study: str, settings: ListeningSettings, trials: list[dict[str, Any]],
             "seconds": settings.trial_seconds,
             "check_seconds": settings.seconds,
             "scale": RATINGS,
+            "styles": styles,
             "question": settings.asked(),
             "keep_question": KEEP_QUESTION.replace("six", NUMBERS[settings.set_size - 2]),
             "trials": [{k: t[k] for k in ("id", "clips", "check", "block")} for t in trials],
@@ -261,7 +287,7 @@ def trials_of(
     """
     chance = secrets.SystemRandom()
     music, tones = names[: policies * prompts], names[policies * prompts :]
-    if settings.design == "rating":
+    if settings.design in OF_ONE_CLIP:
         questions = [[name] for name in music]
     else:
         questions = [[music[i], music[prompts + i]] for i in range(prompts)]
@@ -279,7 +305,7 @@ def trials_of(
     for _ in range(settings.checks):
         trial = secrets.token_hex(8)
         few, many = sorted(chance.sample(range(1, len(tones) + 1), 2))
-        if settings.design == "rating":
+        if settings.design in OF_ONE_CLIP:
             clips, answers[trial] = [tones[many - 1]], many
         else:
             clips, answers[trial] = _shuffled([tones[few - 1], tones[many - 1]], chance), tones[many - 1]

@@ -12,6 +12,7 @@ from scipy import stats
 
 from fastsmart.errors import UserError
 from fastsmart.music.bootstrap import LEVEL
+from fastsmart.music.style_information import heard_styles
 from fastsmart.study.answers import Answer, Answers, Question, read_answers
 from fastsmart.study.mixed import crossed_mean, crossed_power, sign_test
 
@@ -22,6 +23,7 @@ QUESTIONS: dict[str, tuple[Question, ...]] = {
     "rating": ("rating",),
     "ab": ("choice",),
     "sets": ("varied", "keep"),
+    "styles": ("style",),
 }
 OF_TWO = ("choice", "varied")  # questions that compare two policies
 
@@ -32,7 +34,7 @@ def analyse(answers: Answers) -> dict[str, Any]:
     Raises UserError where there are too few answers to compare two policies.
     """
     first = [a for a in answers.given if not a.repeat]
-    trials = {(a.listener, a.prompt, a.policy if a.question == "rating" else "") for a in first}
+    trials = {(a.listener, a.prompt, a.policy if a.question in ("rating", "style") else "") for a in first}
     asked = {question: _question(question, first, answers) for question in QUESTIONS[answers.design]}
     if not any(part["differences"] for part in asked.values()):
         raise UserError("no answer tells the policies apart, so there is no difference to test; collect more")
@@ -55,12 +57,30 @@ def _question(question: Question, first: list[Answer], answers: Answers) -> dict
     tables = {other: _differences(given, *pair) for other, pair in zip(others, pairs, strict=True)}
     effects = {other: crossed_mean(table) for other, table in tables.items() if np.nan_to_num(table).any()}
     described: dict[str, Any] = _choices(given) if question in OF_TWO else {"means": _means(given, answers.policies)}
+    if question == "style":
+        described["heard"] = {policy: _heard([a for a in given if a.policy == policy]) for policy in answers.policies}
     return described | {
         "differences": {other: asdict(effect) for other, effect in effects.items()},
         "power": {
             other: {n: crossed_power(e.estimate, e.spread, n, e.prompts) for n in LISTENERS}
             for other, e in effects.items()
         },
+    }
+
+
+def _heard(given: list[Answer]) -> dict[str, Any]:
+    """Confusion of the styles asked for and heard, and the bits between them, with an interval over clips."""
+    if not given:
+        return {}
+    styles = sorted({a.asked for a in given})
+    told = [a for a in given if a.heard in styles]  # a style that no clip was asked for is no column
+    if not told or len(styles) < 2 or {a.asked for a in told} != set(styles):
+        return {}
+    found = heard_styles(styles, [a.asked for a in told], [a.heard for a in told], [a.prompt for a in told])
+    return {
+        "styles": styles,
+        "confusion": found.confusion.round(4).tolist(),
+        "information_bits": asdict(found.information.estimate()),
     }
 
 
@@ -114,7 +134,7 @@ def as_text(result: dict[str, Any]) -> str:
         + (f"; left out for failed attention checks: {', '.join(result['excluded'])}" if result["excluded"] else "")
     ]
     for question, part in result["questions"].items():
-        say = {"rating": _of_ratings, "keep": _of_keeping, "choice": _of_choices, "varied": _of_choices}[question]
+        say = SAID[question]
         lines += say(part, base, others, question)
         for other in others:
             if other not in part["differences"]:
@@ -140,6 +160,22 @@ def _of_keeping(part: dict[str, Any], base: str, others: list[str], question: st
         yield f"  {other} over {base}: {_in_brackets(e, '+.0%')} of the sets, {_of_test(e)}"
 
 
+def _of_styles(part: dict[str, Any], base: str, others: list[str], question: str) -> Iterable[str]:
+    for policy, m in part["means"].items():
+        yield f"  {policy}: heard as asked in {_in_brackets(m, '.0%')} of the clips"
+        if heard := part["heard"][policy]:
+            bits = heard["information_bits"]
+            yield (
+                f"    between the style asked for and heard {_in_brackets(bits, '.2f')} bits (over clips; chance "
+                f"{1 / len(heard['styles']):.0%} of {len(heard['styles'])} styles)"
+            )
+            for style, row in zip(heard["styles"], heard["confusion"], strict=True):
+                shares = zip(heard["styles"], row, strict=True)
+                yield f"    {style}: {', '.join(f'{name} {share:.0%}' for name, share in shares if share)}"
+    for other, e in part["differences"].items():
+        yield f"  {other} over {base}: {_in_brackets(e, '+.0%')} of the clips, {_of_test(e)}"
+
+
 def _of_choices(part: dict[str, Any], base: str, others: list[str], question: str) -> Iterable[str]:
     (other,), listeners = others, part["listeners_for"]
     chosen = "chosen over" if question == "choice" else "called more varied than"
@@ -151,6 +187,15 @@ def _of_choices(part: dict[str, Any], base: str, others: list[str], question: st
     for e in part["differences"].values():
         share = {name: min(max((1 + e[name]) / 2, 0.0), 1.0) for name in ("estimate", "low", "high")}
         yield f"  share for {other}, neither counted half to each: {_in_brackets(share, '.0%')}, {_of_test(e)}"
+
+
+SAID = {
+    "rating": _of_ratings,
+    "keep": _of_keeping,
+    "choice": _of_choices,
+    "varied": _of_choices,
+    "style": _of_styles,
+}
 
 
 def _in_brackets(number: dict[str, Any], form: str) -> str:
@@ -168,9 +213,9 @@ def _steadiness(given: list[Answer]) -> float | None:
     def place(a: Answer) -> tuple[str, str, str, str]:
         return a.listener, a.prompt, a.question, a.policy
 
-    before = {place(a): a.value for a in given if not a.repeat}
+    before = {place(a): a for a in given if not a.repeat}
     again = [(a, before[place(a)]) for a in given if a.repeat and place(a) in before]
-    apart = [abs(a.value - value) <= (a.question == "rating") for a, value in again]
+    apart = [abs(a.value - b.value) <= (a.question == "rating") and a.heard == b.heard for a, b in again]
     return float(np.mean(apart)) if apart else None
 
 

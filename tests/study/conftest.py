@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from fastsmart.config import merged
 from fastsmart.policy.hf_format import load_policy, save_policy
 from fastsmart.study.evaluate import evaluate
 from fastsmart.study.evaluation import Evaluation
+from fastsmart.tokens.styles import Styles
 
 
 @pytest.fixture(scope="session")
@@ -52,3 +54,24 @@ def sets_test(long_enough, tmp_path_factory):
     folder = tmp_path_factory.mktemp("sets")
     settings = {"design": "sets", "prompts": 4, "set_size": 2, "repeats": 1, "checks": 1}
     return made(long_enough, folder / "t", **settings)
+
+
+@pytest.fixture(scope="session")
+def styles_test(tmp_path_factory):
+    """Two policies that were asked for two styles, none of which they have learnt."""
+    folder = tmp_path_factory.mktemp("styles")
+    policy = load_policy("pop909-tiny")
+    policy.vocab = replace(policy.vocab, styles=Styles((("march", "INF1_None"), ("waltz", "INF2_None"))))
+    save_policy(policy, folder / "base")
+    with torch.no_grad():
+        policy.lm_head.weight.mul_(1.2)
+    save_policy(policy, folder / "tuned")
+    small = {
+        "prompts": {"time_signatures": ["4/4"], "tempo_min": 50.0, "tempo_max": 70.0, "styles": ["march", "waltz"]},
+        "sampling": {"max_tokens": 150},
+        "reward": {"terms": {"variety": 1.0}},
+        "audio": {"workers": 1},
+    }
+    sources = [str(folder / "base"), str(folder / "tuned")]
+    found = evaluate(sources, folder / "e", merged(Config(), small), 12, 0)
+    return made(found, folder / "t", design="styles", prompts=4, repeats=1, checks=1)

@@ -231,6 +231,44 @@ def test_an_answer_that_all_agree_on_is_said_and_the_others_analysed(sets_test, 
         analyse(read_answers(files, tmp_path / "key.json"))
 
 
+def test_styles_that_were_asked_for_are_told_by_ear(styles_test, tmp_path, capsys):
+    _, data, key = styles_test
+    assert data["styles"] == key["styles"] == ["march", "waltz"]
+    assert data["question"] == "Which style is this?"
+    assert {origin["style"] for origin in key["clips"].values()} == {"march", "waltz"}
+    assert all(len(trial["clips"]) == 1 for trial in data["trials"])
+    assert "march" not in json.dumps(data["trials"])  # the page does not say which is which
+
+    def sharp(clips):  # hears every style of the tuned policy, and of the base always a march
+        origin = key["clips"][clips[0]]
+        return origin["style"] if origin["policy"] == "tuned" else "march"
+
+    for name in ("ann", "bob"):
+        saved = answered(data, key, name, sharp, session=name)
+        (tmp_path / f"{name}.json").write_text(json.dumps(saved))
+    (tmp_path / "key.json").write_text(json.dumps(key))
+    assert main(["listen", "analyse", str(tmp_path), "--key", str(tmp_path / "key.json")]) == 0
+    said = capsys.readouterr().out
+    asked = [origin["style"] for origin in key["clips"].values() if origin["policy"] == "base"]
+    assert f"base: heard as asked in {asked.count('march') / len(asked):.0%}" in said
+    assert "tuned: heard as asked in 100%" in said
+    assert "    waltz: march 100%" in said
+    assert "repeated trials answered alike: 100%" in said
+    result = analyse(read_answers([tmp_path / "ann.json", tmp_path / "bob.json"], tmp_path / "key.json"))
+    heard = result["questions"]["style"]["heard"]
+    assert heard["tuned"]["confusion"] == [[1.0, 0.0], [0.0, 1.0]]
+    assert heard["base"]["information_bits"]["value"] == 0.0
+    bad = answered(data, key, "eve", lambda clips: "polka", session="e")
+    (tmp_path / "eve.json").write_text(json.dumps(bad))
+    assert main(["listen", "analyse", str(tmp_path / "eve.json"), "--key", str(tmp_path / "key.json")]) == 2
+    assert "that the page does not offer" in capsys.readouterr().err
+
+
+def test_styles_that_were_not_asked_for_cannot_be_told(long_enough, tmp_path):
+    with pytest.raises(UserError, match="are not of two or more styles that were asked for"):
+        made(long_enough, tmp_path / "t", design="styles")
+
+
 def test_what_is_wrong_is_said_in_one_sentence(long_enough, rating_test, tmp_path):
     _, data, key = rating_test
     (tmp_path / "key.json").write_text(json.dumps(key))

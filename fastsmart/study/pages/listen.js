@@ -65,6 +65,7 @@ function questions(clips, names, check) {
   const scale = test.scale.map((text, i) => [i + 1, check ? `${i + 1}` : text]);
   if (check) return [["answer", "Attention check: how many tones do you hear? Choose that number.", scale]];
   if (test.design === "rating") return [["answer", test.question, scale]];
+  if (test.design === "styles") return [["answer", test.question, test.styles.map((style) => [style, style])]];
   if (test.design === "ab") return [["answer", test.question, [...pair, ["none", "No preference"]]]];
   const keep = clips.map((clip, i) => [clip, `${test.keep_question} ${names[i]}?`, [["yes", "Yes"], ["no", "No"]]]);
   return [["varied", test.question, [...pair, ["none", "No difference"]]], ...keep];
@@ -76,7 +77,8 @@ function answered(asked, clips, check) {
   );
   if (test.design === "sets" && !check)
     return { varied: values.varied, keep: Object.fromEntries(clips.map((clip) => [clip, values[clip] === "yes"])) };
-  return clips.length > 1 ? values.answer : Number(values.answer);
+  if (clips.length > 1 || (test.design === "styles" && !check)) return values.answer;
+  return Number(values.answer);
 }
 
 function ask() {
@@ -182,8 +184,8 @@ function finish() {
   };
 }
 
-const pairs = test.design !== "rating";
-const what = { rating: "clips", ab: "pairs of clips", sets: "pairs of sets" }[test.design];
+const pairs = !["rating", "styles"].includes(test.design);
+const what = { rating: "clips", styles: "clips", ab: "pairs of clips", sets: "pairs of sets" }[test.design];
 $("count").textContent = `${test.trials.length} ${what} of ${test.seconds} seconds`;
 const total_s = test.trials.reduce(
   (sum, trial) => sum + (trial.check ? test.check_seconds : test.seconds) * (pairs ? 2 : 1) + 5, 0);
