@@ -5,6 +5,8 @@ Shape letters: N completions of a round, K pairs, B pairs of a step.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 
@@ -51,15 +53,15 @@ def pairs_of_step(count: int, size: int, step: int, seed: tuple[int, ...]) -> np
     return np.array([orders[int(place) // count][int(place) % count] for place in places], np.int64)
 
 
-def repeated(ids: np.ndarray, lengths: np.ndarray, pool: np.ndarray) -> np.ndarray:
-    """Whether each completion is token by token one of a lower number in its pool, bool [N].
+def repeated(pieces: Sequence[np.ndarray], pool: np.ndarray) -> np.ndarray:
+    """Whether each of N completions is, number by number, one before it in its pool, bool [N].
 
-    ids int [N, L] of completions, the first lengths [N] of each row counting; pool [N]
+    pieces : N arrays, as of tokens or of patches; pool [N]
     """
     seen: set[tuple[int, bytes]] = set()
-    found = np.zeros(len(ids), bool)
-    for i, (row, length) in enumerate(zip(ids, lengths, strict=True)):
-        key = int(pool[i]), row[:length].tobytes()
+    found = np.zeros(len(pieces), bool)
+    for i, piece in enumerate(pieces):
+        key = int(pool[i]), piece.tobytes()
         found[i] = key in seen
         seen.add(key)
     return found

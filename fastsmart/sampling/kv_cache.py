@@ -66,7 +66,7 @@ class LayerCache:
             return self._attend_once(q, end, seen)
         values_transposed = self.values_transposed if q.shape[1] == 1 else None
         if values_transposed is None:
-            scores = torch.bmm(q, keys.transpose(1, 2))  # reads the cache faster than scaled_dot_product_attention
+            scores = torch.bmm(q, keys.transpose(1, 2))
         else:
             scores = torch.bmm(keys, q.transpose(1, 2)).transpose(1, 2)
         if seen is not None:

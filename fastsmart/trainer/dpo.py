@@ -24,7 +24,7 @@ from fastsmart.tokens.decode import decode
 from fastsmart.trainer.batch import MicroBatch, packed, uploaded
 from fastsmart.trainer.rounds import Arrays, Round, RoundAlgorithm
 from fastsmart.trainer.trainer import Trainer
-from fastsmart.trainer.update import Update, completion_logprobs, reference_logprobs
+from fastsmart.trainer.update import Update, completion_logprobs, known_mean, reference_logprobs
 
 # Sums over the pairs of a step; their means are metrics
 SUMS = ("loss", "chosen_gain", "rejected_gain", "margin", "accuracy", "penalised")
@@ -68,8 +68,8 @@ class Dpo(RoundAlgorithm[Pairs]):
         reference[needed] = self.rounds.kept("reference", lambda: self._reference(found.rollout, needed))["logprob"]
         about = {
             "pairs": len(chosen),
-            "chosen_reward": _mean(reward[np.unique(chosen)]),
-            "rejected_reward": _mean(reward[np.unique(rejected)]),
+            "chosen_reward": known_mean(reward[np.unique(chosen)]),
+            "rejected_reward": known_mean(reward[np.unique(rejected)]),
             "refused": {name: int(values.sum()) for name, values in refused.items()},
         }
         return Pairs(chosen, rejected, reference, about)
@@ -80,7 +80,9 @@ class Dpo(RoundAlgorithm[Pairs]):
         last = rollout.ids[np.arange(len(rollout)), rollout.lengths - 1]
         reasons = {
             "empty": lambda: found.batch.notes < self.settings.fewest_notes,
-            "duplicate": lambda: repeated(rollout.ids, rollout.lengths, found.batch.group),
+            "duplicate": lambda: repeated(
+                [row[:length] for row, length in zip(rollout.ids, rollout.lengths, strict=True)], found.batch.group
+            ),
             "cut-off": lambda: last != vocab.eos_id,
         }
         refused = {name: reasons[name]() for name in self.settings.refuse}
@@ -174,7 +176,3 @@ def pair_batches(
         taken = order[start : start + max(1, room // (2 * int(longest[order[start]])))]
         yield packed(rollout, np.concatenate([chosen[taken], rejected[taken]]), device)
         start += len(taken)
-
-
-def _mean(values: np.ndarray) -> float:
-    return float(values.mean(dtype=np.float64)) if len(values) else float("nan")

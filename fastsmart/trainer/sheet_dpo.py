@@ -9,6 +9,7 @@ Shape letters: N pieces of a round, K pairs of it, P patches, C = 16 characters.
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import shutil
@@ -28,10 +29,10 @@ from torch import Tensor
 from fastsmart.audio import FluidSynthRenderer, listening_seconds, listening_settings, render_file
 from fastsmart.config import Config
 from fastsmart.dpo.losses import pair_loss
-from fastsmart.dpo.pairs import choose, pairs_of_step
+from fastsmart.dpo.pairs import choose, pairs_of_step, repeated
 from fastsmart.errors import UserError
 from fastsmart.machine.distributed import Ranks
-from fastsmart.machine.files import atomic_folder, make_folder, os_errors_as_user_errors, read_file
+from fastsmart.machine.files import atomic_folder, make_folder, os_errors_as_user_errors, read_file, write_atomic
 from fastsmart.machine.hardware import compute_threads
 from fastsmart.machine.signals import StopRequest, stop_signals
 from fastsmart.notagen.engine import STYLE_MARK
@@ -47,7 +48,9 @@ from fastsmart.run.listening_page import write_page
 from fastsmart.run.provenance import machine, statistics_path
 from fastsmart.sampling import RandomStream
 from fastsmart.trainer.evaluate import before_after, outcome, rests_on, summarise, table_of
+from fastsmart.trainer.outcome import MAX_SKIPPED
 from fastsmart.trainer.sheets import SheetPlayer, Sheets, prompts_of
+from fastsmart.trainer.update import known_mean
 from fastsmart.words import counted
 
 WEIGHTS_FILE, OPTIMIZER_FILE = "weights.pth", "optimizer.safetensors"
@@ -138,7 +141,7 @@ class _Run:
         self.steps_done = step_of(checkpoints[-1]) if checkpoints else 0
         if checkpoints:
             self._recall(checkpoints[-1])
-        self.saved = self.steps_done
+        self.saved, self.skipped = self.steps_done, 0
         self._held: tuple[int, Sheets, _Pairs] | None = None
 
     def train(self, stop: StopRequest) -> SheetRun:
@@ -152,9 +155,11 @@ class _Run:
                 self._line({"step": 0, "eval": self._evaluate(player, "before")})
             while self.steps_done < settings.steps and not stop:
                 line = self._step(player)
-                if self.steps_done == settings.steps:
-                    line["eval"] = self._evaluate(player, "after")
+                last, every = self.steps_done == settings.steps, settings.eval_every
+                if last or (every and self.steps_done % every == 0):
+                    line["eval"] = self._evaluate(player, "after" if last else "")
                 self._line(line)
+                self._give_up_after(line["skipped"])
                 round_ends = self.steps_done % self.dpo.round_steps == 0
                 if round_ends or (settings.save_every and self.steps_done % settings.save_every == 0):
                     self._save()
@@ -168,6 +173,16 @@ class _Run:
             )
         code = stop.exit_code if self.steps_done < settings.steps else 0
         return SheetRun(folder.path, step_folders(self.place)[-1], self.steps_done, code)
+
+    def _give_up_after(self, skipped: bool) -> None:
+        """Raise UserError where the gradient has not been finite several steps in a row; the weights still are."""
+        self.skipped = self.skipped + 1 if skipped else 0
+        if self.skipped >= MAX_SKIPPED:
+            self._save()
+            raise UserError(
+                f"the gradient was not finite {MAX_SKIPPED} steps in a row, so nothing has been learnt since step "
+                f"{self.steps_done - MAX_SKIPPED}; start again with a lower train.learning_rate"
+            )
 
     def _step(self, player: SheetPlayer) -> dict[str, Any]:
         """Take a step on its pairs; the line of metrics."""
@@ -187,8 +202,8 @@ class _Run:
         characters = sheets.characters
         return {
             "step": self.steps_done,
-            "reward": _mean(scores.total),
-            "terms": {name: _mean(values) for name, values in scores.terms.items()},
+            "reward": known_mean(scores.total),
+            "terms": {name: known_mean(values) for name, values in scores.terms.items()},
             "notes": float(sheets.notes.mean()),
             "empty": int((sheets.notes == 0).sum()),
             "unscored": int(np.isnan(scores.total).sum()),
@@ -225,7 +240,7 @@ class _Run:
         """The pairs of a round, and what the reference says of their pieces."""
         reasons = {
             "empty": lambda: sheets.notes < self.dpo.fewest_notes,
-            "duplicate": lambda: sheets.repeated,
+            "duplicate": lambda: repeated(sheets.patches, sheets.pool),
             "cut-off": lambda: ~sheets.complete,
         }
         refused = {name: reasons[name]() for name in self.dpo.refuse}
@@ -233,8 +248,8 @@ class _Run:
         chosen, rejected = choose(total, sheets.pool, never, self.dpo.keep)
         about = {
             "pairs": len(chosen),
-            "chosen_reward": _mean(total[np.unique(chosen)]),
-            "rejected_reward": _mean(total[np.unique(rejected)]),
+            "chosen_reward": known_mean(total[np.unique(chosen)]),
+            "rejected_reward": known_mean(total[np.unique(rejected)]),
             "refused": {name: int(values.sum()) for name, values in refused.items()},
         }
         return _Pairs(chosen, rejected, self._reference(sheets, np.union1d(chosen, rejected), number, step), about)
@@ -252,8 +267,9 @@ class _Run:
             for done, i in enumerate(needed.tolist(), 1):
                 found[i] = float(piece_logprob(model, sheets.patches[i], int(sheets.begins[i])))
                 self.show.stage("reference", done, len(needed))
-        with os_errors_as_user_errors(path):
-            np.save(path, found)
+        content = io.BytesIO()
+        np.save(content, found)
+        write_atomic(path, content.getvalue())
         return found
 
     def _learn(self, sheets: Sheets, pairs: _Pairs, taken: np.ndarray) -> tuple[dict[str, float], float, float]:
@@ -282,11 +298,12 @@ class _Run:
         return means | {"pairs": float(len(taken))}, float(norm), rate
 
     def _evaluate(self, player: SheetPlayer, label: str) -> dict[str, Any]:
-        """Play train.eval_prompts pieces, the same random numbers each time; the summary, with some pieces to hear."""
+        """Play train.eval_prompts pieces, the same random numbers each time; the summary. With a label some are kept
+        to be heard."""
         count = self.settings.eval_prompts
         sheets, notes = player.play(self.model, count, 1, (self.settings.seed, RandomStream.EVALUATE), self.show.stage)
         some = [i for i in range(len(notes)) if notes.counts[i]][: self.settings.listen]
-        if some:
+        if some and label:
             self._write_pieces(notes, some, label, player.pool is not None)
         return summarise(table_of(sheets.scores, notes))
 
@@ -365,8 +382,3 @@ def piece_logprob(model: NotaGen, patches: np.ndarray, begin: int) -> Tensor:
     device = next(model.parameters()).device
     whole = torch.from_numpy(patches.astype(np.int64)).to(device)[None]
     return model(whole)[0, begin - 1 :].double().sum()
-
-
-def _mean(values: np.ndarray) -> float:
-    known = values[np.isfinite(values)]
-    return float(known.mean(dtype=np.float64)) if len(known) else float("nan")

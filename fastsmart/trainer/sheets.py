@@ -58,17 +58,6 @@ class Sheets:
         drawn = (piece[begin:] for piece, begin in zip(self.patches, self.begins, strict=True))
         return np.array([np.count_nonzero(patches) for patches in drawn], np.int64)
 
-    @property
-    def repeated(self) -> np.ndarray:
-        """Whether each is, patch by patch, one of a lower number in its pool, bool [N]."""
-        seen: set[tuple[int, bytes]] = set()
-        found = np.zeros(len(self), bool)
-        for i, piece in enumerate(self.patches):
-            key = int(self.pool[i]), piece.tobytes()
-            found[i] = key in seen
-            seen.add(key)
-        return found
-
     def save(self, path: Path, weights: str) -> None:
         """Keep them; `weights` is the hash of those that wrote them. Raises UserError when the disk is full."""
         content, lengths = io.BytesIO(), [len(piece) for piece in self.patches]

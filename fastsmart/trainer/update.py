@@ -58,8 +58,8 @@ def metrics(step: int, batch: Batch, advantage: torch.Tensor, change: Update) ->
     met = scores.terms.get(Constraint.name)
     return {
         "step": step,
-        "reward": _mean(scores.total),
-        "terms": {name: _mean(values) for name, values in scores.terms.items()},
+        "reward": known_mean(scores.total),
+        "terms": {name: known_mean(values) for name, values in scores.terms.items()},
         **({} if met is None else {"constraints_met": share_met(met)}),
         "notes": float(batch.notes.mean()),
         "empty": int((batch.notes == 0).sum()),
@@ -74,7 +74,7 @@ def metrics(step: int, batch: Batch, advantage: torch.Tensor, change: Update) ->
     }
 
 
-def _mean(values: np.ndarray) -> float:
+def known_mean(values: np.ndarray) -> float:
     """Mean of what could be scored; NaN where nothing could."""
     known = np.isfinite(values)
     return float(np.mean(values, where=known, dtype=np.float64)) if known.any() else math.nan

@@ -56,7 +56,6 @@ def test_all_pairs_come_before_one_comes_again():
 
 
 def test_a_completion_counts_as_repeated_from_the_second_time_in_its_pool():
-    ids = np.array([[1, 2, 0], [1, 2, 9], [1, 2, 3], [1, 2, 0]], np.int32)
-    lengths = np.array([2, 2, 3, 2])
-    assert repeated(ids, lengths, np.zeros(4, int)).tolist() == [False, True, False, True]
-    assert repeated(ids, lengths, np.array([0, 1, 0, 0])).tolist() == [False, False, False, True]
+    pieces = [np.array(ids, np.int32) for ids in ([1, 2], [1, 2], [1, 2, 3], [1, 2])]
+    assert repeated(pieces, np.zeros(4, int)).tolist() == [False, True, False, True]
+    assert repeated(pieces, np.array([0, 1, 0, 0])).tolist() == [False, False, False, True]

@@ -156,6 +156,22 @@ def test_a_reward_that_is_the_same_for_all_moves_nothing(tmp_path: Path) -> None
     assert all(torch.equal(a, b) for a, b in zip(tuned.parameters(), base.parameters(), strict=True))
 
 
+def test_it_is_evaluated_along_the_way(weights: Path, tmp_path: Path) -> None:
+    train_sheets(config_for(weights, {"train": {"steps": 3, "eval_every": 1}}), tmp_path / "run")
+    assert ["eval" in line for line in lines_of(tmp_path / "run")] == [True] * 4
+
+
+def test_a_gradient_that_is_never_finite_ends_the_run(
+    weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    honest = sheet_dpo.piece_logprob
+    monkeypatch.setattr(sheet_dpo, "piece_logprob", lambda *given: honest(*given) * float("nan"))
+    with pytest.raises(UserError, match="not finite 3 steps in a row, so nothing has been learnt since step 0"):
+        train_sheets(config_for(weights), tmp_path / "run")
+    tuned, base = load_notagen(tmp_path / "run"), load_notagen(weights)
+    assert all(torch.equal(a, b) for a, b in zip(tuned.parameters(), base.parameters(), strict=True))
+
+
 def test_sheets_come_back_as_they_were(tmp_path: Path, run: Path) -> None:
     path = run / "rounds" / "sheets-0000.npz"
     kept = Sheets.load(path)
