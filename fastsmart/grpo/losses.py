@@ -73,17 +73,14 @@ class LossStats:
         tokens is not: pieces get longer and shorter in training.
         """
         sums = dict(zip(self.TOTALS + self.MEANS, self.sums.tolist(), strict=True))
-        ratio_max, negative_ratio_min, gap_max = self.peaks.tolist()
         tokens = sums["tokens"]
+        ratio_max, negative_ratio_min, gap_max = self.peaks.tolist() if tokens else [math.nan] * 3
         result = {name: sums[name] for name in self.TOTALS}
         result["loss"] = sums["policy_loss"] + sums["kl_loss"] + sums["entropy_loss"]
         result |= {name: sums[name] / tokens if tokens else math.nan for name in self.MEANS}
         if completions is not None:
             result["kl_per_completion"] = sums["kl"] / completions if tokens else math.nan
-        result["ratio_min"] = -negative_ratio_min if tokens else math.nan
-        result["ratio_max"] = ratio_max if tokens else math.nan
-        result["logprob_gap_max"] = gap_max if tokens else math.nan
-        return result
+        return result | {"ratio_min": -negative_ratio_min, "ratio_max": ratio_max, "logprob_gap_max": gap_max}
 
 
 def loss_denominator(lengths: Tensor, settings: LossSettings) -> float:
@@ -100,7 +97,7 @@ def loss_denominator(lengths: Tensor, settings: LossSettings) -> float:
     return max(1.0, float(sum(lengths.tolist())))  # a sum of PyTorch would be waited for
 
 
-def clipped_surrogate(ratio: Tensor, advantage: Tensor, settings: LossSettings) -> Tensor:
+def clipped_surrogate(ratio: Tensor, _: Tensor, advantage: Tensor, settings: LossSettings) -> Tensor:
     """PPO's pessimistic objective as a loss (arXiv 1707.06347, eq. 7), truncated above if asked; all [M]."""
     clipped = ratio.clamp(1.0 - settings.clip_low, 1.0 + settings.clip_high)
     if settings.truncate:
@@ -111,13 +108,6 @@ def clipped_surrogate(ratio: Tensor, advantage: Tensor, settings: LossSettings) 
 def cispo_surrogate(ratio: Tensor, logprob: Tensor, advantage: Tensor, settings: LossSettings) -> Tensor:
     """REINFORCE weighted by the clipped ratio as a constant (arXiv 2506.13585, eq. 4); all [M]."""
     return -ratio.detach().clamp(1.0 - settings.clip_low, 1.0 + settings.clip_high) * advantage * logprob
-
-
-def _surrogate(ratio: Tensor, logprob: Tensor, advantage: Tensor, settings: LossSettings) -> Tensor:
-    """The policy term of each token before its weight, [M]."""
-    if settings.loss == "cispo":
-        return cispo_surrogate(ratio, logprob, advantage, settings)
-    return clipped_surrogate(ratio, advantage, settings)
 
 
 def policy_loss(
@@ -161,7 +151,8 @@ def policy_loss(
     if settings.per_sequence:
         weight = weight / _sequence_sum(torch.ones_like(logprob), sequence, len(advantage))[sequence]
     inside = _inside_mask(gap.detach(), kept, sequence, len(advantage), settings)
-    policy_term = (torch.where(inside, _surrogate(ratio, logprob, token_advantage, settings), 0.0) * weight).sum()
+    surrogate = cispo_surrogate if settings.loss == "cispo" else clipped_surrogate
+    policy_term = (torch.where(inside, surrogate(ratio, logprob, token_advantage, settings), 0.0) * weight).sum()
 
     kl_term = entropy_term = torch.zeros_like(policy_term)
     kl = None

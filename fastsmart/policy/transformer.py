@@ -9,13 +9,14 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from fastsmart.errors import UserError
-from fastsmart.policy.few_passes import rms_norm, rotated, swiglu
 from fastsmart.tokens.vocabulary import Vocabulary
 
 # Far above any policy of music; a size is refused before memory is taken for it
@@ -83,7 +84,9 @@ class Attention(nn.Module):
         """q [B, T, H, E] and k [B, T, K, E], rotated, and v [B, T, K, E] of x [B, T, D]."""
         size = self.size
         qkv = self.qkv_proj(x).unflatten(-1, (size.num_heads + 2 * size.num_kv_heads, size.head_size))
-        return rotated(qkv, cos, sin, size.num_heads, size.num_kv_heads)
+        qk, v = qkv.split([size.num_heads + size.num_kv_heads, size.num_kv_heads], dim=-2)
+        q, k = rotate(qk, cos, sin).split([size.num_heads, size.num_kv_heads], dim=-2)
+        return q, k, v
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         q, k, v = (t.transpose(1, 2) for t in self.qkv(x, cos, sin))
@@ -101,15 +104,37 @@ class FeedForward(nn.Module):
         self.down_proj = nn.Linear(size.intermediate_size, size.hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(swiglu(self.gate_up_proj(x)))
+        gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
+        return self.down_proj(F.silu(gate) * up)
 
 
 class Norm(nn.RMSNorm):
-    """RMSNorm in few passes."""
+    """RMSNorm (arXiv 1910.07467); on a CPU in float32 by `_FewPasses`."""
 
     def forward(self, x: Tensor) -> Tensor:
-        assert self.eps is not None
-        return rms_norm(x, self.weight, self.eps)
+        if x.device.type != "cpu" or x.dtype != torch.float32 or torch.compiler.is_compiling():
+            return super().forward(x)
+        return _FewPasses.apply(x, self.weight, self.eps)
+
+
+class _FewPasses(torch.autograd.Function):
+    """The norm with its gradient written out: PyTorch's operators pass over x some twenty times in both directions."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+        length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+        scale = length.square_().div_(x.shape[-1]).add_(epsilon).rsqrt_()
+        ctx.save_for_backward(x, weight, scale)
+        return (x * scale).mul_(weight)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        x, weight, scale = ctx.saved_tensors
+        product = (grad * x).view(-1, x.shape[-1])
+        for_weight = torch.mv(product.t(), scale.flatten())
+        along = torch.mv(product, weight).view(scale.shape).mul_(scale.pow(3)).div_(-x.shape[-1])
+        return (grad * scale).mul_(weight).addcmul_(x, along), for_weight, None
 
 
 class Layer(nn.Module):
@@ -221,3 +246,10 @@ def rotary_tables(size: PolicySize) -> tuple[Tensor, Tensor]:
     frequency = size.rope_theta ** -(torch.arange(0, size.head_size, 2, dtype=torch.float32) / size.head_size)
     angle = torch.arange(size.max_positions, dtype=torch.float32)[:, None] * frequency
     return angle.cos(), angle.sin()
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn x [..., T, heads, E] by its position's angle, cos and sin [T, E / 2]; the two halves are the coordinates."""
+    cos, sin = cos.unsqueeze(-2).to(x.dtype), sin.unsqueeze(-2).to(x.dtype)
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)

@@ -183,7 +183,4 @@ def _rotate(x: Tensor, rope: Tensor) -> None:
     rope : complex [T, 1, E / 2] or [R, T, 1, E / 2]
     """
     pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
-    if x.dtype == torch.float32:
-        pairs *= rope
-    else:
-        x.copy_(torch.view_as_real(pairs * rope).flatten(-2))
+    x.copy_(torch.view_as_real(pairs * rope).flatten(-2))

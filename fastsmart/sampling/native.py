@@ -85,7 +85,6 @@ class NativeEngine:
         self, prompts: TokenBatch, settings: SamplingSettings, seed: tuple[int, ...], first: int
     ) -> Generator[Completion, None, None]:
         check_prompts(prompts, settings, self.size.max_positions)
-        total = len(prompts) * settings.group
         static_cache = self.static_cache
         if static_cache is None:
             static_cache = settings.cuda_graph and self.weights.device.type == "cuda"
@@ -96,8 +95,8 @@ class NativeEngine:
                     f"sampling.guidance is {settings.guidance}, and the policy knows no styles; leave it at 1"
                 )
             decode, most = self._decode, max(1, most // 2)
-        for start in range(0, total, most):
-            index = np.arange(start, min(start + most, total))
+        for start in range(0, len(prompts) * settings.group, most):
+            index = np.arange(start, min(start + most, len(prompts) * settings.group))
             rows = [prompts.row(int(i) // settings.group) for i in index]
             yield from decode(rows, index + first, settings, seed)
 

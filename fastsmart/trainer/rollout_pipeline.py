@@ -154,8 +154,7 @@ class RolloutPipeline:
         Without a `scorer` those are the chunks that another thread scored during sampling, and this thread is to score
         the rest when it has sampled the last completion. For a thread that has computed with GNU OpenMP keeps helpers,
         and the helpers of two such threads on the same cores send each other to sleep between any two operators: a
-        sampler on two cores takes a fifth longer, 8-bit scoring 6 %. So little is left of the gain on a CPU: 0.997
-        times as fast as "off" with formula rewards; with Audiobox in float32 on a Zen 3, 57.9 s became 52.6 s.
+        sampler on two cores takes a fifth longer, 8-bit scoring 6 %.
         """
         inbox: Inbox = SimpleQueue()
         beside = self.rendering.submit(self._render_and_score, batch, inbox)
