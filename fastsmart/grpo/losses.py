@@ -97,8 +97,8 @@ def loss_denominator(lengths: Tensor, settings: LossSettings) -> float:
     return max(1.0, float(sum(lengths.tolist())))  # a sum of PyTorch would be waited for
 
 
-def clipped_surrogate(ratio: Tensor, _: Tensor, advantage: Tensor, settings: LossSettings) -> Tensor:
-    """PPO's pessimistic objective as a loss (arXiv 1707.06347, eq. 7), truncated above if asked; all [M]."""
+def clipped_surrogate(ratio: Tensor, logprob: Tensor, advantage: Tensor, settings: LossSettings) -> Tensor:
+    """PPO's pessimistic objective as a loss (arXiv 1707.06347, eq. 7), truncated if asked; [M], logprob not used."""
     clipped = ratio.clamp(1.0 - settings.clip_low, 1.0 + settings.clip_high)
     if settings.truncate:
         ratio = ratio.clamp(max=settings.truncate)
