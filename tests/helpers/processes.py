@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -12,7 +13,9 @@ import psutil
 
 @contextmanager
 def started(command: list[str], **options: Any) -> Iterator[subprocess.Popen]:
-    """`subprocess.Popen`, of whose process and its descendants none is left after the block."""
+    """`subprocess.Popen`, of whose process and its descendants none is left after the block; it can be interrupted."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # tests that are a shell's background job, and its children
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     process = subprocess.Popen(command, **options)
     try:
         yield process
