@@ -94,7 +94,8 @@ def _prompts(policy: Policy, options: argparse.Namespace) -> Prompts:
     metres, tempi = options.time_signature or ["4/4"], tuple(options.tempo or TEMPI)
     try:
         asked = prompts.procedural(policy.vocab, options.number, options.seed, metres, tempi)
-        return prompts.styled(asked, options.style, "--style") if options.style else asked
+        own_metres = None if options.time_signature else options.seed
+        return prompts.styled(asked, options.style, "--style", own_metres) if options.style else asked
     except UserError as error:
         text = str(error).replace("prompts.tempo_min", "--tempo LOW").replace("prompts.tempo_max", "HIGH")
         raise UserError(text.replace("prompts.time_signatures", "--time-signature")) from error

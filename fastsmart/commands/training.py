@@ -46,7 +46,7 @@ def pretrain(options: argparse.Namespace) -> int:
     from fastsmart.policy.style_crops import evened
     from fastsmart.policy.transformer import PolicySize
     from fastsmart.study.card import STATISTICS_FILE, real_statistics, write_release
-    from fastsmart.tokens.labels import read_labels
+    from fastsmart.tokens.labels import metres_of, read_labels
     from fastsmart.tokens.vocabulary import load_vocabulary
 
     vocab, out = load_vocabulary(options.vocabulary), Path(options.out)
@@ -66,7 +66,7 @@ def pretrain(options: argparse.Namespace) -> int:
     labels = None
     if options.styles:
         labels = read_labels(options.styles, dataset.files, dataset.source, settings.valid_share, settings.seed)
-        dataset = evened(dataset, labels.named())
+        dataset = evened(dataset, replace(labels.named(), metres=metres_of(labels, dataset)))
 
     def report(line: dict[str, Any]) -> None:
         show(line["step"], settings.steps)

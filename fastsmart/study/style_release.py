@@ -152,7 +152,7 @@ def played(policy: Policy, styles: list[str], seed: int) -> tuple[list, NoteBatc
     """Completions of `CLIPS` prompts, each in every style in turn: sequences, the clips as heard, styles asked for."""
     openings = procedural(policy.vocab, CLIPS, seed, ["4/4"], (60.0, 150.0))
     rows = [row for row in openings.tokens for _ in styles]
-    prompts = styled(replace(openings, tokens=TokenBatch.pack(rows)), styles)
+    prompts = styled(replace(openings, tokens=TokenBatch.pack(rows)), styles, metres_seed=seed)
     rollout = sample(policy, prompts.tokens, 1, MAX_TOKENS, seed=seed)
     sequences = list(rollout.sequences())
     return sequences, decode(sequences, policy.vocab, WINDOW_S), styles * CLIPS

@@ -18,6 +18,7 @@ import numpy as np
 
 from fastsmart.errors import UserError
 from fastsmart.machine.files import read_file
+from fastsmart.tokens.dataset import TokenDataset
 from fastsmart.tokens.styles import NAMED_TOKENS, Styles
 
 Row = tuple[str, str, str, str]  # style, composer, split, work
@@ -70,6 +71,21 @@ class Labels:
             tuple(zip(styles, NAMED_TOKENS, strict=False)),
             tuple((composer, token, style) for (composer, style), token in zip(known.items(), free, strict=False)),
         )
+
+
+def metres_of(labels: Labels, dataset: TokenDataset) -> tuple[tuple[str, tuple[tuple[str, float], ...]], ...]:
+    """Shares of a style's training pieces by the metre they begin in, as `Styles.metres` has them."""
+    named = dict(zip(dataset.vocab.ids_of("TimeSig"), dataset.vocab.values_of("TimeSig"), strict=True))
+    found: list[tuple[str, tuple[tuple[str, float], ...]]] = []
+    for style in sorted(set(labels.style) - {""}):
+        begin = (
+            next((named[i] for i in dataset.piece(int(p)) if i in named), "") for p in labels.pieces("train", style)
+        )
+        count = Counter(metre for metre in begin if metre)
+        if count:
+            shares = tuple((metre, round(n / count.total(), 4)) for metre, n in count.most_common())
+            found.append((style, tuple((metre, share) for metre, share in shares if share > 0)))
+    return tuple(found)
 
 
 def read_labels(manifests: Sequence[str], files: Sequence[str], source: str, share: float, seed: int) -> Labels:

@@ -8,7 +8,7 @@
 * `bos`: only the token that begins a piece.
 
 Where styles are asked for, BOS and the tokens of a style come before all this; number i asks for the i-th of them, from
-the first again after the last.
+the first again after the last. Where `styles.json` gives the metres of the style, the opening is in one of them.
 """
 
 from __future__ import annotations
@@ -39,7 +39,9 @@ LIMITED = {  # what a kind of token is called in the settings, and its unit
     "Velocity": ("velocity", ""),
     "Duration": ("duration", " beats"),
 }
-TRAIN_STREAM, HELDOUT_STREAM, UNSPLIT_STREAM, ORDER_STREAM, NOTE_STREAM = range(5)  # second number of the seed
+TRAIN_STREAM, HELDOUT_STREAM, UNSPLIT_STREAM, ORDER_STREAM, NOTE_STREAM, METRE_STREAM = range(
+    6
+)  # second number of the seed
 
 
 @dataclass(frozen=True)
@@ -131,7 +133,8 @@ class PromptSource:
         self.vocab, self.seed = vocab, settings.seed
         self.size, self._opening = _openings(settings, vocab)
         self._added = _added_note(settings, vocab)
-        self._prefixes = style_prefixes(vocab, settings.styles) or [[]]
+        self._prefixes = style_prefixes(vocab, settings.styles)
+        self._metres = _metres(vocab, settings.styles) if settings.style_metres else {}
         shuffled = _shuffled(self.size, settings.seed)
         self._pools = {split: _of_split(shuffled, settings.source, split) for split in SPLITS}
 
@@ -140,15 +143,20 @@ class PromptSource:
         and chooses its checkpoint; or "test", which no run sees."""
         if split not in SPLITS:
             raise ValueError(f"split must be one of {', '.join(SPLITS)}, not {split!r}")
-        pool, prefixes = self._pools[split], self._prefixes
+        pool, turns = self._pools[split], max(1, len(self._prefixes))
         rows = []
         for number in range(start, start + n):
             random = _random(self.seed, TRAIN_STREAM if split == "train" else HELDOUT_STREAM, number)
             drawn = int(random.integers(len(pool)))
-            chosen = drawn if split == "train" else number // len(prefixes) % len(pool)
+            chosen = drawn if split == "train" else number // turns % len(pool)
             row = self.begun(int(pool[chosen]), random)
-            rows.append(_after(prefixes[number % len(prefixes)], row, self.vocab))
+            rows.append(self._asking(row, number) if self._prefixes else row)
         return TokenBatch.pack(rows)
+
+    def _asking(self, row: list[int], number: int) -> list[int]:
+        """A prompt that asks for the style whose turn it is, in one of the style's metres."""
+        turn, random = number % len(self._prefixes), _random(self.seed, METRE_STREAM, number)
+        return _after(self._prefixes[turn], _in_metre(row, self._metres.get(turn), random, self.vocab), self.vocab)
 
     def begun(self, j: int, random: np.random.Generator) -> list[int]:
         """Ids of a prompt that begins with opening j, without a style."""
@@ -183,11 +191,43 @@ def asked_styles(prompts: TokenBatch, vocab: Vocabulary) -> list[str]:
     return [style_of.get(int(row[1]), "") if len(row) > 1 else "" for row in prompts]
 
 
-def styled(prompts: Prompts, styles: Sequence[str], where: str = "prompts.styles") -> Prompts:
-    """The same prompts, asking for these styles in turn; raises UserError as `style_prefixes` does."""
+def styled(
+    prompts: Prompts, styles: Sequence[str], where: str = "prompts.styles", metres_seed: int | None = None
+) -> Prompts:
+    """The same prompts, asking for these styles in turn; raises UserError as `style_prefixes` does.
+
+    metres_seed : of the metres that are drawn for the openings, from the styles' own; None = as they are
+    """
     prefixes, vocab = style_prefixes(prompts.vocab, styles, where), prompts.vocab
-    rows = [_after(prefixes[i % len(prefixes)], row.tolist(), vocab) for i, row in enumerate(prompts.tokens)]
+    metres = {} if metres_seed is None else _metres(vocab, styles)
+    rows = []
+    for i, row in enumerate(prompts.tokens):
+        random = _random(metres_seed or 0, METRE_STREAM, i)
+        opening = _in_metre(row.tolist(), metres.get(i % len(prefixes)), random, vocab)
+        rows.append(_after(prefixes[i % len(prefixes)], opening, vocab))
     return Prompts(TokenBatch.pack(rows), vocab)
+
+
+def _metres(vocab: Vocabulary, styles: Sequence[str]) -> dict[int, dict[int, float]]:
+    """Shares of each asked style's metres by their tokens' ids, by the style's place; styles without are left out."""
+    known = dict(vocab.styles.metres) if vocab.styles else {}
+    asked = {turn: known.get(style.partition("/")[0]) for turn, style in enumerate(styles)}
+    return {
+        turn: {vocab.id(f"TimeSig_{metre}"): share for metre, share in shares}
+        for turn, shares in asked.items()
+        if shares
+    }
+
+
+def _in_metre(
+    row: list[int], metres: dict[int, float] | None, random: np.random.Generator, vocab: Vocabulary
+) -> list[int]:
+    """A prompt whose time signature, where it has one, is drawn from these metres."""
+    at = next((k for k, token in enumerate(row) if vocab.tokens[token].startswith("TimeSig_")), None)
+    if not metres or at is None:
+        return row
+    shares = np.array(list(metres.values()))
+    return [*row[:at], int(random.choice(list(metres), p=shares / shares.sum())), *row[at + 1 :]]
 
 
 def _after(prefix: list[int], row: list[int], vocab: Vocabulary) -> list[int]:

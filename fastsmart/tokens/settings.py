@@ -44,6 +44,9 @@ class PromptSettings:
     """Folder of an encoded dataset, for source "dataset"."""
     styles: tuple[str, ...] = ()
     """Styles that are asked for in turn, each "STYLE" or "STYLE/COMPOSER", of a policy that has a styles.json."""
+    style_metres: bool = True
+    """Whether an opening of a style is in one of the style's own metres, where styles.json gives them; else in one of
+    `time_signatures`."""
     seed: int = 0
     """Seed of which openings are held out and of the order in which all of them come."""
 

@@ -3,15 +3,18 @@
 A policy that knows styles has a `styles.json` beside its tokenizer.json:
 
     {"styles": {"baroque": "INF1_None", "ragtime": "INF2_None"},
-     "composers": {"Joplin, Scott": {"token": "INF3_None", "style": "ragtime"}}}
+     "composers": {"Joplin, Scott": {"token": "INF3_None", "style": "ragtime"}},
+     "metres": {"ragtime": {"2/4": 0.85, "4/4": 0.1, "3/4": 0.05}}}
 
-A piece of a style begins with BOS, the token of the style and, where a composer is asked for, the composer's. No id is
-new, so transformers, vLLM and MidiTok read the checkpoint as any other.
+`metres` may be left out; it says how often pieces of a style are in which metre. A piece of a style begins with BOS,
+the token of the style and, where a composer is asked for, the composer's. No id is new, so transformers, vLLM and
+MidiTok read the checkpoint as any other.
 """
 
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
@@ -31,10 +34,12 @@ class Styles:
 
     styles    : (style, text of its token, such as `INF1_None`)
     composers : (composer, text of the composer's token, the style of the composer's pieces)
+    metres    : (style, ((metre such as `3/4`, share of the style's pieces), ...)) of the styles whose metres are known
     """
 
     styles: tuple[tuple[str, str], ...]
     composers: tuple[tuple[str, str, str], ...] = ()
+    metres: tuple[tuple[str, tuple[tuple[str, float], ...]], ...] = ()
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -70,7 +75,10 @@ class Styles:
     def save(self, folder: Path) -> None:
         """Write styles.json into a checkpoint's folder."""
         composers = {name: {"token": token, "style": style} for name, token, style in self.composers}
-        text = json.dumps({"styles": dict(self.styles), "composers": composers}, indent=2, ensure_ascii=False)
+        record: dict[str, dict] = {"styles": dict(self.styles), "composers": composers}
+        if self.metres:
+            record["metres"] = {style: dict(shares) for style, shares in self.metres}
+        text = json.dumps(record, indent=2, ensure_ascii=False)
         (folder / STYLES_FILE).write_text(text + "\n", encoding="utf-8")
 
 
@@ -84,6 +92,7 @@ def read_styles(path: Path, tokens: tuple[str, ...]) -> Styles:
         styles = tuple(dict(record["styles"]).items())
         entries = dict(record.get("composers", {})).items()
         composers = tuple((name, entry["token"], entry["style"]) for name, entry in entries)
+        metres = tuple((style, tuple(dict(shares).items())) for style, shares in dict(record.get("metres", {})).items())
         used = [text for _, text in styles] + [text for _, text, _ in composers]
         whole = all(isinstance(text, str) for text in used)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
@@ -102,4 +111,21 @@ def read_styles(path: Path, tokens: tuple[str, ...]) -> Styles:
     for name, _, style in composers:
         if style not in dict(styles):
             raise UserError(f"{path} says that {name} is of the style {style!r}, which it does not list")
-    return Styles(styles, composers)
+    for style, shares in metres:
+        _check_metres(path, style, shares, dict(styles), tokens)
+    return Styles(styles, composers, metres)
+
+
+def _check_metres(
+    path: Path, style: str, shares: tuple[tuple[str, float], ...], known: dict[str, str], tokens: tuple[str, ...]
+) -> None:
+    """Raise UserError for metres of a style that is not listed, or that no opening can be drawn from."""
+    if style not in known:
+        raise UserError(f"{path} gives metres of {style!r}, which it does not list as a style")
+    for metre, share in shares:
+        if f"TimeSig_{metre}" not in tokens:
+            raise UserError(f"{path} says that {style} is in {metre!r}, for which the vocabulary has no token")
+        if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 < share < math.inf:
+            raise UserError(f"{path} gives {metre} of {style} the share {share!r}; it must be a number above 0")
+    if not shares:
+        raise UserError(f"{path} gives no metre of {style}; name one, or leave {style} out of its metres")

@@ -23,9 +23,17 @@ STYLES = Styles(
 )
 
 
+IN_METRES = replace(STYLES, metres=(("ragtime", (("2/4", 0.75), ("3/4", 0.25))),))
+
+
 @pytest.fixture(scope="module")
 def knowing(vocab):
     return replace(vocab, styles=STYLES)
+
+
+@pytest.fixture(scope="module")
+def in_metres(vocab):
+    return replace(vocab, styles=IN_METRES)
 
 
 def test_styles_travel_with_a_checkpoint_and_its_weights_do_not_change(knowing, tmp_path):
@@ -84,6 +92,43 @@ def test_styles_take_turns_and_held_out_openings_come_in_each_of_them(knowing):
     ]
 
 
+def metre(row, vocab):
+    return next(vocab.tokens[i] for i in row if vocab.tokens[i].startswith("TimeSig"))
+
+
+@pytest.mark.parametrize("source", ["procedural", "procedural-note", "first-note"])
+def test_openings_of_a_style_are_in_the_metres_of_its_pieces(knowing, in_metres, source):
+    settings = PromptSettings(source, time_signatures=("4/4",), styles=("ragtime/Joplin", "hymn"))
+    plain, asked = (make_prompts(settings, vocab, "train", 0, 800) for vocab in (knowing, in_metres))
+    found = [metre(asked.row(k), in_metres) for k in range(800)]
+    assert set(found[1::2]) == {"TimeSig_4/4"}
+    assert set(found[::2]) == {"TimeSig_2/4", "TimeSig_3/4"}
+    assert found[::2].count("TimeSig_2/4") / 400 == pytest.approx(0.75, abs=0.07)
+    for k in range(800):  # nothing else has changed
+        assert np.count_nonzero(plain.row(k) != asked.row(k)) == (k + 1) % 2
+    again = make_prompts(settings, in_metres, "train", 300, 1)
+    assert again.row(0).tolist() == asked.row(300).tolist()
+    off = make_prompts(replace(settings, style_metres=False), in_metres, "train", 0, 800)
+    assert np.array_equal(off.ids, plain.ids)
+
+
+def test_metres_leave_alone_what_has_none(in_metres):
+    row = make_prompts(PromptSettings("bos", styles=("ragtime",)), in_metres, "train", 0, 1).row(0)
+    assert row.tolist() == [in_metres.bos_id, in_metres.id("INF2_None")]
+
+
+def test_given_prompts_are_put_in_the_metres_only_where_that_is_asked_for(in_metres):
+    prompts = procedural(in_metres, 20, seed=0, time_signatures=["4/4"])
+    kept, drawn = styled(prompts, ["ragtime"]), styled(prompts, ["ragtime"], metres_seed=1)
+    assert {metre(row, in_metres) for row in kept.tokens} == {"TimeSig_4/4"}
+    assert {metre(row, in_metres) for row in drawn.tokens} == {"TimeSig_2/4", "TimeSig_3/4"}
+
+
+def test_metres_travel_with_a_checkpoint(in_metres, tmp_path):
+    save_policy(make_policy(in_metres), tmp_path)
+    assert load_policy(tmp_path).vocab.styles == IN_METRES
+
+
 def test_a_style_makes_no_difference_to_the_notes_and_none_to_miditok(knowing, tmp_path):
     prompt = styled(procedural(knowing, 1, seed=0), ["ragtime/Joplin, Scott"]).row(0)
     music = [knowing.id(text) for text in ("Pitch_60", "Velocity_63", "Duration_1.0.12", "Bar_None", "TimeSig_3/4")]
@@ -122,6 +167,15 @@ def test_a_policy_without_styles_says_so(vocab):
         ({"styles": {"a": "INF17_None"}}, "uses the token INF17_None"),
         ({"styles": {"a": "INF1_None", "b": "INF1_None"}}, "uses the token INF1_None twice"),
         ({"styles": {"a": "INF1_None"}, "composers": {"x": {"token": "INF2_None", "style": "b"}}}, "the style 'b'"),
+        ({"styles": {"a": "INF1_None"}, "metres": {"b": {"3/4": 1}}}, "metres of 'b', which it does not list"),
+        ({"styles": {"a": "INF1_None"}, "metres": {"a": {"9/1": 1}}}, "a is in '9/1', for which the vocabulary has no"),
+        (
+            {"styles": {"a": "INF1_None"}, "metres": {"a": {"3/4": 0}}},
+            "3/4 of a the share 0; it must be a number above",
+        ),
+        ({"styles": {"a": "INF1_None"}, "metres": {"a": {"3/4": "x"}}}, "3/4 of a the share 'x'"),
+        ({"styles": {"a": "INF1_None"}, "metres": {"a": {}}}, "gives no metre of a"),
+        ({"styles": {"a": "INF1_None"}, "metres": {"a": 3}}, "is not a list of styles"),
     ],
 )
 def test_a_damaged_list_of_styles_is_named(vocab, tmp_path, tree, said):
