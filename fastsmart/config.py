@@ -77,6 +77,8 @@ class Config:
                 f"reward.normalize is {self.reward.normalize!r}; with any part of [diversity] on it must be 'none': "
                 "advantages are then in fixed units of the base's rewards"
             )
+        if self.diversity.style_kl and not self.prompts.styles:
+            raise UserError("diversity.style_kl keeps styles near the base's; name them in prompts.styles")
         if self.grpo.loss == "dr_grpo" and self.grpo.max_tokens != self.sampling.max_tokens:
             raise UserError(
                 f"grpo.max_tokens is {self.grpo.max_tokens}; dr_grpo needs that of sampling.max_tokens, "
@@ -114,7 +116,7 @@ class Config:
                 )
         if algorithm == "grpo":
             return
-        if self.diversity.active:
+        if self.diversity.active or self.diversity.style_kl:
             raise UserError(
                 f"[diversity] acts on the advantages of train.algorithm 'grpo', not {algorithm!r}; leave it out"
             )

@@ -147,6 +147,10 @@ class DiversitySettings:
     rehearse_weight: float = 0.3
     """Weight of their mean negative log-likelihood, nats a token, beside the policy loss."""
 
+    style_kl: float = 0.0
+    """Nats a completion that the outputs of each of `prompts.styles` may be from the base's, by a controller for each:
+    of the weight that its divergence has in the advantages. 0 = any. Needs no calibration."""
+
     clips: int = 1024
     """Outputs of the base policy that calibration samples before the first step."""
 
@@ -162,6 +166,7 @@ class DiversitySettings:
             ("gate", 0.0 <= self.gate < 1.0, "must be from 0 to below 1"),
             ("rehearse", self.rehearse >= 0, "must be 0 (none) or above"),
             ("rehearse_weight", 0.0 <= self.rehearse_weight < math.inf, "must be 0 or above"),
+            ("style_kl", 0.0 <= self.style_kl < math.inf, "must be 0 (any) or above"),
             ("clips", self.clips >= 64, "must be at least 64"),
         ]
         for key, holds, rule in rules:

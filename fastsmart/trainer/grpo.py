@@ -17,12 +17,12 @@ from fastsmart.trainer.batch import Batch
 from fastsmart.trainer.diversity_control import DiversityControl, diversity_control
 from fastsmart.trainer.rehearsal import rehearse
 from fastsmart.trainer.rollout_pipeline import Progress, ScoredRollout
-from fastsmart.trainer.style_metrics import divergences, style_metrics, styles_of_step
+from fastsmart.trainer.style_metrics import StyleControl, divergences
 from fastsmart.trainer.trainer import Trainer
 from fastsmart.trainer.update import Update, metrics, reference_logprobs, update
 
 MISMATCH_STATS = ("token_mult_prob_error", "mismatch_k3", "logprob_gap_max")
-_CONTROL_KEY = "diversity_control"
+_CONTROL_KEY, _STYLES_KEY = "diversity_control", "style_control"
 
 
 class Grpo:
@@ -34,6 +34,7 @@ class Grpo:
     advantage : theirs, float32 [n]
     divergence : theirs from the reference (see `divergences`), float64 [n]; only where styles are asked for
     control   : what keeps the outputs different from each other; None = nothing
+    styles    : what measures styles and keeps each near the reference; None where none are asked for
     """
 
     ends_round = False
@@ -42,8 +43,12 @@ class Grpo:
     divergence: np.ndarray
 
     def __init__(self, trainer: Trainer, folder: Path) -> None:
-        self.trainer, saved = trainer, trainer.record.get(_CONTROL_KEY)
-        self.control = diversity_control(trainer.config, trainer.worker, folder, trainer.steps_done, saved)
+        self.trainer, record, asked = trainer, trainer.record, trainer.config.prompts.styles
+        self.control = diversity_control(
+            trainer.config, trainer.worker, folder, trainer.steps_done, record.get(_CONTROL_KEY)
+        )
+        given = trainer.config, trainer.policy.vocab, trainer.ranks
+        self.styles = StyleControl(*given, record.get(_STYLES_KEY)) if asked else None
 
     def step(self, progress: Progress | None = None) -> StepResult:
         trainer = self.trainer
@@ -55,14 +60,14 @@ class Grpo:
         with trainer.worker.trace("update"):
             change = self._learn(batch)
         line = metrics(trainer.steps_done + 1, batch, advantage, change) | about
-        if trainer.config.prompts.styles:
-            asked = styles_of_step(trainer.config, trainer.policy.vocab, trainer.steps_done)
-            line["styles"] = style_metrics(batch, asked, self.divergence, trainer.ranks)
+        if self.styles:
+            line["styles"] = self.styles.metrics(batch, self.divergence, trainer.steps_done)
         return StepResult(change, line, self.scored, len(advantage))
 
     @property
     def state(self) -> dict[str, Any]:
-        return {} if self.control is None else {_CONTROL_KEY: self.control.state}
+        parts = {_CONTROL_KEY: self.control, _STYLES_KEY: self.styles}
+        return {key: part.state for key, part in parts.items() if part and part.state}
 
     def evidence(self) -> dict[str, np.ndarray]:
         terms = {f"term_{name}": values for name, values in self.scored.scores.terms.items()}
@@ -86,8 +91,9 @@ class Grpo:
         trainer.previous = copy.deepcopy(trainer.policy) if settings.pipeline == "one-step-off" else None
         batches = trainer.micro_batches(self.scored.rollout)
         ref_logprobs = reference_logprobs(trainer.reference, batches, *trainer.forward_options)
-        if trainer.config.prompts.styles:
+        if self.styles:
             self.divergence = divergences(batches, ref_logprobs)
+            self.advantage = self.styles.less_divergence(self.advantage, self.divergence, batch, trainer.steps_done)
         mismatch: dict[str, float] = {}
         for _ in range(settings.iterations):
             if self.control and self.control.settings.rehearse:

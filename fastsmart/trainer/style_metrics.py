@@ -1,18 +1,64 @@
-"""Reward and divergence of each style in a step's batch. Shape letter: N completions."""
+"""Reward and divergence of each style in a step's batch, and a bound on the latter. Shape letter: N completions."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from fastsmart.config import Config
+from fastsmart.grpo.control import Controller
 from fastsmart.machine.distributed import Ranks
 from fastsmart.tokens.prompts import asked_styles, make_prompts
 from fastsmart.tokens.vocabulary import Vocabulary
 from fastsmart.trainer.batch import Batch, MicroBatch
+
+
+class StyleControl:
+    """Keeps every style near the base policy, each by a weight of its own.
+
+    A completion's divergence from the reference, less its group's mean, is taken from its advantage, as where the
+    divergence is part of the reward. Its weight, over `most` nats, is that of a controller for each style, which raises
+    it while the style's completions are further than that from the reference in the mean.
+
+    config : of the run, which asks for styles; `diversity.style_kl` is `most`, 0 = divergence is measured only
+    state  : of the checkpoint that a run goes on from
+    """
+
+    def __init__(self, config: Config, vocab: Vocabulary, ranks: Ranks, state: dict[str, Any] | None = None) -> None:
+        self.config, self.vocab, self.ranks, self.most = config, vocab, ranks, config.diversity.style_kl
+        self.controllers = {style: Controller(**saved) for style, saved in (state or {}).items()}
+
+    def less_divergence(self, advantage: Tensor, divergence: np.ndarray, batch: Batch, step: int) -> Tensor:
+        """Advantages of this rank's completions, float32 [n], of whom `divergences` are given; step counts from 0."""
+        if not self.most:
+            return advantage
+        asked = styles_of_step(self.config, self.vocab, step)
+        weight = np.array([self._controller(asked[i]).weight / self.most for i in batch.mine])
+        groups = divergence.reshape(-1, self.config.sampling.group)
+        above = (groups - groups.mean(1, keepdims=True)).ravel()
+        return advantage - torch.from_numpy(weight * above).to(advantage)
+
+    def metrics(self, batch: Batch, divergence: np.ndarray, step: int) -> dict[str, dict[str, float]]:
+        """`style_metrics` of a step, by which the weights are then set; step counts from 0."""
+        table = style_metrics(batch, styles_of_step(self.config, self.vocab, step), divergence, self.ranks)
+        for style, row in table.items() if self.most else ():
+            controller = self._controller(style)
+            row["kl_weight"] = controller.weight
+            self.controllers[style] = controller.step(-row["kl_per_completion"] / self.most, -1.0)
+        return table
+
+    def _controller(self, style: str) -> Controller:
+        return self.controllers.get(style, Controller(0.0))
+
+    @property
+    def state(self) -> dict[str, Any]:
+        """State that a checkpoint keeps; empty where divergence is measured only."""
+        return {style: asdict(controller) for style, controller in self.controllers.items()}
 
 
 def styles_of_step(config: Config, vocab: Vocabulary, step: int) -> list[str]:

@@ -1,7 +1,9 @@
 """A run that asks for styles: what it pays for, what it writes, and what an evaluation says of it."""
 
 import json
+import shutil
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,10 +14,12 @@ from tiny_policy import make_policy
 
 from fastsmart.cli import main
 from fastsmart.errors import UserError
+from fastsmart.machine.distributed import Ranks
 from fastsmart.music.style_forest import FOREST_FILE, grow_forest
 from fastsmart.music.styles import JUDGE_FILE, fit_judge
 from fastsmart.notes import NoteBatch
 from fastsmart.policy.hf_format import load_policy, save_policy
+from fastsmart.reward import Scores
 from fastsmart.run.folder import PROVENANCE_FILE
 from fastsmart.run.top import Top
 from fastsmart.sampling import sample
@@ -25,7 +29,7 @@ from fastsmart.tokens.prompts import make_prompts
 from fastsmart.tokens.styles import Styles
 from fastsmart.trainer.batch import micro_batches
 from fastsmart.trainer.loop import train
-from fastsmart.trainer.style_metrics import divergences, styles_of_step
+from fastsmart.trainer.style_metrics import StyleControl, divergences, styles_of_step
 from fastsmart.trainer.update import reference_logprobs
 
 ASKED = {
@@ -83,6 +87,59 @@ def test_rounds_say_the_reward_of_each_style(base, tmp_path):
     line = next(line for line in lines if "reward" in line)
     assert list(line["styles"]) == sorted(STYLES)
     assert np.mean([of["reward"] for of in line["styles"].values()]) == pytest.approx(line["reward"], rel=1e-5)
+
+
+def test_divergence_beyond_what_a_style_may_have_costs_advantage_within_its_group(base):
+    config = config_for(base, ASKED, {"diversity": {"style_kl": 2.0}, "train": {"prompts": 2}})
+    control = StyleControl(config, load_policy(base).vocab, Ranks())
+    size = config.sampling.group
+    random = np.random.default_rng(0)
+    batch = SimpleNamespace(
+        group=np.repeat([0, 1], size),
+        mine=range(2 * size),
+        scores=Scores({}, random.normal(size=2 * size).astype(np.float32)),
+    )
+    advantage = torch.from_numpy(random.normal(size=2 * size).astype(np.float32))
+    divergence = np.concatenate([random.normal(6.0, 1.0, size), random.normal(1.0, 1.0, size)])
+    assert torch.equal(control.less_divergence(advantage, divergence, batch, 0), advantage)  # no weight yet
+    first = control.metrics(batch, divergence, 0)
+    assert {row["kl_weight"] for row in first.values()} == {0.0}
+    for _ in range(4):
+        table = control.metrics(batch, divergence, 0)
+    far, near = STYLES[0], STYLES[1]
+    assert table[far]["kl_weight"] > 1.0
+    assert table[near]["kl_weight"] == 0.0  # it is nearer than it may be
+    penalised = control.less_divergence(advantage, divergence, batch, 0).numpy() - advantage.numpy()
+    assert abs(penalised[:size].sum()) < 1e-5
+    assert not penalised[size:].any()
+    weight = control.controllers[far].weight / 2.0
+    assert penalised[:size] == pytest.approx(-weight * (divergence[:size] - divergence[:size].mean()), abs=1e-5)
+    again = StyleControl(config, control.vocab, Ranks(), json.loads(json.dumps(control.state)))
+    assert again.controllers == control.controllers
+
+
+def test_a_run_whose_styles_are_kept_near_resumes_with_the_same_numbers(base, tmp_path):
+    kept = {"diversity": {"style_kl": 1e-3}, "train": {"steps": 4, "save_every": 2}}
+    config, whole, cut = config_for(base, ASKED, kept), tmp_path / "whole", tmp_path / "cut"
+    train(config, whole)
+    shutil.copytree(whole, cut, symlinks=True)
+    shutil.rmtree(cut / "checkpoints" / "step-000004")
+    train(config, cut, resume=True)
+    lines = [
+        [line for line in map(json.loads, (run / "metrics.jsonl").read_text().splitlines()) if "reward" in line]
+        for run in (whole, cut)
+    ]
+    assert [line["step"] for line in lines[1]] == [1, 2, 3, 4]
+    assert [line["styles"] for line in lines[1]] == [line["styles"] for line in lines[0]]
+    assert [line["grad_norm"] for line in lines[1]] == [line["grad_norm"] for line in lines[0]]
+    assert max(row["kl_weight"] for row in lines[0][-1]["styles"].values()) > 0
+
+
+def test_what_a_style_may_have_needs_styles_and_an_algorithm_that_reads_it(base):
+    with pytest.raises(UserError, match=r"name them in prompts\.styles"):
+        config_for(base, ASKED, {"diversity": {"style_kl": 2.0}, "prompts": {"styles": []}})
+    with pytest.raises(UserError, match="not 'dpo'; leave it out"):
+        config_for(base, ASKED, {"diversity": {"style_kl": 2.0}, "train": {"algorithm": "dpo"}})
 
 
 def test_provenance_names_the_judge_and_checkpoints_keep_their_styles(run, base):
