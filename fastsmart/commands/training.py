@@ -30,6 +30,7 @@ PRETRAIN_OPTIONS = (
     "device",
     "init",
     "dtype",
+    "contrast",
 )
 
 

@@ -93,6 +93,15 @@ class StyleCropper(Cropper):
         """`count` rows of one style as it is asked for, int64 [B, T + 1], not transposed."""
         return np.stack([self._styled(style, rng, False) for _ in range(count)])
 
+    def after_another_style(self, rows: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        """Rows int64 [B, T + 1] whose style, where they begin with BOS and one and name no composer, is another one."""
+        ids = np.sort([token for _, token in self.tokens.values()])
+        asked = (rows[:, 0] == self.bos) & np.isin(rows[:, 1], ids) & ~np.isin(rows[:, 2], list(self.named.values()))
+        further = rng.integers(1, max(len(ids), 2), size=len(rows))
+        out = rows.copy()
+        out[asked, 1] = ids[(np.searchsorted(ids, rows[asked, 1]) + further[asked]) % len(ids)]
+        return out
+
     def touched_piece(self, p: int, rng: np.random.Generator) -> np.ndarray:
         """A whole piece with velocities and tempi as rows have them, ids [T]."""
         return self._in_tempo(self._touched(self.dataset.piece(p).astype(np.int64), rng), rng)

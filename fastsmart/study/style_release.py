@@ -37,7 +37,7 @@ MOST_OF_PIECE = 30  # windows
 ROUNDS = 3  # in which the pieces of a small style come at other tempi
 CLIPS = 64  # of each style that the policy plays
 MAX_TOKENS = 256
-ROWS = 12  # of each style in the table of losses
+ROWS = 64  # of each style in the table of losses
 COPY_DISTANCE = 0.3  # to the nearest training piece, below which an output is called a copy
 
 
