@@ -97,7 +97,9 @@ def report(p: argparse.ArgumentParser) -> None:
     )
     p.add_argument("source", metavar="RUN|EVALUATION", help="folder of a run or of an evaluation")
     p.add_argument("--out", default="", help="HTML file; default: report.html in the folder")
-    whole_option(p, "--players", within=(0, 1000), default=6, help="held-out prompts to listen to; default 6, 0 = none")
+    whole_option(
+        p, "--players", within=(0, 1000), help="held-out prompts to listen to, 0 = none; default 6, or 3 of each style"
+    )
     whole_option(p, "-n", "--prompts", within=(2, MOST_AT_ONCE), default=200, help="of a run's evaluation; default 200")
     whole_option(
         p, "--best-of", within=(0, 10_000), default=4, metavar="N", help="of a run's evaluation; default 4, 0 = none"

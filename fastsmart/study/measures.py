@@ -17,11 +17,13 @@ from fastsmart.music.training_set import TrainingSet
 from fastsmart.notes import NoteBatch
 from fastsmart.policy.transformer import Policy
 from fastsmart.reward.constraints import Constraint
+from fastsmart.study.by_style import by_style, known_moments
 from fastsmart.study.clamp_measures import ClampMeasures
 from fastsmart.study.embedding import Embedding, excerpt_states
 from fastsmart.study.evaluation import Metric
 from fastsmart.study.heard import Judges, heard
 from fastsmart.study.outputs import Outputs, Progress
+from fastsmart.tokens.prompts import asked_styles
 from fastsmart.tokens.vocabulary import Vocabulary
 from fastsmart.trainer.evaluate import TABLE_FEATURES
 
@@ -160,6 +162,11 @@ def _draws(outputs: Outputs, vocab: Vocabulary, config: Config, ruler: Ruler) ->
         measured_diversity = measured_diversity | ruler.clamp.draws(outputs.prompts, notes, vocab)
     for name, draws in measured_diversity.items():
         table["diversity", name, ""] = draws, None
+    if config.prompts.styles:
+        asked, reward = asked_styles(outputs.prompts, vocab), next(iter(outputs.scores.values())).total
+        real = known_moments(ruler.judges.get("judge"))
+        for name, draws in by_style(notes, asked, reward, ruler.weights, real, sizes).items():
+            table["style", name, ""] = draws, None
     for name, found in heard(outputs, vocab, config.audio.max_seconds, ruler.judges).items():
         table["style", f"bits between asked and heard, {name}", ""] = found.information, None
         table["style", f"heard as asked, {name}", ""] = found.balanced, None

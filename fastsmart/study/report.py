@@ -49,18 +49,20 @@ GROUPS = {
 def write_report(
     evaluation: Evaluation,
     path: str | Path,
-    players: int = 6,
+    players: int | None = None,
     progress: Progress = lambda stage, done, total: None,
     drawn: Sequence[dict[str, Any]] | None = None,
 ) -> Path:
     """Write the page about an evaluation, with the runs its policies came from.
 
-    players : held-out prompts that can be heard, 0 = none
+    players : held-out prompts that can be heard, 0 = none; None: six, or three of each style that prompts ask for
     drawn   : its `drawn_figures`, where somebody has drawn them already
 
     Raises UserError when the page cannot be written, or a player's audio cannot be rendered.
     """
     path = Path(path)
+    if players is None:
+        players = 3 * len(evaluation.config.prompts.styles) or 6
     pairs, notes = _players(evaluation, players, progress) if players else ([], {})
     page = render_page(
         "report.html",
@@ -229,6 +231,8 @@ def _change(metric: Metric, e: Estimate) -> dict[str, str]:
 
 
 def _more_is_better(metric: Metric) -> bool:
+    if metric.group == "style":
+        return not metric.name.startswith("distance")
     return metric.group == "reward" or (metric.group == "diversity" and metric.name not in diversity.LESS_IS_MORE)
 
 

@@ -25,6 +25,7 @@ from fastsmart.policy.style_crops import StyleCropper, style_cropper
 from fastsmart.policy.transformer import Policy
 from fastsmart.reward.style_margin import MEDIANS
 from fastsmart.sampling import sample
+from fastsmart.study.by_style import REAL_WINDOWS, real_moments
 from fastsmart.tokens.dataset import TokenDataset
 from fastsmart.tokens.decode import decode
 from fastsmart.tokens.labels import Labels
@@ -96,6 +97,7 @@ def fit_judges(windows: dict[str, Windows]) -> tuple[StyleJudge, StyleForest, di
     recall = {style: round(e.value, 4) for style, e in found["judge"].recall.items()}
     about = {
         MEDIANS: medians,
+        REAL_WINDOWS: real_moments(test.notes, test.style),
         "windows": {split: len(w.style) for split, w in windows.items()},
         "test_recall": recall,
         "test_balanced_accuracy": round(found["judge"].balanced.value, 4),

@@ -1,6 +1,7 @@
 """A run that asks for styles: what it pays for, what it writes, and what an evaluation says of it."""
 
 import json
+import re
 import shutil
 from dataclasses import replace
 from types import SimpleNamespace
@@ -178,11 +179,18 @@ def test_an_evaluation_tells_how_styles_are_heard(run, base, tmp_path):
     assert "bits between asked and heard, judge" in names
     assert "bits between asked and heard, second judge" in names
     assert {f"{style} heard as asked, judge" for style in STYLES} <= names
+    values = {m.name: m.values["tuned"].value for m in found.metrics if m.group == "style"}
+    reward = next(m for m in found.metrics if m.name == "reward").values["tuned"].value
+    assert np.mean([values[f"reward of {style}"] for style in STYLES]) == pytest.approx(reward, rel=1e-5)
+    assert all(1.0 <= values[f"effective outputs within {style}"] <= 12 for style in STYLES)
+    assert not any(name.startswith("distance of") for name in names)  # this judge knows no real windows
     table = np.array(found.record["styles"]["tuned"]["judge"]["confusion"])
     np.testing.assert_allclose(table.sum(1), 1.0, atol=1e-3)
     page = write_report(found, tmp_path / "report.html", players=0).read_text()
     assert "Styles asked for and heard" in page
     assert "tuned: styles asked for, down, and heard by the second judge, across" in page
+    heard = re.findall(r"<h3>Prompt \d+: (\w+)", write_report(found, tmp_path / "heard.html").read_text())
+    assert sorted(heard) == sorted(list(STYLES) * 3)
 
 
 def test_sample_asks_for_styles_in_turn(base, tmp_path, capsys):
