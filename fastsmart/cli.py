@@ -308,11 +308,8 @@ def _pretrain(p: argparse.ArgumentParser) -> None:
     whole_option(p, "--batch", within=(1, MOST_AT_ONCE), help="rows a step")
     whole_option(p, "--length", within=(8, MOST_AT_ONCE), help="tokens a row")
     real_option(p, "--learning-rate", within=(0, math.inf), above=True)
-    real_option(
-        p,
-        "--contrast",
-        within=(0, math.inf),
-        help="weight of telling a row's style from another, default 0",
+    whole_option(
+        p, "--style-steps", within=(0, MOST_STEPS), help="last steps, in which only tokens of styles learn; default 0"
     )
     whole_option(p, "--patience", within=(1, MOST_STEPS), help="evaluations without improvement before stopping early")
     whole_option(p, "--eval-every", within=(1, MOST_STEPS), help="steps between evaluations")

@@ -30,7 +30,7 @@ PRETRAIN_OPTIONS = (
     "device",
     "init",
     "dtype",
-    "contrast",
+    "style_steps",
 )
 
 
@@ -45,6 +45,7 @@ def pretrain(options: argparse.Namespace) -> int:
     from fastsmart.policy.pretrain import PretrainSettings
     from fastsmart.policy.pretrain import pretrain as run_pretraining
     from fastsmart.policy.style_crops import evened
+    from fastsmart.policy.style_tokens import learn_style_tokens
     from fastsmart.policy.transformer import PolicySize
     from fastsmart.study.card import STATISTICS_FILE, real_statistics, write_release
     from fastsmart.tokens.labels import metres_of, read_labels
@@ -83,6 +84,8 @@ def pretrain(options: argparse.Namespace) -> int:
     if stop:
         print(f"saved at step {result.step}; go on with --resume")
         return stop.exit_code
+    if labels and settings.style_steps:
+        result = replace(result, policy=learn_style_tokens(result.policy, dataset, labels, settings))
     try:
         statistics = real_statistics(dataset, settings, options.name, labels)
     except UserError as error:

@@ -25,7 +25,7 @@ from fastsmart.policy.checkpoints import Checkpoints
 from fastsmart.policy.crops import IGNORED, Cropper, CropSettings, ngram_losses, targets
 from fastsmart.policy.hf_format import load_policy, save_policy
 from fastsmart.policy.optimizer import make_optimizer, scheduled_rate, set_learning_rate
-from fastsmart.policy.style_crops import StyleCropper, StyleSettings, style_cropper
+from fastsmart.policy.style_crops import StyleSettings, style_cropper
 from fastsmart.policy.transformer import Policy, PolicySize
 from fastsmart.tokens.dataset import TokenDataset
 from fastsmart.tokens.labels import Labels
@@ -70,8 +70,8 @@ class PretrainSettings:
     """Policy whose weights are trained on; "" draws fresh ones by the seed."""
     dtype: str = "float32"
     """Type in which matrices are multiplied in training, "float32" or "bfloat16"; weights are float32 in both."""
-    contrast: float = 0.0
-    """Weight of the loss by which rows tell their style from another; 0 learns by next tokens alone."""
+    style_steps: int = 0
+    """Steps, after all others, in which the tokens of styles learn alone, see `fastsmart.policy.style_tokens`."""
     crop: CropSettings = field(default_factory=CropSettings)
     """Settings of cutting rows."""
     styles: StyleSettings = field(default_factory=StyleSettings)
@@ -81,14 +81,13 @@ class PretrainSettings:
         counts = {"batch": MOST_AT_ONCE, "valid_rows": MOST_AT_ONCE} | dict.fromkeys(
             ("steps", "eval_every", "patience"), MOST_STEPS
         )
-        for key, least, most in [*((key, 1, most) for key, most in counts.items()), ("seed", 0, LARGEST_SEED)]:
+        limits = [("seed", 0, LARGEST_SEED), ("style_steps", 0, MOST_STEPS)]
+        for key, least, most in [*((key, 1, most) for key, most in counts.items()), *limits]:
             if not least <= getattr(self, key) <= most:
                 option = f"--{key.replace('_', '-')}"
                 raise UserError(f"{option} is {getattr(self, key)}; it must be at least {least} and at most {most:,}")
         if self.dtype not in DTYPES:
             raise UserError(f"--dtype is {self.dtype!r}; it must be {' or '.join(DTYPES)}")
-        if not 0 <= self.contrast < math.inf:
-            raise UserError(f"--contrast is {self.contrast}; it must be a finite number, 0 or more")
         if not 0 < self.learning_rate < math.inf:
             raise UserError(f"--learning-rate is {self.learning_rate}; it must be a finite number above 0")
 
@@ -160,11 +159,7 @@ def _pretrain(
         rows = train.rows(np.random.default_rng([settings.seed, 1, step]), settings.batch)
         set_learning_rate(optimizer, rate)
         with torch.autocast(policy.device.type, torch.bfloat16, enabled=settings.dtype == "bfloat16"):
-            if settings.contrast and isinstance(train, StyleCropper):
-                others = train.after_another_style(rows, np.random.default_rng([settings.seed, 4, step]))
-                loss = _contrasted(policy, backbone, rows, others, train.pad, settings)
-            else:
-                loss = _loss(policy, backbone, rows, train.pad, settings.device)
+            loss = _loss(policy, backbone, rows, train.pad, settings.device)
         if not loss.isfinite():
             raise UserError(f"the loss is no longer finite at step {step + 1}; lower --learning-rate")
         loss.backward()
@@ -293,36 +288,11 @@ def _loss(policy: Policy, backbone: Callable[[Tensor], Tensor], rows: np.ndarray
     return F.cross_entropy(logits.flatten(0, 1), target.flatten(), ignore_index=IGNORED)
 
 
-def _contrasted(
-    policy: Policy,
-    backbone: Callable[[Tensor], Tensor],
-    rows: np.ndarray,
-    others: np.ndarray,
-    pad: int,
-    settings: PretrainSettings,
-) -> Tensor:
-    """Next-token loss of rows [B, T + 1], plus `settings.contrast` times the nats a token by which rows fail to tell
-    their style from another: the discriminative loss of GeDi (Krause et al. 2020, arXiv 2009.06367), minus log of the
-    own style's probability among the two.
-
-    others : the rows after another style each, or equal to them where there is none
-    """
-    differ = (rows != others).any(1)
-    both = targets(np.concatenate([rows, others[differ]]), pad)
-    inputs, target = (torch.from_numpy(x).to(settings.device) for x in both)
-    logits = policy.lm_head(backbone(inputs)).float()
-    losses = F.cross_entropy(logits.transpose(1, 2), target, ignore_index=IGNORED, reduction="none")
-    own, other = losses[: len(rows)], losses[len(rows) :]
-    further = own[torch.from_numpy(differ)] - other  # nats a token, further from the own style than from the other
-    unsure = F.softplus(further[:, 1:].sum(1)).sum()  # the style itself, at 0, is given
-    return (own.sum() + settings.contrast * unsure) / (target[: len(rows)] != IGNORED).sum()
-
-
 def _check_same_run(saved: dict[str, Any], record: dict[str, Any], out: Path) -> None:
     if not saved:
         raise UserError(f"nothing to resume in {out}; leave out --resume to start")
     # steps and speed may change on resume, what the numbers depend on may not
-    free = {"steps": 0, "compile": False, "device": "", "patience": 0}
+    free = {"steps": 0, "compile": False, "device": "", "patience": 0, "style_steps": 0}
     defaults = json.loads(json.dumps(asdict(PretrainSettings())))  # of runs that are older than a setting
     for key in ("settings", "size", "pieces", "styles"):
         ours, theirs = json.loads(json.dumps(record[key])), saved.get(key, [])

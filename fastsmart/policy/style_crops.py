@@ -89,18 +89,9 @@ class StyleCropper(Cropper):
         styles = [str(style) for style in rng.choice(list(self.tokens), size=count, p=self.style_share)]
         return np.stack([self._styled(style, rng, augment) for style in styles])
 
-    def rows_of(self, style: str, rng: np.random.Generator, count: int) -> np.ndarray:
-        """`count` rows of one style as it is asked for, int64 [B, T + 1], not transposed."""
-        return np.stack([self._styled(style, rng, False) for _ in range(count)])
-
-    def after_another_style(self, rows: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        """Rows int64 [B, T + 1] whose style, where they begin with BOS and one and name no composer, is another one."""
-        ids = np.sort([token for _, token in self.tokens.values()])
-        asked = (rows[:, 0] == self.bos) & np.isin(rows[:, 1], ids) & ~np.isin(rows[:, 2], list(self.named.values()))
-        further = rng.integers(1, max(len(ids), 2), size=len(rows))
-        out = rows.copy()
-        out[asked, 1] = ids[(np.searchsorted(ids, rows[asked, 1]) + further[asked]) % len(ids)]
-        return out
+    def rows_of(self, style: str, rng: np.random.Generator, count: int, augment: bool = False) -> np.ndarray:
+        """`count` rows of one style as it is asked for, int64 [B, T + 1]; without `augment` as `rows` has them."""
+        return np.stack([self._styled(style, rng, augment) for _ in range(count)])
 
     def touched_piece(self, p: int, rng: np.random.Generator) -> np.ndarray:
         """A whole piece with velocities and tempi as rows have them, ids [T]."""

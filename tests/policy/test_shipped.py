@@ -1,6 +1,7 @@
 """The policy in the package: small enough to ship, and it plays music."""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -44,7 +45,10 @@ def test_it_plays_in_key_all_the_time_and_within_the_range_of_real_pieces(rollou
     notes = decode(rollout.sequences(), vocab, 10.0)
     table = features(notes)
     assert (notes.counts > 0).all()
-    assert np.nanmean(table["scale_consistency"]) > 0.93  # real pieces 0.99, random pitches about 0.7
+    card = shipped_file(shipped, "README.md").read_text()
+    real = float(re.search(r"scale consistency \|[^|]*\| ([0-9.]+)", card).group(1))  # of its own real pieces
+    assert real > 0.9
+    assert np.nanmean(table["scale_consistency"]) > real - 0.05  # random pitches have about 0.7
     assert 2 < np.nanmean(table["notes_per_second"]) < 12
     assert np.nanmean(table["empty_beat_rate"]) < 0.05
     typicality = fs.load_reward("typicality", statistics=shipped_file(shipped, "typicality.json"))

@@ -14,8 +14,9 @@ from fastsmart.errors import UserError
 from fastsmart.machine.signals import StopRequest
 from fastsmart.policy.crops import CropSettings
 from fastsmart.policy.hf_format import load_policy, save_policy
-from fastsmart.policy.pretrain import PretrainSettings, _contrasted, evaluate, pretrain
+from fastsmart.policy.pretrain import PretrainSettings, evaluate, pretrain
 from fastsmart.policy.style_crops import StyleCropper, StyleSettings, evened
+from fastsmart.policy.style_tokens import _nats_of_rows, learn_style_tokens
 from fastsmart.policy.transformer import PolicySize
 from fastsmart.tokens.dataset import encode_folder, encode_midi
 from fastsmart.tokens.decode import decode
@@ -162,62 +163,43 @@ def test_pretraining_learns_styles_and_resumes_as_if_nothing_had_happened(corpus
     assert load_policy(tmp_path / "whole").vocab.styles == dataset.vocab.styles
 
 
-def test_another_style_takes_the_place_of_a_row_s_own_and_of_nothing_else(corpus):
-    vocab = corpus[0].vocab
-    train = cropper(corpus)
-    rows = train.rows(np.random.default_rng(3), 400)
-    others = train.after_another_style(rows, np.random.default_rng(4))
-    named = np.isin(rows[:, 1], [vocab.id("INF1_None"), vocab.id("INF2_None")]) & (rows[:, 0] == vocab.bos_id)
-    composed = rows[:, 2] == vocab.id("INF3_None")
-    assert composed.any()
-    assert np.array_equal((rows != others).any(1), named & ~composed)
-    assert np.array_equal(np.delete(rows, 1, axis=1), np.delete(others, 1, axis=1))
-    # of two styles the other one is the other one
-    assert set((rows[named & ~composed, 1] + others[named & ~composed, 1]).tolist()) == {
-        vocab.id("INF1_None") + vocab.id("INF2_None")
-    }
-
-
-def test_the_contrast_is_minus_log_of_the_own_style_s_probability_among_the_two(corpus):
-    dataset = corpus[0]
-    policy = make_policy(dataset.vocab).double()
-    train = cropper(corpus)
-    rows = train.rows(np.random.default_rng(5), 6)
-    others = train.after_another_style(rows, np.random.default_rng(6))
-    settings = PretrainSettings(contrast=0.7)
-    with torch.no_grad():
-        found = float(_contrasted(policy, policy.model, rows, others, train.pad, settings))
-
-    def log_prob(row: np.ndarray, first: int) -> float:
-        ids = torch.from_numpy(row[row != train.pad])
-        with torch.no_grad():
-            by_token = policy(ids[None, :-1])[0].double().log_softmax(-1).gather(1, ids[1:, None])
-        return float(by_token[first:].sum())
-
-    targets = sum(int((row != train.pad).sum()) - 1 for row in rows)
-    nats = -sum(log_prob(row, 0) for row in rows)
-    unsure = 0.0
-    for row, other in zip(rows, others, strict=True):
-        if (row != other).any():
-            own, another = log_prob(row, 1), log_prob(other, 1)
-            unsure -= own - np.logaddexp(own, another)
-    assert unsure > 0
-    assert found == pytest.approx((nats + 0.7 * unsure) / targets, rel=1e-5)
-
-
-def test_with_the_contrast_rows_are_told_from_another_style_s_sooner(corpus, tmp_path):
+def test_tokens_of_styles_learn_alone_and_tell_the_styles_further_apart(corpus, tmp_path):
     dataset, labels = corpus
     settings = PretrainSettings(
-        steps=30, batch=8, warmup=2, learning_rate=1e-2, eval_every=30, valid_rows=8, crop=CropSettings(length=48)
+        steps=30, batch=8, warmup=2, learning_rate=1e-2, valid_rows=8, style_steps=25, crop=CropSettings(length=48)
     )
+    before = pretrain(dataset, SIZE, settings, tmp_path / "run", labels=labels).policy
+    after = learn_style_tokens(before, dataset, labels, settings)
+    tokens = [dataset.vocab.id(text) for _, text in dataset.vocab.styles.styles]
+    changed = {}
+    for (name, p), (_, q) in zip(before.named_parameters(), after.named_parameters(), strict=True):
+        rows = (p != q).reshape(len(p), -1).any(1).nonzero().ravel().tolist()
+        changed |= {name: rows} if rows else {}
+    assert changed == {"model.embed_tokens.weight": tokens}
+    again = learn_style_tokens(before, dataset, labels, settings)
+    assert all(torch.equal(p, q) for p, q in zip(after.parameters(), again.parameters(), strict=True))
     valid = cropper(corpus, "valid")
     rows = np.concatenate([valid.rows_of(style, np.random.default_rng(7), 12) for style in STYLES])
-    others = valid.after_another_style(rows, np.random.default_rng(8))
-    told = {}
-    for contrast in (0.0, 2.0):
-        run = pretrain(dataset, SIZE, replace(settings, contrast=contrast), tmp_path / f"{contrast}", labels=labels)
-        told[contrast] = evaluate(run.policy, others, valid.pad) - evaluate(run.policy, rows, valid.pad)
-    assert told[2.0] > told[0.0] + 0.02
+    others = rows.copy()
+    others[:, 1] = sum(tokens) - rows[:, 1]  # of two styles the other one
+    apart = [evaluate(policy, others, valid.pad) - evaluate(policy, rows, valid.pad) for policy in (before, after)]
+    assert apart[1] > apart[0] + 0.01
+
+
+def test_nats_of_a_row_after_each_style_are_the_policy_s_own(corpus):
+    dataset = corpus[0]
+    policy, train = make_policy(dataset.vocab), cropper(corpus)
+    rows = np.concatenate([train.rows_of(style, np.random.default_rng(5), 1) for style in train.tokens])
+    tokens = torch.tensor([token for _, token in train.tokens.values()])
+    with torch.no_grad():
+        nats, length = _nats_of_rows(policy, rows, tokens, train.pad)
+        for i, row in enumerate(rows):
+            for j, token in enumerate(tokens):
+                ids = torch.from_numpy(row[row != train.pad])
+                ids[1] = token
+                logprobs = policy(ids[None, :-1])[0].log_softmax(-1).gather(1, ids[1:, None])[1:]
+                assert float(nats[i, j]) == pytest.approx(-float(logprobs.sum()), rel=1e-4)
+    assert length == int((rows != train.pad).sum()) - 2 * len(rows)
 
 
 def test_it_begins_with_the_weights_of_a_policy_and_refuses_one_of_other_tokens(corpus, tmp_path, vocab):
