@@ -170,7 +170,7 @@ def no_preset(folder):
         "dmo",
         "--out",
         folder / "r",
-    ], "there are demo, smart-paper, smart-released, h200, diverse, dpo"
+    ], "there are demo, smart-paper, smart-released, h200, diverse, styles, dpo"
 
 
 def no_engine(folder):
