@@ -157,8 +157,9 @@ def diverse() -> Config:
 def styles() -> Config:
     """The demo's reward for seven styles, each of which is to keep its voice: `styles-tiny`, asked for each in turn.
 
-    The margin pays a clip for being heard as it was asked for, up to the median real piece of its style; a controller
-    for each style holds its divergence from the base (docs/styles.md has what both gave over three seeds).
+    The margin pays a clip for being heard as it was asked for, up to the median real piece of its style. In place of
+    grpo.beta a controller for each style holds its divergence from the base, of whole clips. What pilots of one seed
+    gave is in docs/log.md.
     """
     base = demo()
     return replace(
@@ -167,6 +168,7 @@ def styles() -> Config:
         prompts=replace(base.prompts, styles=STYLES),
         sampling=replace(base.sampling, group=4),
         reward=replace(base.reward, terms={**base.reward.terms, "style_margin": 0.1}),
+        grpo=replace(base.grpo, beta=0.0),
         train=replace(base.train, steps=120, prompts=len(STYLES), eval_every=40, eval_prompts=70, save_every=40),
         diversity=DiversitySettings(style_kl=20.0),
     )
