@@ -39,9 +39,8 @@ LIMITED = {  # what a kind of token is called in the settings, and its unit
     "Velocity": ("velocity", ""),
     "Duration": ("duration", " beats"),
 }
-TRAIN_STREAM, HELDOUT_STREAM, UNSPLIT_STREAM, ORDER_STREAM, NOTE_STREAM, METRE_STREAM = range(
-    6
-)  # second number of the seed
+# second number of the seed
+TRAIN_STREAM, HELDOUT_STREAM, UNSPLIT_STREAM, ORDER_STREAM, NOTE_STREAM, METRE_STREAM = range(6)
 
 
 @dataclass(frozen=True)
@@ -211,12 +210,9 @@ def styled(
 def _metres(vocab: Vocabulary, styles: Sequence[str]) -> dict[int, dict[int, float]]:
     """Shares of each asked style's metres by their tokens' ids, by the style's place; styles without are left out."""
     known = dict(vocab.styles.metres) if vocab.styles else {}
-    asked = {turn: known.get(style.partition("/")[0]) for turn, style in enumerate(styles)}
-    return {
-        turn: {vocab.id(f"TimeSig_{metre}"): share for metre, share in shares}
-        for turn, shares in asked.items()
-        if shares
-    }
+    asked = [known.get(style.partition("/")[0], ()) for style in styles]
+    tables = [{vocab.id(f"TimeSig_{metre}"): share for metre, share in shares} for shares in asked]
+    return {turn: table for turn, table in enumerate(tables) if table}
 
 
 def _in_metre(
