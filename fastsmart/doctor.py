@@ -120,6 +120,7 @@ def _audiobox() -> Check:
 def _arithmetic() -> Check:
     import torch
 
+    from fastsmart.machine.hardware import onednn_8_bit
     from fastsmart.reward.audiobox.cpu import int8_is_fast
     from fastsmart.reward.audiobox.reward import fastest_dtype
 
@@ -130,5 +131,7 @@ def _arithmetic() -> Check:
         "bfloat16": "AMX or AVX-512 BF16 can be used here",
         "float32": "neither AMX nor AVX-512 BF16 can be used here",
     }[chosen]
-    also = "; int8 runs here, less exactly" if device.type == "cpu" and int8_is_fast() else ""
+    also = ""
+    if device.type == "cpu" and int8_is_fast():
+        also = "; int8 runs here, less exactly" + (", and without VNNI" if onednn_8_bit() == "saturating" else "")
     return Check("Audiobox auto", f"reward.audiobox_dtype 'auto' is {chosen}: {why}{also}", True)

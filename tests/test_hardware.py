@@ -112,14 +112,35 @@ def test_benchmarks_import_fastsmart_before_whatever_loads_torch(script):
         assert foreign[0] == "fastsmart"
 
 
+ALDER_LAKE = ZEN3.replace("vaes", "avx_vnni")
+SAPPHIRE_RAPIDS = ZEN3.replace("vaes", "avx_vnni avx512f avx512_vnni")
+SKYLAKE_X = ZEN3.replace("vaes", "avx512f")
+
+
 @pytest.mark.parametrize(
-    ("limit", "may"),
-    [("", True), ("DEFAULT", True), ("AVX512_CORE_AMX", True), ("AVX512_CORE", False), ("avx2", False), ("AVX", False)],
+    ("processor", "limit", "products"),
+    [
+        (ZEN4, "", "exact"),
+        (ZEN4, "DEFAULT", "exact"),
+        (ZEN4, "AVX512_CORE_AMX", "exact"),
+        (ZEN4, "AVX512_CORE", "saturating"),
+        (ZEN4, "avx2_vnni", "saturating"),  # the processor has no such instructions on 256 bits
+        (ALDER_LAKE, "", "exact"),
+        (ALDER_LAKE, "AVX2_VNNI", "exact"),
+        (SAPPHIRE_RAPIDS, "AVX2_VNNI_2", "exact"),
+        (SAPPHIRE_RAPIDS, "AVX512_CORE", "saturating"),
+        (ALDER_LAKE, "avx2", "saturating"),
+        (SKYLAKE_X, "", "saturating"),
+        (ZEN3, "", "saturating"),
+        (ZEN3, "AVX", "none"),
+        (NEOVERSE, "", "none"),
+    ],
 )
-def test_what_holds_onednn_back_holds_8_bit_products_back(monkeypatch, limit, may):
+def test_processor_and_environment_say_how_8_bit_products_are_summed(cpuinfo, monkeypatch, processor, limit, products):
+    cpuinfo(processor)
     monkeypatch.delenv("DNNL_MAX_CPU_ISA", raising=False)
     monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", limit)
-    assert hardware.onednn_may_use_vnni() is may
+    assert hardware.onednn_8_bit() == products
     assert hardware.library_limits().get("ONEDNN_MAX_CPU_ISA", "") == limit
 
 

@@ -8,6 +8,7 @@ import sys
 from functools import cache
 from importlib import metadata
 from pathlib import Path
+from typing import Literal
 
 CPUINFO = Path("/proc/cpuinfo")
 # Of the flags the kernel lists, those that the libraries under fastsmart choose their code by, on x86 and on ARM
@@ -17,9 +18,11 @@ _FLAGS = (
 )
 # Variables that hold a library back to a part of what the processor has
 LIMITS = ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY", "MKL_ENABLE_INSTRUCTIONS")
-# What oneDNN may be held back to that has no 8-bit products on 512 bits; it does not tell upper from lower case
-_ONEDNN_WITHOUT_VNNI = ("sse41", "avx", "avx2", "avx2_vnni", "avx2_vnni_2", "avx512_core")
-_ONEDNN_WITHOUT_BFLOAT16 = (*_ONEDNN_WITHOUT_VNNI, "avx512_core_vnni")
+# What oneDNN may be held back to, in lower case, that has no such instructions; it does not tell upper from lower
+_ONEDNN_WITHOUT_AVX2 = ("sse41", "avx")
+_ONEDNN_WITHOUT_AVX_VNNI = (*_ONEDNN_WITHOUT_AVX2, "avx2", "avx512_core")
+_ONEDNN_WITHOUT_AVX512_VNNI = (*_ONEDNN_WITHOUT_AVX_VNNI, "avx2_vnni", "avx2_vnni_2")
+_ONEDNN_WITHOUT_BFLOAT16 = (*_ONEDNN_WITHOUT_AVX512_VNNI, "avx512_core_vnni")
 
 # Turns of a loop in which a thread of GNU OpenMP looks whether work has come, before it sleeps: 0.07 ms of a Xeon's
 # pauses. Its own 300,000 are milliseconds, in which a thread that waits holds a core against whoever would work there;
@@ -101,13 +104,23 @@ def library_limits() -> dict[str, str]:
     return {name: os.environ[name] for name in LIMITS if os.environ.get(name)}
 
 
-def onednn_may_use_vnni() -> bool:
-    """Whether the environment leaves oneDNN the 8-bit products of AVX-512 VNNI; says nothing about the processor."""
-    return _onednn_limit() not in _ONEDNN_WITHOUT_VNNI
+def onednn_8_bit() -> Literal["exact", "saturating", "none"]:
+    """How oneDNN sums products of 8-bit integers here, as processor and environment let it.
+
+    "exact" in 32 bits, by AVX-512 VNNI or AVX-VNNI; "saturating", by AVX2 or AVX-512 without: two neighbouring products
+    are summed in 16 bits first, and a sum beyond 32,767 is lost.
+    """
+    sets, limit = instruction_sets(), _onednn_limit()
+    if "avx512_vnni" in sets and limit not in _ONEDNN_WITHOUT_AVX512_VNNI:
+        return "exact"
+    if "avx_vnni" in sets and limit not in _ONEDNN_WITHOUT_AVX_VNNI:
+        return "exact"
+    return "saturating" if "avx2" in sets and limit not in _ONEDNN_WITHOUT_AVX2 else "none"
 
 
 def onednn_may_use_bfloat16() -> bool:
-    """The same of its 16-bit products of AVX-512 BF16 and AMX."""
+    """Whether the environment leaves oneDNN the 16-bit products of AVX-512 BF16 and AMX; says nothing about the
+    processor."""
     return _onednn_limit() not in _ONEDNN_WITHOUT_BFLOAT16
 
 

@@ -2,6 +2,8 @@
 
 import json
 import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -133,6 +135,28 @@ def test_int8_is_near_float32_and_not_the_same(checkpoint: Path) -> None:
     for axis in AXES:
         np.testing.assert_allclose(eight[axis], full[axis], atol=0.25)
         assert not np.array_equal(eight[axis], full[axis])
+
+
+LARGEST_PRODUCTS = """
+import torch
+from fastsmart.reward.audiobox import cpu
+if cpu.onednn_8_bit() != "saturating":
+    raise SystemExit(f"products are {cpu.onednn_8_bit()}")
+weight = torch.ones(32, 64)
+for most in (cpu._MOST_INT8["saturating"], 127):
+    cpu._MOST_INT8["saturating"] = most
+    y = cpu._Int8Linear(weight, None).product(torch.full((16, 64), 255, dtype=torch.uint8), 1.0, 0)
+    print(float((y - 64 * 255).abs().max()) < 1.0)
+"""
+
+
+@pytest.mark.skipif(not int8_is_fast(), reason="no 8-bit products here")
+def test_without_vnni_no_sum_of_two_products_is_lost() -> None:
+    """The largest products there can be; with 8-bit weights they are lost, which shows that the check sees it."""
+    environment = os.environ | {"ONEDNN_MAX_CPU_ISA": "AVX2"}
+    command = [sys.executable, "-c", LARGEST_PRODUCTS]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.stdout.split() == ["True", "False"], done.stderr
 
 
 @pytest.mark.skipif(not bfloat16_is_fast(), reason="no fast 16-bit products here")

@@ -23,7 +23,7 @@ from torch import Tensor
 from fastsmart.errors import UserError
 from fastsmart.kernels.attention import gates
 from fastsmart.machine.files import mkl_knows_processor
-from fastsmart.machine.hardware import onednn_may_use_bfloat16, onednn_may_use_vnni
+from fastsmart.machine.hardware import onednn_8_bit, onednn_may_use_bfloat16
 from fastsmart.reward.audiobox.architecture import FIELD, FRAMES, HOP, KERNELS, NORM_EPS, STRIDES, frames_of
 from fastsmart.reward.audiobox.encoder import EncoderWeights, Norm, normalised_first
 from fastsmart.reward.packed_linear import PackedLinear
@@ -42,6 +42,8 @@ _INT8_CONVOLUTIONS = 3
 _FRAMES_FILLED = 16
 _GROUP = 16  # windows that go through a layer before the next is touched
 _LEAST_GELU = -0.17  # no value of GELU lies below
+# Of a weight as an integer. Inputs are at most 255, and where oneDNN saturates, two products fit into 16 bits with 64.
+_MOST_INT8 = {"exact": 127, "saturating": 64}
 
 
 class CpuEncoder:
@@ -50,14 +52,14 @@ class CpuEncoder:
     dtype : "float32"; "bfloat16", products of the convolutions (but the first), layers and attention, with norms and
             sums in float32, which pays with AMX or AVX-512 BF16; "int8", the first convolutions and the layers on
             8-bit integers: weights with a scale for each output, activations with one for each product, taken from
-            their range. Needs AVX-512 VNNI or better
+            their range. Needs AVX2; without VNNI, weights have 7 bits
 
     Raises UserError when the machine has no fast 8-bit products.
     """
 
     def __init__(self, weights: EncoderWeights, dtype: str = "float32") -> None:
         if dtype == "int8" and not int8_is_fast():
-            raise UserError("audiobox in int8 needs a CPU with AVX-512 VNNI and PyTorch with oneDNN; use float32")
+            raise UserError("audiobox in int8 needs a CPU with AVX2 and PyTorch with oneDNN; use float32")
         linear: Callable[..., Linear] = _LINEAR[dtype]
         self.size, self.chunk, self.half = weights.size, _CHUNKS[dtype], dtype == "bfloat16"
         self.first, self.first_norm = weights.first, weights.first_norm
@@ -156,14 +158,11 @@ class _Layer:
 
 def int8_is_fast() -> bool:
     """Whether oneDNN multiplies 8-bit integers faster than floats here: it may be held back by ONEDNN_MAX_CPU_ISA."""
-    if not torch.backends.mkldnn.is_available() or not onednn_may_use_vnni():
-        return False
-    return bool(torch.cpu._is_vnni_supported())
+    return torch.backends.mkldnn.is_available() and onednn_8_bit() != "none"
 
 
 def bfloat16_is_fast() -> bool:
-    """Whether oneDNN multiplies 16-bit floats faster than those of 32 bit here: as `int8_is_fast`, for AVX-512 BF16 and
-    AMX."""
+    """The same of 16-bit floats, by AVX-512 BF16 or AMX."""
     if not torch.backends.mkldnn.is_available() or not onednn_may_use_bfloat16():
         return False
     return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
@@ -216,7 +215,7 @@ class _Int8Linear:
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None, gelu: bool = False, from_gelu: bool = False) -> None:
-        scale = weight.abs().amax(1).clamp_min(1e-12) / 127
+        scale = weight.abs().amax(1).clamp_min(1e-12) / _MOST_INT8[onednn_8_bit()]
         integers = (weight / scale[:, None]).round().to(torch.int8)
         self.weight = torch.ops.onednn.qlinear_prepack(integers, None)
         self.scale, self.zero = scale, torch.zeros(len(scale), dtype=torch.int32)
