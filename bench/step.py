@@ -5,11 +5,12 @@
 
 A step of the paper: 32 completions of 256 tokens (4 prompts x 8) by a 17.2 M policy that plays real music, cut at 10 s,
 one soundfont, Audiobox of the published size with random weights, one optimizer step; float32, all threads to whoever
-has the turn. Ours is the step of a real training run, with float32 and with int8 scoring, one stage after
-the other, so that each has its time, and as it comes ("overlapped"). The public pipeline is in bench/peers/public.py;
-its second form leaves gradient checkpointing off, which TRL has on.
+has the turn. Ours is the step of a real training run in float32, with int8 scoring, and in bfloat16, policy and scoring
+both, where the processor is fast in it; one stage after the other, so that each has its time, and as it comes
+("overlapped"). The public pipeline is in bench/peers/public.py; its second form leaves gradient checkpointing off,
+which TRL has on.
 
-The floors are those of float32 arithmetic: scoring in int8 may stay below its own.
+The floors are those of float32 arithmetic: int8 and bfloat16 may stay below their own.
 """
 
 from __future__ import annotations
@@ -46,6 +47,7 @@ from fastsmart.policy.settings import PolicySettings
 from fastsmart.policy.transformer import Policy
 from fastsmart.presets import smart_paper
 from fastsmart.reward.audiobox import make_random_weights
+from fastsmart.reward.audiobox.cpu import bfloat16_is_fast
 from fastsmart.tokens.prompts import make_prompts
 from fastsmart.tokens.settings import PromptSettings
 from fastsmart.tokens.vocabulary import load_vocabulary
@@ -86,7 +88,7 @@ def measured(options: argparse.Namespace) -> dict[str, Any]:
         for peer in chosen_peers(options, PEERS):
             contenders[peer] = public_step(config, peer, options.runs + 1, audiobox)
             stack.callback(contenders[peer].close)
-        for dtype in ("float32", "int8" if options.device == "cpu" else "float16"):
+        for dtype in dtypes(options.device):
             for pipeline, name in (("off", f"fastsmart {dtype}"), ("overlap", f"fastsmart {dtype}, overlapped")):
                 own = tried(name, partial(OwnStep, changed(config, dtype, pipeline), Path(folder, "runs")), left_out)
                 if own is None:
@@ -131,10 +133,19 @@ def step_config(options: argparse.Namespace, checkpoint: Path, audiobox: Path) -
     )
 
 
+def dtypes(device: str) -> tuple[str, ...]:
+    """What our own steps are taken in on a device."""
+    if device != "cpu":
+        return ("float32", "float16")
+    return ("float32", "int8", "bfloat16") if bfloat16_is_fast() else ("float32", "int8")
+
+
 def changed(config: Config, dtype: str, pipeline: str) -> Config:
-    """With scoring in `dtype` and this train.pipeline."""
+    """With scoring in `dtype`, in bfloat16 the policy too, and this train.pipeline."""
+    policy = replace(config.policy, dtype=dtype) if dtype == "bfloat16" else config.policy
     return replace(
         config,
+        policy=policy,
         reward=replace(config.reward, audiobox_dtype=dtype),
         train=replace(config.train, pipeline=pipeline),
     )

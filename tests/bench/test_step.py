@@ -15,7 +15,7 @@ import step
 from harness import Ceilings
 
 from fastsmart.machine import cpu_affinity
-from fastsmart.reward.audiobox.cpu import int8_is_fast
+from fastsmart.reward.audiobox.cpu import bfloat16_is_fast, int8_is_fast
 from fastsmart.tokens.vocabulary import Vocabulary
 
 
@@ -35,7 +35,8 @@ def test_all_contenders_take_their_steps(
     size = ["--prompts", "2", "--group", "2", "--tokens", "16", "--runs", "2"]
     monkeypatch.setattr(sys, "argv", ["step.py", "--peer", "all", "--soundfont", str(font), "--out", str(out), *size])
     step.main()
-    ours = ["fastsmart float32", "fastsmart int8"][: 1 + int8_is_fast()]  # in the order in which they take turns
+    runs = {"float32": True, "int8": int8_is_fast(), "bfloat16": bfloat16_is_fast()}  # in this order they take turns
+    ours = [f"fastsmart {dtype}" for dtype, here in runs.items() if here]
     assert taken == [{min(cores)}] * 2 * len(ours)
     assert os.sched_getaffinity(0) == cores
     figures = json.loads(out.read_text())
