@@ -12,6 +12,7 @@ import numpy as np
 from fastsmart.errors import UserError
 from fastsmart.music.features import features
 from fastsmart.tokens.decode import decode
+from fastsmart.tokens.prompts import asked_styles
 from fastsmart.tokens.token_batch import TokenBatch
 from fastsmart.tokens.vocabulary import Vocabulary
 
@@ -47,7 +48,8 @@ def note_prefixes(
     max_seconds : of a clip, that a reward hears; features count no more
 
     Features are those of `fastsmart.music.features`, the seconds played so far, whether these are all that a reward
-    hears, the tokens, and whether the policy has ended the clip. Raises UserError as `note_ends` does.
+    hears, the tokens, whether the policy has ended the clip, and, where prompts ask for several styles, which of them a
+    clip is to be in: what a note is worth may depend on it. Raises UserError as `note_ends` does.
     """
     ends = note_ends(vocab)
     lengths = completions.lengths
@@ -59,7 +61,10 @@ def note_prefixes(
         for s in range(0, len(clip), AT_ONCE)
     ]
     offsets = np.concatenate([[0], np.cumsum([len(c) for c in cuts])])
-    return Prefixes(clip, tokens, np.column_stack([np.concatenate(found), tokens, ended]), offsets)
+    asked = np.array(asked_styles(prompts, vocab))
+    styles = [asked[clip] == style for style in sorted(set(asked))]
+    counted = np.column_stack([np.concatenate(found), tokens, ended, *(styles if len(styles) > 1 else [])])
+    return Prefixes(clip, tokens, counted, offsets)
 
 
 def swapped(
@@ -78,11 +83,13 @@ def swapped(
     place, token : int [J], where in the completion, and what
     """
     clip, tokens = prefixes.clip[chosen], prefixes.tokens[chosen]
-    found = [
-        _features(prompts, completions, vocab, clip[part], tokens[part], max_seconds, (place[part], token[part]))
-        for part in (slice(s, s + AT_ONCE) for s in range(0, len(chosen), AT_ONCE))
-    ]
-    return np.column_stack([np.concatenate(found), prefixes.features[chosen, -2:]])
+    found = np.concatenate(
+        [
+            _features(prompts, completions, vocab, clip[part], tokens[part], max_seconds, (place[part], token[part]))
+            for part in (slice(s, s + AT_ONCE) for s in range(0, len(chosen), AT_ONCE))
+        ]
+    )
+    return np.column_stack([found, prefixes.features[chosen, found.shape[1] :]])
 
 
 def note_ends(vocab: Vocabulary) -> np.ndarray:
@@ -111,7 +118,7 @@ def _features(
     max_seconds: float,
     swap: tuple[np.ndarray, np.ndarray] | None = None,
 ) -> np.ndarray:
-    """Features of some prefixes, [P, F - 2]; 0 where one has no value.
+    """Features of some prefixes that their notes decide, [P, F]; 0 where one has no value.
 
     swap : of each a place in the completion and the token that is to stand there, [P] each
     """

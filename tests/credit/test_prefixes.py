@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from fastsmart import UserError
-from fastsmart.credit.prefixes import note_prefixes
+from fastsmart import UserError, load_policy
+from fastsmart.credit.prefixes import note_prefixes, swapped
 from fastsmart.music.features import features
 from fastsmart.sampling import sample
 from fastsmart.tokens.decode import decode
@@ -25,8 +25,6 @@ def played(shipped):
 
 @pytest.fixture(scope="module")
 def shipped():
-    from fastsmart import load_policy
-
     return load_policy("pop909-tiny")
 
 
@@ -73,3 +71,22 @@ def test_a_vocabulary_whose_notes_do_not_end_is_refused(shipped, monkeypatch):
     one = TokenBatch.pack([[1]])
     with pytest.raises(UserError, match="needs notes that end with a token of their duration"):
         note_prefixes(one, one, shipped.vocab, LONGEST, HEARD_S)
+
+
+@pytest.mark.parametrize(("asked", "columns"), [(["ragtime", "hymn"], 2), (["hymn", "hymn"], 0)])
+def test_where_prompts_ask_for_several_styles_a_prefix_knows_its_own(played, asked, columns):
+    policy = load_policy("styles-tiny")
+    token = {style: policy.vocab.id(name) for style, name in policy.vocab.styles.styles}
+    _, _, completions, plain = played
+    prompts = TokenBatch.pack([[1, token[style]] for style in asked for _ in range(3)])
+    found = note_prefixes(prompts, completions, policy.vocab, LONGEST, HEARD_S)
+    usual = plain.features.shape[1]
+    assert found.features.shape[1] == usual + columns
+    np.testing.assert_array_equal(found.features[:, :usual], plain.features)
+    if columns:
+        is_hymn = np.array([asked[clip // 3] == "hymn" for clip in found.clip])
+        np.testing.assert_array_equal(found.features[:, usual:], np.column_stack([is_hymn, ~is_hymn]))
+        swaps = swapped(
+            prompts, completions, policy.vocab, found, np.array([5]), np.array([0]), completions.row(0)[:1], HEARD_S
+        )
+        np.testing.assert_allclose(swaps[0], found.features[5])
