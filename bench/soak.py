@@ -202,7 +202,10 @@ def soak(folder: Path, steps: int) -> dict[str, Any]:
     assert [line["step"] for line in run] == list(range(steps + 1)), "a step is missing or there twice"
     first_nan = min((step for step, what in plan.items() if what == NAN), default=steps)
     same = [numbers(a) == numbers(b) for a, b in zip(run, peace, strict=True)]
-    assert all(same[: first_nan + 1]), f"step {same.index(False)} differs"
+    if not all(same[: first_nan + 1]):
+        step = same.index(False)
+        keys = [key for key, value in numbers(run[step]).items() if value != peace[step].get(key)]
+        raise AssertionError(f"step {step} differs: {[(key, run[step][key], peace[step].get(key)) for key in keys]}")
     health = [line["health"] for line in run]
     events: Counter[str] = Counter()
     for line in run:
