@@ -28,14 +28,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import fastsmart  # isort: skip  # before torch: OpenMP's threads then wait politely
-
+import as_commands  # noqa: F401  # isort: skip  # before torch
 import numpy as np
 import torch
 from harness import timed
 from results import write_result
 from stages import played, run
 
+import fastsmart
 from fastsmart.errors import UserError
 from fastsmart.machine.files import cpu_cores
 from fastsmart.machine.hardware import WAITING, load_average, waiting

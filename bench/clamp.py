@@ -11,12 +11,12 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import fastsmart  # isort: skip  # before torch: OpenMP's threads then wait politely
-
+import as_commands  # noqa: F401  # isort: skip  # before torch
 import numpy as np
 import torch
 from harness import Work, interleaved, measured_ceilings, parser
 
+import fastsmart
 from fastsmart.notes import NoteBatch
 from fastsmart.reward.clamp3 import MusicReader
 from fastsmart.reward.clamp3.architecture import Size

@@ -21,7 +21,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from urllib.request import Request, urlopen
 
-import fastsmart  # noqa: F401  # isort: skip  # before torch: OpenMP's threads then wait politely
+import as_commands  # noqa: F401  # isort: skip  # before torch
 
 import numpy as np
 from results import write_result

@@ -14,7 +14,7 @@ import time
 from dataclasses import asdict, dataclass
 from functools import cache
 
-import fastsmart  # noqa: F401  # isort: skip  # before torch: OpenMP's threads then wait politely
+import as_commands  # noqa: F401  # isort: skip  # before torch
 
 import numpy as np
 from results import write_result

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import fastsmart  # noqa: F401  # isort: skip  # before torch: OpenMP's threads then wait politely
+import as_commands  # noqa: F401  # isort: skip  # before torch
 
 import numpy as np
 import torch

@@ -28,7 +28,7 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
-import fastsmart  # noqa: F401  # isort: skip  # before torch: OpenMP's threads then wait politely
+import as_commands  # noqa: F401  # isort: skip  # before torch
 
 import numpy as np
 import torch

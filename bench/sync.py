@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack, closing
 from typing import Any
 
-import fastsmart  # noqa: F401  # isort: skip  # before torch: OpenMP's threads then wait politely
+import as_commands  # noqa: F401  # isort: skip  # before torch
 
 from harness import Job, Work, interleaved, measured_ceilings, parser, report
 from stages import compute_dtype, finish, made, paper_policy, parse, phi3, run

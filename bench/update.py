@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
-import fastsmart  # noqa: F401  # isort: skip  # before torch: OpenMP's threads then wait politely
+import as_commands  # noqa: F401  # isort: skip  # before torch
 
 import numpy as np
 import torch

@@ -19,6 +19,7 @@ from fastsmart.arguments import (
 )
 from fastsmart.errors import UserError
 from fastsmart.limits import LARGEST_SEED, MOST_AT_ONCE, MOST_STEPS, MOST_THREADS
+from fastsmart.machine import politeness
 from fastsmart.words import in_one_line, write_what_terminals_can_show
 
 LONGEST_SENTENCE = 2000  # characters
@@ -39,6 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         options = parser().parse_args(arguments)
         refuse_empty_names(options)
+        politeness.begin()
         from fastsmart import commands
 
         return getattr(commands, options.command.replace("-", "_"))(options)

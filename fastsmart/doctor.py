@@ -12,7 +12,7 @@ from fastsmart.audio import find_soundfont, list_soundfonts
 from fastsmart.audio.fluidsynth import load_library
 from fastsmart.errors import UserError
 from fastsmart.machine.files import cpu_cores
-from fastsmart.machine.hardware import waiting
+from fastsmart.machine.hardware import WAITING, waiting
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,9 @@ def _torch() -> Check:
     import torch
 
     how = waiting()
-    waits = ", ".join(f"{name}={value}" for name, value in how.items() if name != "set_by") or "as GNU OpenMP does"
+    waits = ", ".join(f"{name}={value}" for name, value in how.items() if name in WAITING) or "as GNU OpenMP does"
+    if "watched" in how:
+        waits += ", sooner beside other programs"
     found = f"{torch.__version__}, {cpu_cores()} cores; threads wait by {waits} (set by {how['set_by']})"
     return Check("PyTorch", found, True, True)
 

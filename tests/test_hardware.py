@@ -97,7 +97,7 @@ def test_threads_wait_as_fastsmart_says_unless_the_user_or_torch_was_first():
 
 
 @pytest.mark.parametrize("script", sorted((ROOT / "bench").glob("*.py")), ids=lambda path: path.stem)
-def test_benchmarks_import_fastsmart_before_whatever_loads_torch(script):
+def test_benchmarks_see_to_how_threads_wait_before_whatever_loads_torch(script):
     tree = ast.parse(script.read_text(encoding="utf-8"))
     names = [
         name.split(".")[0]
@@ -109,7 +109,7 @@ def test_benchmarks_import_fastsmart_before_whatever_loads_torch(script):
     if script.stem in ("gpu_first", "gpu_suite"):  # run where fastsmart is not installed; what they start imports it
         assert "fastsmart" not in foreign
     elif any(isinstance(node, ast.If) and "__main__" in ast.unparse(node.test) for node in tree.body):
-        assert foreign[0] == "fastsmart"
+        assert foreign[0] == "as_commands"
 
 
 ALDER_LAKE = ZEN3.replace("vaes", "avx_vnni")

@@ -45,8 +45,19 @@ def wait_politely() -> None:
         _waiting["set_by"] = "fastsmart"
 
 
+def wait_by_watching() -> bool:
+    """Leave it to `fastsmart.machine.politeness` how long threads wait: take back what `wait_politely` has set, which
+    processes started from here set again. False where somebody else has chosen, or torch is there."""
+    if _waiting["set_by"] != "fastsmart" or "torch" in sys.modules:
+        return False
+    os.environ.pop("GOMP_SPINCOUNT", None)
+    _waiting["watched"] = "yes"
+    return True
+
+
 def waiting() -> dict[str, str]:
-    """Variables by which threads of GNU OpenMP wait here, and under `set_by` who chose them.
+    """Variables by which threads of GNU OpenMP wait here, and under `set_by` who chose them; `watched`, "yes", where
+    they wait as `fastsmart.machine.politeness` says.
 
     "fastsmart"; "environment", a setting found there; or "nobody", where torch came first and GNU OpenMP waits as it
     does by itself, which is slow beside other processes.
