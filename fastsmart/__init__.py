@@ -9,7 +9,8 @@
 
 Names are imported when they are first used, so that `import fastsmart` is instant. Where torch is not imported yet, it
 sets GOMP_SPINCOUNT, so that the threads torch computes with do not hold a core while they wait; a GOMP_SPINCOUNT or
-OMP_WAIT_POLICY of yours is left alone.
+OMP_WAIT_POLICY of yours is left alone. `fastsmart.machine.politeness.begin()` after it, before torch, is quicker on an
+idle machine and as polite; commands do that.
 """
 
 from __future__ import annotations

@@ -10,29 +10,45 @@ from pathlib import Path
 
 import pytest
 
-from fastsmart.machine.politeness import STAT, Usage, in_the_way
+from fastsmart.machine.politeness import STAT, Judge, Usage
 
-START = Usage(0.0, 0.0, 0.0)
+
+def heard(*shares: tuple[float, float], seconds: float = 0.2) -> list[bool]:
+    """What a judge of two cores says after intervals in which this process and others had so many cores."""
+    judge, before, said = Judge(2), Usage(100.0, 50.0, 30.0), []
+    for own, others in shares:
+        now = Usage(before.at + seconds, before.busy + seconds * (own + others), before.own + seconds * own)
+        said.append(judge.hear(before, now))
+        before = now
+    return said
 
 
 @pytest.mark.parametrize(
-    ("own", "others", "sleeping", "wanted"),
+    ("own", "others", "wanted"),
     [
-        (2.0, 0.0, False, False),  # alone
-        (1.5, 0.5, False, True),  # one process on one of two cores
-        (1.0, 1.0, False, False),  # one on each
-        (1.0, 0.5, False, False),  # as much, and half a core idle
-        (1.9, 0.1, False, False),  # hardly anything
-        (0.0, 2.0, False, False),  # nobody waits here
-        (0.9, 0.9, True, True),  # one process beside threads that sleep
-        (0.6, 1.4, True, False),  # one on each
-        (1.0, 0.05, True, False),  # it has gone
+        (2.0, 0.0, False),  # alone
+        (1.5, 0.5, True),  # one process on one of two cores
+        (1.0, 1.0, True),  # so may this be
+        (1.0, 0.5, False),  # as much, and half a core idle
+        (1.9, 0.1, False),  # hardly anything
     ],
 )
-def test_who_wants_some_of_the_cores_is_in_the_way(own: float, others: float, sleeping: bool, wanted: bool) -> None:
-    for seconds in (0.2, 3.0):
-        now = Usage(seconds, seconds * (own + others), seconds * own)
-        assert in_the_way(START, now, 2, sleeping) is wanted
+def test_who_wants_cores_is_in_the_way_where_none_is_idle(own: float, others: float, wanted: bool) -> None:
+    assert heard((own, others)) == heard((own, others), seconds=3.0) == [wanted]
+
+
+def test_threads_sleep_soon_as_long_as_another_process_has_up_to_a_core() -> None:
+    assert heard((1.4, 0.6), (0.9, 1.0), (0.9, 0.5), (1.0, 0.05), (2.0, 0.0)) == [True, True, True, False, False]
+
+
+def test_a_moment_of_many_others_changes_nothing() -> None:
+    assert heard((1.4, 0.6), *[(0.9, 1.0)] * 4, (0.5, 1.5), *[(0.9, 1.0)] * 9) == [True] * 15
+
+
+def test_where_others_are_on_every_core_it_looks_again_later() -> None:
+    assert heard((1.0, 1.0), *[(0.75, 1.25)] * 5) == [True] * 5 + [False]
+    tries = heard(*[(1.0, 1.0)] + [(0.75, 1.25)] * 400)
+    assert 0.05 < sum(tries) / len(tries) < 0.12
 
 
 def test_time_of_the_cores_that_are_used_is_added_up(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ import os
 import sys
 import threading
 import time
+from collections import deque
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,12 +25,13 @@ from fastsmart.machine.hardware import WAITING, wait_by_watching
 
 STAT = Path("/proc/stat")
 INTERVAL_S = 0.2
-HOLD = 5  # intervals for which a change stays
-# Shares of all cores' time. That of others: below the first they are no trouble, and above the second they are on every
-# core, where looking longer is no worse. A process on one of two cores has a quarter beside threads that look long, and
-# up to a half beside threads that sleep; one on each core has a half, and two thirds.
-FEW, MOST, MOST_ASLEEP = 0.08, 0.42, 0.58
+# Shares of all cores' time
 IDLE = 0.1  # with more idle time than this nobody is in the way
+FEW = 0.08  # of others: with less than this neither
+# Of others, in the mean of so many intervals in which threads slept soon: with more they are on every core, and looking
+# longer is no worse. A process on one of two cores has a half there, one on each has 0.57 to 0.7
+MOST, PATIENCE = 0.56, 5
+NOT_AGAIN_S = 10.0  # after that
 
 
 @dataclass(frozen=True)
@@ -52,17 +54,30 @@ class Usage:
         return Usage(time.monotonic(), busy, time.process_time())
 
 
-def in_the_way(since: Usage, now: Usage, cores: int, sleeping: bool) -> bool:
-    """Whether others want cores that this process's threads compute on, of `cores` they may use.
+class Judge:
+    """Judge of whether others want cores that this process's threads compute on, of `cores` they may use.
 
-    sleeping : whether its waiting threads sleep soon already, which leaves cores idle
+    sleeping : whether waiting threads are to sleep soon
     """
-    total = cores * max(now.at - since.at, 1e-9)
-    busy = (now.busy - since.busy) / total
-    others = busy - (now.own - since.own) / total
-    if sleeping:
-        return FEW < others < MOST_ASLEEP
-    return busy > 1 - IDLE and FEW < others < MOST
+
+    def __init__(self, cores: int) -> None:
+        self.cores, self.sleeping = cores, False
+        self._others, self._not_before = deque[float](maxlen=PATIENCE), 0.0
+
+    def hear(self, since: Usage, now: Usage) -> bool:
+        """Learn what was used since then; gives `sleeping`."""
+        total = self.cores * max(now.at - since.at, 1e-9)
+        busy = (now.busy - since.busy) / total
+        others = busy - (now.own - since.own) / total
+        if self.sleeping:
+            self._others.append(others)
+        else:
+            self._others.clear()
+        if len(self._others) == PATIENCE and sum(self._others) > PATIENCE * MOST:
+            self._not_before = now.at + NOT_AGAIN_S
+        trouble = others > FEW and (self.sleeping or busy > 1 - IDLE)
+        self.sleeping = trouble and now.at >= self._not_before
+        return self.sleeping
 
 
 class Crowd:
@@ -109,24 +124,21 @@ def _keep(ready: threading.Event, end: threading.Event) -> None:
 
 
 class Watch(threading.Thread):
-    """The thread that looks who is in the way, from when torch is there until the process ends."""
+    """The thread that looks who is in the way, until the process ends."""
 
     def __init__(self) -> None:
         super().__init__(name="politeness", daemon=True)
         self.cores = frozenset(os.sched_getaffinity(0))
-        self.crowd = Crowd(len(self.cores))
+        self.crowd, self.judge = Crowd(len(self.cores)), Judge(len(self.cores))
 
     def run(self) -> None:
         with suppress(OSError, ValueError):  # a /proc of another kind
-            before, held = Usage.now(self.cores), 0
+            before = Usage.now(self.cores)
             while True:
                 time.sleep(INTERVAL_S)
                 now = Usage.now(self.cores)
-                held -= 1
-                wanted = in_the_way(before, now, len(self.cores), self.crowd.there)
-                if held <= 0 and wanted != self.crowd.there and "torch" in sys.modules:
-                    (self.crowd.come if wanted else self.crowd.go)()
-                    held = HOLD
+                if "torch" in sys.modules:
+                    (self.crowd.come if self.judge.hear(before, now) else self.crowd.go)()
                 before = now
 
 
