@@ -12,7 +12,7 @@ a micro-batch, M completion tokens of a micro-batch.
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastsmart.credit.settings import CreditSettings
 from fastsmart.kernels.logprob import logprob
 from fastsmart.sampling import RandomStream
 from fastsmart.trainer.batch import MicroBatch, uploaded
@@ -29,13 +30,14 @@ from fastsmart.trainer.trainer import Trainer
 from fastsmart.trainer.update import Update, completion_states
 
 SUMS = ("loss", "log_ratio", "segments")  # over the clips of a step
-_UNIT_KEY = "credit_unit"
+_UNIT_KEY, _MEAN_KEY = "credit_unit", "credit_mean"
+NEAR_GOAL = 0.5  # standard deviations of the reward, the way before credit.goal on which the learning rate falls
 
 
 class Credit(RoundAlgorithm[Arrays]):
     """Rounds of regression on the credit of notes (see `fastsmart.credit.settings.CreditSettings`).
 
-    unit : standard deviation of the first round's rewards; None before there is one
+    base : mean and standard deviation of the first round's rewards; None before there is one
 
     Raises UserError for a policy whose notes have no token that ends them.
     """
@@ -44,17 +46,21 @@ class Credit(RoundAlgorithm[Arrays]):
 
     def __init__(self, trainer: Trainer, folder: Path) -> None:
         super().__init__(trainer, folder)
-        self.unit: float | None = trainer.record.get(_UNIT_KEY)
+        known = trainer.record.get(_UNIT_KEY)
+        self.base: tuple[float, float] | None = None if known is None else (trainer.record.get(_MEAN_KEY, 0.0), known)
         self.targets = CreditTargets(trainer, self.rounds)
+        self._course = Course(0.0, 0.0, 0.0)  # of the present round
 
     @property
     def state(self) -> dict[str, Any]:
-        return {} if self.unit is None else {_UNIT_KEY: self.unit}
+        return {} if self.base is None else dict(zip((_MEAN_KEY, _UNIT_KEY), self.base, strict=True))
 
     def made_of(self, found: Round) -> Arrays:
         """The arrays of `CreditTargets.of`."""
-        unit = self.unit = self.unit or _spread(found.batch.scores.total)
-        return self.rounds.kept("credit", lambda: self.targets.of(found, unit))
+        mean, spread = _moments(found.batch.scores.total)
+        base, unit = self.base = self.base or (mean, spread)
+        course = self._course = Course.of(self.settings, (mean - base) / unit)
+        return self.rounds.kept("credit", lambda: self.targets.of(found, unit, course.strength, course.pull))
 
     def chosen(self, made: Arrays, number: int, step: int) -> np.ndarray:
         """Numbers of clips, which takes all before any again."""
@@ -82,6 +88,7 @@ class Credit(RoundAlgorithm[Arrays]):
             trainer.micro_batches(found.rollout.select(mine)),
             lambda batch: self._add_gradient(batch, mine, made, count),
             sums=len(SUMS) + 1,
+            pace=self._course.pace,
         )
         means = {name: value / count for name, value in zip(SUMS, total, strict=False)}
         return replace(change, stats=means | {"tokens": int(total[-1])})
@@ -127,7 +134,32 @@ class Credit(RoundAlgorithm[Arrays]):
         return torch.cat([torch.stack(parts), numbers])
 
 
-def _spread(reward: np.ndarray) -> float:
-    """Standard deviation of what could be scored; 1 where that is nothing, or all alike."""
+@dataclass(frozen=True)
+class Course:
+    """How a round learns: `strength` and `pull` as of `CreditSettings`, and the share of the learning rate.
+
+    AdamW's steps are as large for small errors as for large ones, so it is by the rate that the last bit goes slowly.
+    """
+
+    strength: float
+    pull: float
+    pace: float
+
+    @staticmethod
+    def of(settings: CreditSettings, gain: float) -> Course:
+        """That of a round whose mean reward is so many standard deviations of the first round's above its mean.
+
+        Beyond the goal notes give back the share of their log-ratios to the base by which the gain is too much, as if
+        the two were in proportion.
+        """
+        to_go = settings.goal - gain
+        pace = min(abs(to_go) / NEAR_GOAL, 1.0)
+        if to_go >= 0:
+            return Course(settings.strength, settings.pull, pace)
+        return Course(0.0, max(settings.pull, min(-to_go / gain, 1.0)), pace)
+
+
+def _moments(reward: np.ndarray) -> tuple[float, float]:
+    """Mean and standard deviation of what could be scored; the latter is 1 where that is nothing, or all alike."""
     known = reward[np.isfinite(reward)].astype(np.float64)
-    return float(known.std()) or 1.0 if len(known) else 1.0
+    return (float(known.mean()), float(known.std()) or 1.0) if len(known) else (0.0, 1.0)

@@ -41,10 +41,11 @@ class CreditTargets:
         self._neutral = _columns(self.settings.neutral)
         self._scored: dict[int, tuple[np.ndarray, ...]] = {}  # by round: see `_of_round`
 
-    def of(self, found: Round, unit: float) -> Arrays:
+    def of(self, found: Round, unit: float, strength: float, pull: float) -> Arrays:
         """What a round's clips are to learn.
 
-        unit : standard deviation of the base's reward
+        unit           : standard deviation of the base's reward
+        strength, pull : of this round, as `CreditSettings` has them
 
         target    : float32 [N, L], at a token that ends a segment (a note with what stands before it, or the rest of
                     the clip) the wanted log-ratio to the round's policy of its tokens, without those that have
@@ -73,9 +74,9 @@ class CreditTargets:
             chosen = choices(rollout.ids, rollout.lengths, self.ends, self.kinds)
         earlier, tokens, of_tokens = self._passed(self.trainer.policy.eval(), rollout, chosen)
         own, drift, given_back = advantage.copy(), np.zeros(rollout.ids.shape), np.zeros_like(of_tokens)
-        if self.settings.pull:
+        if pull:
             base, _, base_of_tokens = self._passed(self.trainer.reference, rollout, chosen, tokens)
-            drift, given_back = earlier - base, self.settings.pull * (of_tokens - base_of_tokens)
+            drift, given_back = earlier - base, pull * (of_tokens - base_of_tokens)
         alternatives: Arrays = {}
         if self.settings.alternatives:
             worths = self._worths(rollout, chosen, tokens[:, 1:], here, worth, value)
@@ -86,13 +87,13 @@ class CreditTargets:
             columns = {
                 "chosen": np.ones(len(chosen), bool),
                 "others": tokens[:, 1:].astype(np.int32),
-                "other_target": (self.settings.strength * worths - given_back).astype(np.float32),
+                "other_target": (strength * worths - given_back).astype(np.float32),
                 "other_logprob": of_tokens,
             }
             alternatives = {name: _table(rollout.ids.shape, chosen.at, values) for name, values in columns.items()}
-        target = self.settings.strength * own
-        if self.settings.pull and ends.any():
-            target[ends] -= self.settings.pull * np.add.reduceat(np.append(drift.ravel(), 0.0), _begins(ends))
+        target = strength * own
+        if pull and ends.any():
+            target[ends] -= pull * np.add.reduceat(np.append(drift.ravel(), 0.0), _begins(ends))
         return alternatives | {
             "target": target.astype(np.float32),
             "advantage": advantage,

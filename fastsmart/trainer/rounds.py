@@ -262,11 +262,12 @@ class RoundAlgorithm(ABC, Generic[Made]):
         return self.evidence_of(*self._held, self._last)
 
     def step_on(
-        self, batches: Iterable[MicroBatch], add_gradient: Callable[[MicroBatch], Tensor], sums: int
+        self, batches: Iterable[MicroBatch], add_gradient: Callable[[MicroBatch], Tensor], sums: int, pace: float = 1.0
     ) -> tuple[list[float], Update]:
         """Take an optimizer step on the gradients of this rank's micro-batches and the other ranks'.
 
         add_gradient : adds a micro-batch's gradient, and gives statistics of it, float64 [sums]
+        pace         : share of the run's learning rate
 
         Gives the statistics, added up over all, and the update without `stats`.
         """
@@ -275,7 +276,7 @@ class RoundAlgorithm(ABC, Generic[Made]):
         total = torch.zeros(sums, dtype=torch.float64, device=trainer.device)
         for batch in batches:
             total += add_gradient(batch)
-        how = trainer.learning_rate, trainer.settings.max_grad_norm, trainer.ranks, trainer.worker.trace
+        how = pace * trainer.learning_rate, trainer.settings.max_grad_norm, trainer.ranks, trainer.worker.trace
         of_all, _, change = step_on_gradients(trainer.policy, trainer.optimizer, total, total[:0], *how)
         return of_all.tolist(), change
 

@@ -30,6 +30,7 @@ from fastsmart.presets import load_preset
         (["train.algorithm=tilt", "tilt.gain=-1"], r"^tilt\.gain is -1\.0; it must be 0 or above"),
         (["credit.strength=2"], r"^credit\.strength is set, and train\.algorithm 'grpo' does not read it"),
         (["train.algorithm=credit", "credit.strength=0"], r"^credit\.strength is 0\.0; it must be above 0"),
+        (["train.algorithm=credit", "credit.goal=-1"], r"^credit\.goal is -1\.0; it must be 0 or above"),
         (["train.algorithm=credit", "credit.pull=2"], r"^credit\.pull is 2\.0; it must be from 0 to 1"),
         (["train.algorithm=credit", "credit.neutral_share=1.5"], r"^credit\.neutral_share is 1\.5; it must be from"),
         (["train.algorithm=tilt", "tilt.best_of=1"], r"^tilt\.best_of is 1; it must be at least 2"),
