@@ -29,7 +29,6 @@ from fastsmart.study.evaluate import evaluate
 from fastsmart.study.evaluation import outputs_path
 from fastsmart.study.measures import Ruler
 from fastsmart.study.outputs import Outputs
-from fastsmart.taste.training import newest_policy
 from fastsmart.trainer.loop import train
 
 POLICY = "pop909-tiny"
@@ -85,7 +84,7 @@ def main() -> int:
     seconds = time.perf_counter() - begun
     sources = {
         "base": (POLICY, options.base_prompts),
-        "tuned": (str(newest_policy(run)), options.prompts),
+        "tuned": (str(RunFolder.read(run).checkpoints.all()[-1]), options.prompts),
     }
     shares, result = {}, {"seconds_of_training": round(seconds, 1), "asked": ASKED}
     for label, (source, prompts) in sources.items():

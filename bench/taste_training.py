@@ -3,11 +3,11 @@
     python bench/taste_training.py --out bench/results/taste-training-2core-xeon.json
     python bench/taste_training.py --listeners "at random" --seeds 3
 
-A listener with a hidden utility makes 40 choices between clips of the policy as it then is, chosen by information. From
-the tenth choice on, after every fifth, the policy takes two steps for each choice made so far that has not had its two,
-on the taste as it then is. Then base and tuned policy play the same test openings: the gain in hidden utility, in
-standard deviations of the base's clips, and the share of the base's diversity that is kept. Of a listener who answers
-at random the gain is that of the features, which should not move. Runs are kept in --work and go on from there.
+A listener with a hidden utility makes 40 choices between clips of the policy as it then is, in pairs as the page makes
+them. After every tenth there is a lesson on the taste as it then is. Then base and tuned policy play the same test
+openings: the gain in hidden utility, in standard deviations of the base's clips, and the share of the base's diversity
+that is kept. Of a listener who answers at random there is no gain, and features should not move. Lessons are kept in
+--work, and found there again.
 """
 
 from __future__ import annotations
@@ -36,20 +36,20 @@ from fastsmart.study.evaluate import evaluate
 from fastsmart.study.evaluation import outputs_path
 from fastsmart.study.outputs import Outputs
 from fastsmart.taste.choices import Choice
+from fastsmart.taste.lessons import lesson_config, teach
 from fastsmart.taste.pairs import next_pair
-from fastsmart.taste.training import newest_policy, taste_config, train_round
 from fastsmart.tokens.decode import decode
 from fastsmart.tokens.prompts import make_prompts
 
 POLICY = "pop909-tiny"
-CHOICES, FIRST, EVERY, STEPS_A_CHOICE = 40, 10, 5, 2
+CHOICES, EVERY = 40, 10
 STANDARD_CLIPS, FINISHED = 256, 48
 KEPT = ("rarefied_effective_outputs", "rarefied_effective_embeddings_order_2", "notes")
 
 
-def one_listener(hidden: str, seed: int, beta: float, work: Path, settings: list[str], prompts: int) -> dict[str, Any]:
+def one_listener(hidden: str, seed: int, goal: float, work: Path, settings: list[str], prompts: int) -> dict[str, Any]:
     """Have one listener choose and the policy learn; what came of it."""
-    config = with_overrides(taste_config(POLICY, work / "taste.json", beta, seed), settings)
+    config = with_overrides(lesson_config(POLICY, work / "taste.json", goal, seed), settings)
     random = np.random.default_rng([seed, list(HIDDEN).index(hidden)])
     base = load_policy(POLICY)
     standard = Standard.of(np.stack(list(_played(base, STANDARD_CLIPS, seed, config, 0, 0).values())))
@@ -58,7 +58,7 @@ def one_listener(hidden: str, seed: int, beta: float, work: Path, settings: list
     finished = _played(base, FINISHED, seed, config, 0, STANDARD_CLIPS)
     choices: list[Choice] = []
     taste, seen, played, begun = Taste.unknown(standard), set[str](), STANDARD_CLIPS + FINISHED, time.perf_counter()
-    run = work / "run"
+    policy = POLICY
     while len(choices) < CHOICES:
         pair = next_pair(taste, finished, seen)
         assert pair is not None
@@ -67,19 +67,24 @@ def one_listener(hidden: str, seed: int, beta: float, work: Path, settings: list
         answer = listener.answer(clips[pair[0]], clips[pair[1]], random)
         choices.append(Choice(str(len(choices)), 0.0, "", *pair, answer))
         taste = Taste.fit(choices, clips, standard, taste)
-        if len(choices) >= FIRST and len(choices) % EVERY == 0:
+        if len(choices) % EVERY == 0:
             taste.save(work / "taste.json")
-            steps = STEPS_A_CHOICE * (len(choices) if len(choices) == FIRST else EVERY)
-            done = RunFolder.read(run).checkpoints.step if RunFolder.begun(run) else 0
-            if done < STEPS_A_CHOICE * len(choices):
-                train_round(run, config, work / "taste.json", steps, beta, Silent())
-            policy = load_policy(newest_policy(run))
-            finished = _played(policy, FINISHED, seed, config, len(choices), played)
+            lesson = work / f"after-{len(choices)}"
+            known = RunFolder.read(lesson).checkpoints.all() if RunFolder.begun(lesson) else []
+            policy = str(known[-1] if known else teach(lesson, config, work / "taste.json", goal, Silent()))
+            finished = _played(load_policy(policy), FINISHED, seed, config, len(choices), played)
             played += FINISHED
     seconds = time.perf_counter() - begun
-    found = evaluate([f"base={POLICY}", f"tuned={newest_policy(run)}"], work / "evaluation", config, prompts, 0)
+    found = evaluate([f"base={POLICY}", f"tuned={policy}"], work / "evaluation", config, prompts, 0)
     tables = {label: _features(work / "evaluation", label, base, config) for label in ("base", "tuned")}
-    about = {"listener": hidden, "seed": seed, "beta": beta, "seconds": seconds, "prequential": taste.agreement}
+    about = {
+        "listener": hidden,
+        "seed": seed,
+        "goal": goal,
+        "borne_out": taste.borne_out,
+        "seconds": seconds,
+        "prequential": taste.agreement,
+    }
     utility = {label: listener.utility(table) for label, table in tables.items()}
     unit = utility["base"].std()
     if unit > 0:
@@ -112,7 +117,7 @@ def main() -> int:
     parser.add_argument("--listeners", nargs="*", default=list(HIDDEN), choices=list(HIDDEN))
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--first-seed", type=int, default=0)
-    parser.add_argument("--beta", type=float, default=0.04, help="the page's in the middle of its slider")
+    parser.add_argument("--goal", type=float, default=1.2, help="the page's in the middle of its slider")
     parser.add_argument("--prompts", type=int, default=256, help="test openings, one output each")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="another setting of the run")
     parser.add_argument("--work", type=Path, default=Path("taste-training"), help="folder of the runs")
@@ -121,11 +126,11 @@ def main() -> int:
     runs: list[dict[str, Any]] = []
     for seed in range(options.first_seed, options.first_seed + options.seeds):
         for hidden in options.listeners:
-            work = options.work / f"{list(HIDDEN).index(hidden)}-{seed}-{options.beta:g}"
+            work = options.work / f"{list(HIDDEN).index(hidden)}-{seed}-{options.goal:g}"
             work.mkdir(parents=True, exist_ok=True)
-            runs.append(one_listener(hidden, seed, options.beta, work, options.set, options.prompts))
+            runs.append(one_listener(hidden, seed, options.goal, work, options.set, options.prompts))
             print(json.dumps({k: v for k, v in runs[-1].items() if k != "moved"}), flush=True)
-            write_result(options.out, {"choices": CHOICES, "steps": STEPS_A_CHOICE * CHOICES, "runs": runs})
+            write_result(options.out, {"choices": CHOICES, "runs": runs})
     return 0
 
 

@@ -1,16 +1,16 @@
-"""The run that the page has trained, and whose prompts it plays."""
+"""The run of a lesson, whose prompts the page plays."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 
 from fastsmart.config import Config
-from fastsmart.taste.training import taste_config
+from fastsmart.taste.lessons import lesson_config
 
 
 def config_for(policy: str, max_tokens: int, seconds: float) -> Config:
-    """Settings of a run on a taste whose clips are as long as those that are compared."""
-    config = taste_config(policy)
+    """Settings of a lesson whose clips are as long as those that are compared."""
+    config = lesson_config(policy)
     return replace(
         config,
         sampling=replace(config.sampling, max_tokens=max_tokens),

@@ -105,10 +105,10 @@ class Handlers:
 
     async def back(self, request: Request) -> Response:
         asked = await order(request, version=int)
-        return await self._done(self.studio.rounds.go_back, asked["version"])
+        return await self._done(self.studio.teacher.go_back, asked["version"])
 
     async def reset(self, request: Request) -> Response:
-        return await self._done(self.studio.rounds.reset)
+        return await self._done(self.studio.teacher.reset)
 
     async def phrase(self, request: Request) -> Response:
         bars, name = request.query_params.get("bars") or "0", file_name(request.query_params.get("name", ""))

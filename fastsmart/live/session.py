@@ -27,7 +27,7 @@ from fastsmart.reward.taste_embedding import ClipEmbedding
 from fastsmart.reward.taste_features import LEAST_CLIPS, Standard
 from fastsmart.taste import Choice, Clip, append_choice, next_pair, standing
 from fastsmart.taste.choices import of_listener
-from fastsmart.taste.replay import CHOICES_FILE, ROUNDS_FILE, STANDARD_FILE, TasteFolder
+from fastsmart.taste.replay import CHOICES_FILE, LESSONS, STANDARD_FILE, TasteFolder
 
 SESSION_FILE = "session.json"
 EARLIER = "earlier"  # folder of what a reset has put aside
@@ -132,7 +132,7 @@ class Session:
                 self._learn(self._saved_taste())
 
     def reset(self) -> Path:
-        """Begin again without choices. What there was is put aside, with the run that was trained on it, into the
+        """Begin again without choices. What there was is put aside, with the lessons it was taught in, into the
         folder that is returned, from which it can be replayed."""
         with self._change():
             aside = self.folder.path / EARLIER / datetime.now().strftime("%Y%m%d-%H%M%S-%f")
@@ -140,7 +140,7 @@ class Session:
             copied = [self.folder.clips.path(id) for id in self._judged()] + [self.folder.path / STANDARD_FILE]
             for path in filter(Path.is_file, copied):
                 shutil.copy(path, aside / path.relative_to(self.folder.path))
-            for name in (CHOICES_FILE, ROUNDS_FILE, "taste.json", "tastes", "run"):
+            for name in (CHOICES_FILE, LESSONS, "taste.json", "tastes"):
                 if (self.folder.path / name).exists():
                     (self.folder.path / name).rename(aside / name)
             self._set_aside((*self._judged(), *self.place.phrase, *(self.place.pair or ())))

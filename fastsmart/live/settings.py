@@ -46,7 +46,7 @@ class LiveSettings:
     soundfont: str = ""
     """Path of an SF2 or SF3 file; "" = one that is installed."""
     boldness: int = 5
-    """How far from the first policy its training may go, from 0 to 10, until the page says otherwise."""
+    """How far its training goes towards what is liked, from 0 to 10, until the page says otherwise."""
     train: bool = True
     """Whether a process beside the page trains the policy."""
 
@@ -72,6 +72,6 @@ class LiveSettings:
             raise UserError(f"--listener must have from 1 to {LONGEST_NAME} printable characters")
 
 
-def kl_weight(boldness: int) -> float:
-    """Weight of the KL term at a boldness: a tenth of what it is at 0 for every five steps up, 0.04 in the middle."""
-    return 0.4 * 10 ** (-boldness / 5)
+def goal_of(boldness: int) -> float:
+    """Mean of the reward `taste` that training goes to, in its own units (standard deviations of the base's clips)."""
+    return 0.24 * boldness

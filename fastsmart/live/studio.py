@@ -12,10 +12,10 @@ from fastsmart.live.composer import Composer
 from fastsmart.live.config import config_for
 from fastsmart.live.events import Events
 from fastsmart.live.player import Player
-from fastsmart.live.rounds import Rounds
 from fastsmart.live.session import Session
 from fastsmart.live.settings import LiveSettings
 from fastsmart.live.sound import Sound
+from fastsmart.live.teacher import Teacher
 from fastsmart.live.view import view
 from fastsmart.machine.files import make_folder, read_file
 from fastsmart.machine.folder_lock import FolderLock
@@ -29,7 +29,7 @@ class Studio:
 
     session: Session
     composer: Composer
-    rounds: Rounds
+    teacher: Teacher
     answers: Answers
     sound: Sound
     events: Events
@@ -50,15 +50,15 @@ class Studio:
             events, sound = Events(), Sound(settings.soundfont)
             player = Player(load_policy(settings.policy))
             session = Session(out, settings)
-            rounds = Rounds(session)
+            teacher = Teacher(session)
             config = config_for(settings.policy, settings.max_tokens, settings.seconds)
-            composer = Composer(session, player, sound, config, rounds.newest)
+            composer = Composer(session, player, sound, config, teacher.newest)
             answers = Answers(session, player, settings.max_tokens, settings.seconds, events.publish)
         except BaseException:
             lock.release()
             raise
         composer.idle = answers.warm
-        studio = Studio(session, composer, rounds, answers, sound, events, lock)
+        studio = Studio(session, composer, teacher, answers, sound, events, lock)
         session.changed = studio.tell
         studio._go_on_with_the_phrase()
         return studio
@@ -68,26 +68,26 @@ class Studio:
         self.composer.start()
         self.answers.go_on()
         if self.session.settings.train:
-            self.rounds.start()
+            self.teacher.start()
         else:
-            self.rounds.doing = "off"
+            self.teacher.doing = "off"
 
     def view(self) -> dict[str, Any]:
         """State of the page."""
-        return view(self.session, self.composer, self.rounds, self.answers)
+        return view(self.session, self.composer, self.teacher, self.answers)
 
     def tell(self) -> None:
         """Send every page the present state, and have the threads look for work."""
         self.events.publish("state", self.view())
         self.composer.look()
-        self.rounds.look()
+        self.teacher.look()
         self.answers.go_on()
 
     def close(self) -> None:
         """End threads and processes; everything is on disk already."""
         self.composer.stop()
-        self.rounds.stop()
-        for thread in (self.composer, self.rounds):
+        self.teacher.stop()
+        for thread in (self.composer, self.teacher):
             if thread.is_alive():
                 thread.join(30)
         self.sound.close()

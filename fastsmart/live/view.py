@@ -7,8 +7,8 @@ from typing import Any
 
 from fastsmart.live.answers import Answers
 from fastsmart.live.composer import Composer
-from fastsmart.live.rounds import FIRST_CHOICES, Rounds
 from fastsmart.live.session import Session
+from fastsmart.live.teacher import FIRST_CHOICES, Teacher
 from fastsmart.reward.taste import Taste
 from fastsmart.reward.taste_features import LABELS
 from fastsmart.study.sound import note_rows
@@ -22,10 +22,10 @@ LEAST_CERTAINTY = 0.7
 WORDS = ((0.97, "quite sure"), (0.9, "fairly sure"), (LEAST_CERTAINTY, "a guess"))
 
 
-def view(session: Session, composer: Composer, rounds: Rounds, answers: Answers) -> dict[str, Any]:
+def view(session: Session, composer: Composer, teacher: Teacher, answers: Answers) -> dict[str, Any]:
     """All that a page needs to draw itself, as JSON."""
     place, mine = session.place, standing(of_listener(session.choices, session.place.listener))
-    version, _ = rounds.newest()
+    version, _ = teacher.newest()
     return {
         "listener": place.listener,
         "joint": session.settings.joint,
@@ -35,9 +35,9 @@ def view(session: Session, composer: Composer, rounds: Rounds, answers: Answers)
         "answering": bool(place.phrase),
         "boldness": place.boldness,
         "paused": place.paused,
-        "training": _training(rounds, session),
+        "training": _training(teacher, session),
         "learnt": learnt(session.taste),
-        "policies": [{"version": v, "name": policy_name(v), "now": v == version} for v in rounds.versions()],
+        "policies": [{"version": v, "name": policy_name(v), "now": v == version} for v in teacher.versions()],
         "damaged": list(session.damaged[:3]),
         "trouble": composer.error or answers.error,
     }
@@ -101,6 +101,6 @@ def _phrase(answers: Answers) -> dict[str, Any] | None:
     return {"name": phrase.name, "notes": note_rows(phrase.notes, 0), "seconds": round(phrase.end_s, 3)}
 
 
-def _training(rounds: Rounds, session: Session) -> dict[str, Any]:
+def _training(teacher: Teacher, session: Session) -> dict[str, Any]:
     missing = max(FIRST_CHOICES - len(session.judgements()), 0)
-    return {"doing": rounds.doing, "missing": missing, "error": rounds.error}
+    return {"doing": teacher.doing, "missing": missing, "error": teacher.error}

@@ -21,7 +21,7 @@ from fastsmart.reward.bradley_terry import BOTH_BAD, EQUAL, LEFT, RIGHT, Posteri
 from fastsmart.reward.settings import RewardSettings
 from fastsmart.reward.taste_features import LABELS, NOTE_FEATURES, Standard
 
-FORMAT = "fastsmart taste 1"  # counts up whenever a feature or the order of the coordinates means something else
+FORMAT = "fastsmart taste 2"  # counts up whenever a feature, a coordinate or a column means something else
 ANSWERS = {"left": LEFT, "right": RIGHT, "equal": EQUAL, "both_bad": BOTH_BAD}
 SCALE = 0.5  # of a weight before any choice, logits a standard deviation of its feature
 CURVED_SCALE = 0.05  # of a square or a product of features: with 0.15 the first questions are about these
@@ -72,15 +72,15 @@ class Taste:
     posterior   : of the weights of the D coordinates
     curved      : whether the coordinates hold squares and products beside the features
     choices     : how many the taste has been learnt from
-    predictions : for each of these that had a better side, by its id, the side that the taste before it expected, and
-                  the side that was chosen
+    predictions : for each of these that had a better side, by its id, the side that the taste before it expected, the
+                  side that was chosen, and the probability that the taste gave to the side it expected
     """
 
     standard: Standard
     posterior: Posterior
     curved: bool = False
     choices: int = 0
-    predictions: tuple[tuple[str, str, str], ...] = ()
+    predictions: tuple[tuple[str, str, str, float], ...] = ()
 
     @staticmethod
     def fit(
@@ -145,7 +145,16 @@ class Taste:
     def recent_agreement(self, last: int) -> float:
         """`agreement` over the last so many."""
         rows = self.predictions[-last:] if last else ()
-        return float(np.mean([expected == chosen for _, expected, chosen in rows])) if rows else math.nan
+        return float(np.mean([expected == chosen for _, expected, chosen, _ in rows])) if rows else math.nan
+
+    @property
+    def borne_out(self) -> float:
+        """How much of what it foretold of choices came true, 0 .. 1: the slope of what was chosen (1 the side it
+        expected, -1 the other) on what it expected (twice the probability, less 1), by ridge regression; 0 before
+        there is anything. Of a listener who answers at random it tends to 0, however sure the taste is of itself."""
+        expected = np.array([2 * p - 1 for *_, p in self.predictions])
+        came = np.array([1.0 if foretold == chosen else -1.0 for _, foretold, chosen, _ in self.predictions])
+        return float(np.clip(expected @ came / (expected @ expected + 1), 0.0, 1.0))
 
     def explained(self) -> list[Effect]:
         """Effect of each feature on what it thinks is liked, the most certain first."""
@@ -277,17 +286,18 @@ def _scales(f: int, curves: int) -> np.ndarray:
 
 def _expected(
     choices: Sequence[Comparison], z: Mapping[str, np.ndarray], before: Taste | None
-) -> tuple[tuple[str, str, str], ...]:
+) -> tuple[tuple[str, str, str, float], ...]:
     """`Taste.predictions`: those known before, and for choices made since what `before` says."""
     if before is None:
         return ()
     known = {row[0]: row for row in before.predictions}
     new = [i for i, c in enumerate(choices) if c.id not in known and c.choice in ("left", "right")]
-    apart = _coordinates(z["left"][new], before._curves) - _coordinates(z["right"][new], before._curves)
-    better = apart @ before.posterior.mean[: apart.shape[1]]
-    for i, gain in zip(new, better, strict=True):
+    phi = np.concatenate([_coordinates(z[side][new], before._curves) for side in ("left", "right")])
+    better = (phi[: len(new)] - phi[len(new) :]) @ before.posterior.mean[: phi.shape[1]]
+    left = probabilities(before.posterior, phi, *np.arange(2 * len(new)).reshape(2, -1))[:, :2]
+    for i, gain, p in zip(new, better, left[:, 0] / left.sum(axis=1), strict=True):
         c = choices[i]
-        known[c.id] = (c.id, "left" if gain > 0 else "right" if gain < 0 else "", c.choice)
+        known[c.id] = (c.id, "left" if gain > 0 else "right" if gain < 0 else "", c.choice, float(max(p, 1 - p)))
     return tuple(known[c.id] for c in choices if c.id in known)
 
 
@@ -307,5 +317,7 @@ def _checked(content: dict[str, Any]) -> Taste:
         raise ValueError("a covariance that no distribution has")
     if standard.names[: standard.named] not in (tuple(NOTE_FEATURES), tuple(LABELS)):
         raise ValueError("features that this version of fastsmart does not have")
-    predictions = tuple((str(a), str(b), str(c)) for a, b, c in content["predictions"])
+    predictions = tuple((str(a), str(b), str(c), float(p)) for a, b, c, p in content["predictions"])
+    if not all(0 <= p <= 1 for *_, p in predictions):
+        raise ValueError("a probability outside 0 .. 1")
     return Taste(standard, Posterior(mean, covariance), curved, int(content["choices"]), predictions)

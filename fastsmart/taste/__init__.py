@@ -12,6 +12,5 @@ from fastsmart.taste.choices import standing as standing
 from fastsmart.taste.clips import Clip as Clip
 from fastsmart.taste.clips import ClipFolder as ClipFolder
 from fastsmart.taste.pairs import next_pair as next_pair
-from fastsmart.taste.replay import Round as Round
 from fastsmart.taste.replay import TasteFolder as TasteFolder
 from fastsmart.taste.replay import replay as replay

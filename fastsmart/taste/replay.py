@@ -2,43 +2,26 @@
 
 choices.jsonl    the answers, oldest first             taste.json       the joint taste of all listeners
 clips/           the clips they are about              tastes/ann.json  that of one listener
-standard.json    features of the base's clips          rounds.jsonl     what was trained, after which choices
-run/             the run: policies, metrics
+standard.json    features of the base's clips          lessons/         runs, each tuned to the taste as it was
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from fastsmart.errors import UserError
-from fastsmart.machine.files import make_folder, os_errors_as_user_errors, read_file
+from fastsmart.machine.files import make_folder
 from fastsmart.reward.taste import Taste
 from fastsmart.reward.taste_features import Standard
 from fastsmart.taste.choices import Choice, ChoiceLog, of_listener, read_choices, standing
 from fastsmart.taste.clips import ClipFolder
+from fastsmart.taste.lessons import LessonFolder
 
 CHOICES_FILE = "choices.jsonl"
 STANDARD_FILE = "standard.json"
-ROUNDS_FILE = "rounds.jsonl"
-
-
-@dataclass(frozen=True)
-class Round:
-    """Some steps of training on the taste as it was after a choice.
-
-    after    : id of the last line of the choices that the taste knew; "" = of no choice
-    steps    : how many steps were taken
-    beta     : weight of the KL term
-    listener : whose taste; None = the joint one
-    """
-
-    after: str
-    steps: int
-    beta: float
-    listener: str | None = None
+LESSONS = "lessons"
 
 
 @dataclass
@@ -47,19 +30,15 @@ class TasteFolder:
 
     path: Path
     clips: ClipFolder = field(init=False)
+    lessons: LessonFolder = field(init=False)
 
     def __post_init__(self) -> None:
         self.path = Path(self.path)
-        self.clips = ClipFolder(self.path / "clips")
+        self.clips, self.lessons = ClipFolder(self.path / "clips"), LessonFolder(self.path / LESSONS)
 
     @property
     def choices_file(self) -> Path:
         return self.path / CHOICES_FILE
-
-    @property
-    def run(self) -> Path:
-        """Folder of the run that is trained on the taste."""
-        return self.path / "run"
 
     def taste_file(self, listener: str | None = None) -> Path:
         """File of a listener's taste, or of the joint one."""
@@ -104,30 +83,6 @@ class TasteFolder:
         make_folder(path.parent)
         taste.save(path)
         return path
-
-    def rounds(self) -> list[Round]:
-        """Rounds of training, oldest first; raises UserError for a line that is damaged."""
-        path = self.path / ROUNDS_FILE
-        try:
-            lines = read_file(path).decode("utf-8").split("\n")
-        except FileNotFoundError:
-            return []
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"cannot read {path}: {error}") from error
-        found = []
-        for number, line in enumerate(lines[:-1], 1):  # the last is what a crash has left, or nothing
-            try:
-                tree = json.loads(line)
-                found.append(Round(str(tree["after"]), int(tree["steps"]), float(tree["beta"]), tree["listener"]))
-            except (ValueError, KeyError, TypeError, RecursionError) as error:
-                raise UserError(f"{path} line {number} is damaged; remove {path.name} to replay without it") from error
-        return found
-
-    def append_round(self, done: Round) -> None:
-        """Add what has been trained; raises UserError when the disk is full."""
-        path = self.path / ROUNDS_FILE
-        with os_errors_as_user_errors(path), open(path, "a", encoding="utf-8") as sink:
-            sink.write(json.dumps(vars(done)) + "\n")
 
 
 def replay(source: str | Path, out: str | Path, listener: str | None = None) -> Taste:

@@ -1,6 +1,7 @@
 """Tastes: what they learn, say and keep, and the reward they are."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -73,6 +74,23 @@ def test_who_chooses_at_random_teaches_little(table: np.ndarray, standard: Stand
     assert noise.mean(table).std() < 0.5 * slow.mean(table).std()
 
 
+def test_what_was_foretold_and_came_true_counts_by_how_sure_it_was(slow: Taste, standard: Standard) -> None:
+    assert Taste.unknown(standard).borne_out == 0
+
+    def of(*rows: tuple[bool, float]) -> float:
+        told = tuple((str(i), "left", "left" if came else "right", p) for i, (came, p) in enumerate(rows))
+        return replace(slow, predictions=told).borne_out
+
+    assert of(*[(True, 0.5)] * 9) == 0  # nothing was foretold
+    assert of(*[(True, 1.0)] * 9) == pytest.approx(0.9)
+    assert of(*[(True, 0.9), (False, 0.9)] * 9) == 0
+    assert of(*[(False, 0.9)] * 9) == 0
+    assert of(*[(True, 0.6)] * 40) == 1.0  # at most
+    assert of(*[(True, 0.95)] * 8, *[(False, 0.55)] * 8) == pytest.approx(
+        (8 * 0.9 - 8 * 0.1) / (8 * 0.81 + 8 * 0.01 + 1)
+    )
+
+
 def test_products_learn_what_no_linear_taste_can(table: np.ndarray, standard: Standard) -> None:
     utility = Listener(standard, "fast where high").utility(table[200:])
     curved, straight = (taught(table, standard, "fast where high", 150, curved) for curved in (True, False))
@@ -87,6 +105,7 @@ def test_it_is_the_same_from_its_file(slow: Taste, table: np.ndarray, tmp_path: 
     np.testing.assert_allclose(again.std(table), slow.std(table), rtol=1e-9)
     assert again.predictions == slow.predictions
     assert (again.curved, again.choices, again.agreement) == (slow.curved, slow.choices, slow.agreement)
+    assert again.borne_out == slow.borne_out
     assert (tmp_path / "taste.json").stat().st_size < 500_000
 
 
@@ -95,7 +114,7 @@ def test_it_is_the_same_from_its_file(slow: Taste, table: np.ndarray, tmp_path: 
     [
         (b"{", "is not JSON"),
         (b"[]", "does not hold a taste"),
-        (b'{"format": "fastsmart taste 1"}', "is damaged"),
+        (b'{"format": "fastsmart taste 2"}', "is damaged"),
         (None, "cannot read the taste"),
     ],
 )

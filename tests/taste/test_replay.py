@@ -1,6 +1,7 @@
 """Clips on disk, the next pair, and the same choices making the same taste."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,6 @@ from fastsmart.errors import UserError
 from fastsmart.notes import NoteBatch
 from fastsmart.reward.taste_features import feature_names, features
 from fastsmart.taste import Choice, Clip, Standard, Taste, TasteFolder, append_choice, next_pair, replay
-from fastsmart.taste.replay import Round
 
 CLIPS = 60
 
@@ -116,20 +116,6 @@ def test_what_is_taken_back_is_not_learnt_from(folder: TasteFolder, tmp_path: Pa
     assert after.predictions == before.predictions
 
 
-def test_rounds_are_kept_and_damaged_ones_named(folder: TasteFolder) -> None:
-    assert folder.rounds() == []
-    done = [Round("", 2, 0.04), Round("a3", 3, 0.1, "ann")]
-    for one in done:
-        folder.append_round(one)
-    assert folder.rounds() == done
-    path = folder.path / "rounds.jsonl"
-    path.write_text(path.read_text() + '{"after"')
-    assert folder.rounds() == done  # a line that a crash cut was no round
-    path.write_text("{}\n")
-    with pytest.raises(UserError, match=r"rounds\.jsonl line 1 is damaged"):
-        folder.rounds()
-
-
 # Pairs
 
 
@@ -158,7 +144,10 @@ def test_the_pair_that_tells_most_is_played(notes: NoteBatch) -> None:
         return standard.mean + z * standard.std * (np.array(names) == name)
 
     clips = {"slow": at("pace", -2), "fast": at("pace", 2), "loud": at("loudness", 1.5), "soft": at("loudness", -1.5)}
-    assert set(next_pair(sure, clips, ()) or ()) == {"loud", "soft"}
+    for known in (0, 3, 8, 10):
+        assert set(next_pair(replace(sure, choices=known), clips, ()) or ()) == {"loud", "soft"}
+    for known in (7, 11, 39):  # a check
+        assert set(next_pair(replace(sure, choices=known), clips, ()) or ()) == {"slow", "fast"}
 
 
 def test_left_does_not_tell_which_is_better(notes: NoteBatch, make_vectors: Callable[[int], dict]) -> None:

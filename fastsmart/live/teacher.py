@@ -1,7 +1,7 @@
-"""Training beside the page: a process of its own, of the least priority, that takes some steps each time it is asked.
+"""Training beside the page: a process of its own, of the least priority, that trains a lesson each time it is asked.
 
-It has as many steps as the choices are worth, so a page that is left open does not drift. Killed at any instant, or
-with the server, it leaves whole checkpoints, and goes on from the newest.
+There is a lesson to be had where some choices, or another boldness, are new since the last one, so a page that is left
+open does not drift. What a kill at any instant leaves of one, of the process or the server, is begun anew.
 """
 
 from __future__ import annotations
@@ -12,72 +12,60 @@ import subprocess
 import sys
 import threading
 from contextlib import suppress
-from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 from fastsmart.errors import UserError
-from fastsmart.live.session import EARLIER, Session
-from fastsmart.live.settings import kl_weight
-from fastsmart.machine.files import os_errors_as_user_errors, write_atomic
-from fastsmart.policy.hf_format import step_folders, step_of
-from fastsmart.taste.replay import ROUNDS_FILE, Round, TasteFolder
+from fastsmart.live.session import Session
+from fastsmart.live.settings import goal_of
+from fastsmart.machine.files import os_errors_as_user_errors
+from fastsmart.taste.lessons import Lesson
 
-FIRST_CHOICES = 6  # before anything is trained on them
-STEPS_A_ROUND = 1
-STEPS_A_CHOICE = 2  # at most, of all rounds together
+FIRST_CHOICES = 6  # before the first lesson
+NEW_CHOICES = 5  # before another
 LOG_FILE = "training.log"
-TRAINED_ON = "training.json"  # the taste of the present round
+TAUGHT = "training.json"  # the taste of the present lesson
 LOOK_EVERY_S = 1.0
 AFTER_A_FAILURE_S = 30.0
 
 
-class Rounds(threading.Thread):
-    """A thread that has a process train while there are choices to train on.
+class Teacher(threading.Thread):
+    """A thread that has a process train while there is something to teach.
 
     doing : "waiting", "training", "paused" or "off"
-    error : why the last round came to nothing, in a sentence; "" where it did not
+    error : why the last lesson came to nothing, in a sentence; "" where it did not
     """
 
     def __init__(self, session: Session) -> None:
-        super().__init__(name="rounds", daemon=True)
+        super().__init__(name="teacher", daemon=True)
         self.session = session
         self.doing, self.error = "waiting", ""
         self._wake, self._stopped = threading.Event(), False
         self._process: subprocess.Popen[str] | None = None
-        self._guard = threading.RLock()  # held while the run's folder is changed
+        self._guard = threading.RLock()  # held while the lessons' folder is changed
 
     def newest(self) -> tuple[int, str]:
-        """Version and place of the policy that is to play."""
-        found = step_folders(self._checkpoints())
-        return (step_of(found[-1]), str(found[-1])) if found else (0, self.session.settings.policy)
+        """Version and place of the policy that is to play: the number of a lesson, 0 = the first policy."""
+        last = self._last()
+        return (last.number, str(last.policy)) if last else (0, self.session.settings.policy)
 
     def versions(self) -> list[int]:
-        """Policies one can go back to, oldest first; 0 is the first."""
-        return [0, *map(step_of, step_folders(self._checkpoints()))]
+        """Policies one can go back to, oldest first."""
+        return [0, *(lesson.number for lesson in self.session.folder.lessons.finished())]
 
     def look(self) -> None:
-        """Look now whether there is something to train on."""
+        """Look now whether there is something to teach."""
         self._wake.set()
 
     def go_back(self, version: int) -> None:
-        """Play, and train on, from an earlier policy; raises UserError for one that is not there. What was trained
-        since is put aside in the folder, not removed."""
-        from fastsmart.taste.training import go_back
-
+        """Play an earlier policy; raises UserError for one that is not there. Lessons after it are put aside in their
+        folder, not removed."""
         with self._guard:
             if version not in self.versions():
                 raise UserError("there is no such policy to go back to")
             self.session.configure(paused=True)
             self.end_process()
-            if version:
-                go_back(self.session.folder.run, version)
-            elif self.session.folder.run.is_dir():
-                aside = self.session.folder.path / EARLIER
-                aside.mkdir(exist_ok=True)
-                number = sum(1 for _ in aside.iterdir())
-                self.session.folder.run.rename(aside / f"run-{number:04d}")
-            keep_rounds(self.session.folder, version)
+            self.session.folder.lessons.go_back(version)
         self.session.forget_after(version)
 
     def reset(self) -> Path:
@@ -87,7 +75,7 @@ class Rounds(threading.Thread):
             return self.session.reset()
 
     def stop(self) -> None:
-        """End the process and the thread; a round that has begun is lost, and begun anew by the next server."""
+        """End the process and the thread; a lesson that has begun is lost, and begun anew by the next server."""
         self._stopped = True
         self._wake.set()
         self.end_process()
@@ -108,7 +96,7 @@ class Rounds(threading.Thread):
             wait_s = LOOK_EVERY_S
             try:
                 if self._is_due():
-                    wait_s = 0.0 if self._round() else AFTER_A_FAILURE_S
+                    wait_s = 0.0 if self._teach() else AFTER_A_FAILURE_S
             except UserError as error:  # a full disk, a damaged file
                 wait_s = AFTER_A_FAILURE_S
                 self._tell(str(error))
@@ -117,44 +105,48 @@ class Rounds(threading.Thread):
                 self._wake.clear()
 
     def _is_due(self) -> bool:
-        """Whether the choices are worth another round."""
-        if self.session.place.paused:
+        """Whether there is something new to teach."""
+        session, last = self.session, self._last()
+        if session.place.paused:
             self._say("paused")
             return False
-        count = len(self.session.judgements())
-        done = sum(r.steps for r in self.session.folder.rounds() if r.listener == self.session.listener)
-        due = count >= FIRST_CHOICES and done < STEPS_A_CHOICE * count
+        count = len(session.judgements())
+        told = last and (last.listener, last.goal)
+        due = count >= FIRST_CHOICES and (
+            last is None
+            or told != (session.listener, goal_of(session.place.boldness))
+            or abs(count - last.choices) >= NEW_CHOICES
+        )
         if not due:
             self._say("waiting")
         return due
 
-    def _round(self) -> bool:
-        """Have one round trained; False where it came to nothing.
+    def _last(self) -> Lesson | None:
+        return next(reversed(self.session.folder.lessons.finished()), None)
 
-        It is written down before it begins. One that was not finished is struck out before the next.
-        """
+    def _teach(self) -> bool:
+        """Have one lesson trained; False where it came to nothing."""
         session, folder = self.session, self.session.folder
-        taste = (folder.path / TRAINED_ON).resolve()
+        taste = (folder.path / TAUGHT).resolve()
         if (known := session.taste_to_train_on(taste)) is None:
             return False
-        beta = kl_weight(session.place.boldness)
+        goal = goal_of(session.place.boldness)
+        self._say("training")
+        with self._guard:
+            if self._stopped or session.place.paused:
+                return True
+            lesson = folder.lessons.begin(*known, goal, session.listener)
+            if self._process is None:
+                self._process = _start(folder.path / LOG_FILE)
+            process = self._process
         order = {
             "policy": session.settings.policy,
             "max_tokens": session.settings.max_tokens,
             "seconds": session.settings.seconds,
             "taste": str(taste),
-            "steps": STEPS_A_ROUND,
-            "beta": beta,
+            "goal": goal,
+            "out": str(lesson.path.resolve()),
         }
-        self._say("training")
-        with self._guard:
-            if self._stopped or session.place.paused:
-                return True
-            keep_rounds(folder, self.newest()[0])
-            folder.append_round(Round(known[0], STEPS_A_ROUND, beta, session.listener))
-            if self._process is None:
-                self._process = _start(folder.run.resolve(), folder.path / LOG_FILE)
-            process = self._process
         error = self._error_of(process, order)
         if error is not None:
             self._tell(error)
@@ -187,25 +179,14 @@ class Rounds(threading.Thread):
             self.doing = doing
             self.session.changed()
 
-    def _checkpoints(self) -> Path:
-        return self.session.folder.run / "checkpoints"
 
-
-def keep_rounds(folder: TasteFolder, steps: int) -> None:
-    """Strike out the rounds beyond the first so many steps."""
-    rounds = folder.rounds()
-    kept = [r for r, end in zip(rounds, accumulate(r.steps for r in rounds), strict=True) if end <= steps]
-    if len(kept) < len(rounds):
-        write_atomic(folder.path / ROUNDS_FILE, "".join(json.dumps(vars(r)) + "\n" for r in kept))
-
-
-def _start(run: Path, log: Path) -> subprocess.Popen[str]:
+def _start(log: Path) -> subprocess.Popen[str]:
     """The process; it has this one's modules, and neither its terminal nor its Ctrl-C. What it complains of is in the
     log, which begins anew."""
     search_path = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
     with os_errors_as_user_errors(log), open(log, "wb") as complaints:
         return subprocess.Popen(
-            [sys.executable, "-P", "-m", "fastsmart.live.round_worker", str(run)],
+            [sys.executable, "-P", "-m", "fastsmart.live.lesson_worker"],
             env=os.environ | {"PYTHONPATH": search_path},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,

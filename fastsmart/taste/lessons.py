@@ -1,0 +1,177 @@
+"""Lessons: each tunes the first policy to a taste as it is by then, and is a run folder like any other.
+
+config = lesson_config("pop909-tiny")
+policy = teach(out / "lessons" / "lesson-0001", config, taste_file, goal=1.2)
+
+A lesson begins from the first policy, so that nothing is left in it of what earlier, poorer tastes asked for. Notes are
+credited one by one (`fastsmart.credit`) until a round's clips are as much to the listener's taste as was wanted. GRPO,
+whose reward is never used up, went on until five notes were left of a clip (docs/log.md).
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from fastsmart.config import Config, merged
+from fastsmart.credit.settings import CreditSettings
+from fastsmart.errors import UserError
+from fastsmart.machine.files import make_folder, os_errors_as_user_errors, read_file, write_atomic
+from fastsmart.policy.hf_format import STATE_FILE
+from fastsmart.presets import demo
+from fastsmart.reward.taste import Taste
+from fastsmart.run.display import Display
+from fastsmart.run.folder import RunFolder
+
+ROUNDS, ROUND_STEPS = 3, 10
+ROUND_PROMPTS = 160  # two completions each
+STEP_CLIPS = 64  # so that each clip of a round is learnt from twice
+STRENGTH = 3.0
+KEPT = 20  # lessons of a folder
+HELD_OUT = 16  # clips of the evaluation that a lesson ends with
+TASTE_FILE, ABOUT_FILE, UNDONE = "taste.json", "lesson.json", "undone"
+
+
+def lesson_config(policy: str, taste: str | Path = "", goal: float = 1.2, seed: int = 0) -> Config:
+    """A lesson's run: the demo's prompts and sampling, the reward `taste` alone, a short evaluation at its end.
+
+    goal : mean reward that is enough, in standard deviations of the first policy's clips above their mean
+    """
+    base = demo()
+    steps = ROUNDS * ROUND_STEPS
+    return replace(
+        base,
+        policy=replace(base.policy, source=policy),
+        sampling=replace(base.sampling, group=2),
+        reward=replace(base.reward, terms={"taste": 1.0}, taste=str(taste)),
+        credit=CreditSettings(
+            prompts=ROUND_PROMPTS,
+            round_steps=ROUND_STEPS,
+            clips=STEP_CLIPS,
+            window=ROUNDS,
+            alternatives=4,
+            strength=STRENGTH,
+            goal=goal,
+        ),
+        train=replace(
+            base.train,
+            algorithm="credit",
+            steps=steps,
+            prompts=ROUND_PROMPTS,
+            schedule="constant",
+            eval_every=0,
+            eval_prompts=HELD_OUT,
+            save_every=0,
+            keep=1,
+            listen=0,
+            seed=seed,
+        ),
+    )
+
+
+def teach(out: str | Path, config: Config, taste: str | Path, goal: float, display: Display | None = None) -> Path:
+    """Train a lesson in the new folder `out`, which gets a copy of the taste; gives the policy that comes of it.
+
+    goal : as of `lesson_config`, by a taste all of whose predictions came true; by others that share of it which did
+           (`Taste.borne_out`)
+
+    A stop signal ends it early, with what has been learnt saved. Raises UserError as `train` does.
+    """
+    from fastsmart.trainer.loop import train
+
+    known, out = Taste.load(taste), Path(out)
+    path = (make_folder(out) / TASTE_FILE).resolve()
+    write_atomic(path, read_file(taste))
+    told = {"reward": {"taste": str(path)}, "credit": {"goal": goal * known.borne_out}}
+    train(merged(config, told), out, False, display)
+    return RunFolder.read(out).checkpoints.all()[-1]
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """A lesson of a folder, and what it was taught.
+
+    path     : of its run
+    steps    : how many optimizer steps it has
+    after    : id of the last line of the choices that the taste knew
+    choices  : how many choices stood
+    goal     : as of `teach`
+    listener : whose taste; None = the joint one
+    """
+
+    path: Path
+    steps: int
+    after: str
+    choices: int
+    goal: float
+    listener: str | None = None
+
+    @property
+    def number(self) -> int:
+        """From 1."""
+        return _number(self.path)
+
+    @property
+    def policy(self) -> Path:
+        """Checkpoint of its last step, which is there once the lesson is finished."""
+        return self.path / "checkpoints" / f"step-{self.steps:06d}"
+
+
+@dataclass
+class LessonFolder:
+    """Lessons of a listener's folder, `lesson-0001` and so on; nothing is read before it is asked for."""
+
+    path: Path
+    _told: dict[Path, Lesson] = field(default_factory=dict)  # finished ones, which do not change any more
+
+    def finished(self) -> list[Lesson]:
+        """Those that came to their end, oldest first; raises UserError for one whose description is damaged."""
+        read = (self._told.get(path) or _read(path) for path in self._paths())
+        found = [lesson for lesson in read if lesson and (lesson.policy / STATE_FILE).is_file()]
+        self._told = {lesson.path: lesson for lesson in found}
+        return found
+
+    def begin(
+        self, after: str, choices: int, goal: float, listener: str | None = None, steps: int = ROUNDS * ROUND_STEPS
+    ) -> Lesson:
+        """The next lesson, written down before it is taught. What is left of one that was cut off goes, and so do the
+        oldest beyond `KEPT`. Raises UserError when the disk is full."""
+        done = self.finished()
+        kept = {lesson.path for lesson in done[-(KEPT - 1) :]}
+        for path in self._paths():
+            if path not in kept:
+                with os_errors_as_user_errors(path):
+                    shutil.rmtree(path)
+        number = done[-1].number + 1 if done else 1
+        lesson = Lesson(self.path / f"lesson-{number:04d}", steps, after, choices, goal, listener)
+        about = {name: value for name, value in vars(lesson).items() if name != "path"}
+        write_atomic(make_folder(lesson.path) / ABOUT_FILE, json.dumps(about) + "\n")
+        return lesson
+
+    def go_back(self, number: int) -> None:
+        """Make this the newest lesson, 0 = none: later ones move to `undone/`, whence they can be put back."""
+        for path in self._paths():
+            if _number(path) > number:
+                aside = make_folder(self.path / UNDONE)
+                path.rename(aside / f"{sum(1 for _ in aside.iterdir()):04d}-{path.name}")
+
+    def _paths(self) -> list[Path]:
+        return sorted(self.path.glob("lesson-" + 4 * "[0-9]" + "*"), key=_number) if self.path.is_dir() else []
+
+
+def _read(path: Path) -> Lesson | None:
+    """What a lesson was taught; None where that was not written down yet."""
+    try:
+        told = json.loads(read_file(path / ABOUT_FILE))
+        return Lesson(path, int(told["steps"]), str(told["after"]), int(told["choices"]), float(told["goal"]),
+                      told["listener"])  # fmt: skip
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise UserError(f"{path / ABOUT_FILE} is damaged; remove the folder {path}") from error
+
+
+def _number(path: Path) -> int:
+    return int(path.name.removeprefix("lesson-"))

@@ -1,0 +1,154 @@
+"""Lessons by a taste, and tastes and constraints on the command line."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from made_notes import made, melody
+from small_run import config_for
+
+from fastsmart.cli import main
+from fastsmart.config import Config, read_config, with_overrides
+from fastsmart.errors import UserError
+from fastsmart.policy.hf_format import load_policy
+from fastsmart.run.folder import RunFolder
+from fastsmart.run.resumed_config import resumed_config
+from fastsmart.taste import Choice, Standard, Taste
+from fastsmart.taste.lessons import KEPT, Lesson, LessonFolder, lesson_config, teach
+
+
+@pytest.fixture
+def taste(tmp_path: Path) -> Path:
+    """The file of a taste for high notes."""
+    path = tmp_path / "taste.json"
+    learn(path, "left")
+    return path
+
+
+def learn(path: Path, answer: str) -> None:
+    """Write the taste of a listener who always says this of high notes beside middling ones."""
+    notes = made([melody(seed) for seed in range(40)])
+    standard = Standard.of(notes)
+    high = standard.mean + 2 * standard.std * (np.array(standard.names) == "register")
+    taste, choices = Taste.unknown(standard), list[Choice]()
+    for number in range(8):
+        choices.append(Choice(f"n{number}", 0.0, "", "high", "mean", answer))
+        taste = Taste.fit(choices, {"high": high, "mean": standard.mean}, standard, taste)
+    taste.save(path)
+
+
+def small_lesson(**credit: float) -> Config:
+    return config_for(
+        Path("pop909-tiny"),
+        {"sampling": {"group": 2}, "reward": {"terms": {"taste": 1.0}, "normalize": "none"}},
+        {"train": {"algorithm": "credit", "steps": 4, "prompts": 4, "eval_every": 0, "save_every": 0, "listen": 0}},
+        {"credit": {"prompts": 4, "round_steps": 2, "clips": 4} | credit},
+    )
+
+
+def test_a_lesson_tunes_the_first_policy_to_a_taste_which_it_keeps(taste: Path, tmp_path: Path) -> None:
+    out, known = tmp_path / "lesson", Taste.load(taste)
+    policy = teach(out, small_lesson(), taste, goal=9.0)
+    assert policy == out / "checkpoints" / "step-000004"
+    assert (out / "taste.json").read_text() == taste.read_text()
+    own = read_config(out / "config.toml")
+    assert Path(own.reward.taste) == (out / "taste.json").resolve()
+    assert own.credit.goal == 9.0 * known.borne_out > 0
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [0, 1, 2, 3, 4]
+    assert all(np.isfinite(line["terms"]["taste"]) for line in lines[1:])
+    with pytest.raises(UserError, match="already holds a run"):
+        teach(out, small_lesson(), taste, goal=9.0)
+
+
+def test_where_nothing_came_true_nothing_is_learnt(taste: Path, tmp_path: Path) -> None:
+    known = Taste.load(taste)
+    replace(known, predictions=()).save(taste)
+    policy = teach(tmp_path / "lesson", small_lesson(), taste, goal=9.0)
+    base, tuned = (load_policy(source).state_dict() for source in ("pop909-tiny", policy))
+    gain = json.loads((tmp_path / "lesson" / "metrics.jsonl").read_text().splitlines()[1])["reward"]
+    assert np.isfinite(gain)
+    moved = max(float((base[name] - tuned[name]).abs().max()) for name in base)
+    assert moved <= 4 * read_config(tmp_path / "lesson" / "config.toml").train.learning_rate  # of four clips' chance
+    assert read_config(tmp_path / "lesson" / "config.toml").credit.goal == 0
+
+
+def test_a_folder_knows_its_finished_lessons_and_begins_the_next(tmp_path: Path) -> None:
+    lessons = LessonFolder(tmp_path / "lessons")
+    assert lessons.finished() == []
+    first = lessons.begin("a1", 6, 1.2, "ann", steps=4)
+    assert (first.number, first.path.name) == (1, "lesson-0001")
+    assert lessons.finished() == []
+    again = lessons.begin("a2", 7, 0.5, steps=4)  # the first was cut off
+    assert again.path == first.path
+    finish(again)
+    assert lessons.finished() == LessonFolder(tmp_path / "lessons").finished() == [again]
+    second = lessons.begin("a9", 12, 1.2, "ann", steps=4)
+    finish(second)
+    assert [lesson.number for lesson in lessons.finished()] == [1, 2]
+    lessons.go_back(1)
+    assert lessons.finished() == [again]
+    assert lessons.begin("a9", 12, 1.2, "ann", steps=4).number == 2
+    lessons.go_back(0)
+    assert lessons.finished() == []
+    assert sorted(path.name for path in (tmp_path / "lessons" / "undone").iterdir()) == [
+        "0000-lesson-0002", "0001-lesson-0001", "0002-lesson-0002"
+    ]  # fmt: skip
+
+
+def test_the_oldest_lessons_go(tmp_path: Path) -> None:
+    lessons = LessonFolder(tmp_path)
+    for number in range(KEPT + 3):
+        finish(lessons.begin(f"a{number}", number, 1.2, steps=4))
+    assert [lesson.number for lesson in lessons.finished()] == list(range(4, KEPT + 4))
+
+
+def test_a_damaged_description_is_named(tmp_path: Path) -> None:
+    lesson = LessonFolder(tmp_path).begin("a", 6, 1.2)
+    for text in ("{", "[]", '{"after": "a"}'):
+        (lesson.path / "lesson.json").write_text(text)
+        with pytest.raises(UserError, match=r"lesson-0001/lesson\.json is damaged; remove the folder"):
+            LessonFolder(tmp_path).finished()
+
+
+def finish(lesson: Lesson) -> None:
+    lesson.policy.mkdir(parents=True)
+    (lesson.policy / "state.json").write_text("{}")
+
+
+def test_only_a_run_that_is_taught_may_change_what_it_learns_from(tmp_path: Path) -> None:
+    changes = {"reward.taste": "b.json", "reward.taste_caution": 0.2}
+    steered = lesson_config("pop909-tiny", "a.json")
+    assert resumed_config(steered, changes, tmp_path, 5).reward.taste == "b.json"
+    other = with_overrides(Config(), ["reward.terms.variety=1"])
+    with pytest.raises(UserError, match=r"other settings \(reward.taste, reward.taste_caution\)"):
+        resumed_config(other, changes, tmp_path, 5)
+    with pytest.raises(UserError, match="other settings"):
+        resumed_config(steered, {"policy.source": "x"}, tmp_path, 5)
+    assert RunFolder.begun(tmp_path) is False
+
+
+def test_train_takes_rewards_by_name(capsys: pytest.CaptureFixture) -> None:
+    asked = ["--preset", "demo", "--reward", "constraint", "--set", 'reward.constraint.key="C major"']
+    assert main(["train", *asked, "--dry-run"]) == 0
+    shown = capsys.readouterr().out
+    assert "[reward.terms]\nconstraint = 1.0\n\n" in shown
+    assert 'key = "C major"' in shown
+    assert main(["train", "--reward", "constrain", "--dry-run"]) == 2
+    assert "did you mean constraint?" in capsys.readouterr().err
+
+
+def test_score_takes_a_taste_and_constraints(taste: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    notes = made([melody(1)])
+    notes.to_midi(0, tmp_path / "a.mid")
+    asked = ["--reward", "taste", "--taste", str(taste), "--reward", "constraint", "--constraint", "lowest=21"]
+    assert main(["score", str(tmp_path / "a.mid"), *asked]) == 0
+    line = json.loads(capsys.readouterr().out)
+    assert line["constraint"] == 1.0
+    assert np.isfinite(line["taste"])
+    assert main(["score", str(tmp_path / "a.mid"), "--reward", "taste"]) == 2
+    assert "name it in reward.taste" in capsys.readouterr().err
+    assert main(["score", str(tmp_path / "a.mid"), "--reward", "constraint", "--constraint", "kye=C"]) == 2
+    assert "did you mean reward.constraint.key?" in capsys.readouterr().err
