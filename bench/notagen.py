@@ -11,6 +11,7 @@ pieces with ours, which the projection can be held against.
 
 from __future__ import annotations
 
+import copy
 import statistics
 import time
 from collections.abc import Sequence
@@ -45,13 +46,15 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     options.add_argument("--prefixes", type=int, nargs="+", default=[1, 256, 512, 1024], help="patches before the one")
     options.add_argument("--patches", type=int, default=1024, help="of the pieces that are projected (1024)")
     options.add_argument("--whole", action="store_true", help="draw whole pieces with ours, too")
+    options.add_argument("--dtype", choices=["float32", "bfloat16"], help="of ours (float32; on a GPU bfloat16)")
     given = parse(options, {"prefixes": [1, 64, 128], "runs": 1}, arguments)
     prefixes = sorted(set(given.prefixes))
     if len(prefixes) < 2:
         raise UserError("--prefixes needs two numbers or more, to tell how the time grows")
-    dtype = torch.bfloat16 if given.device.startswith("cuda") else torch.float32
+    dtype = getattr(torch, given.dtype or ("bfloat16" if given.device.startswith("cuda") else "float32"))
     plain = endless_model(SHAPES[given.shape])
-    model, public = plain.to(given.device, dtype), PublicNotaGen(plain)  # the public one on the same device
+    public = PublicNotaGen(copy.deepcopy(plain).to(given.device))
+    model = plain.to(given.device, dtype)
     ceilings = measured_ceilings(given.device, dtype)
     cases, medians = {}, []
     for prefix in prefixes:
