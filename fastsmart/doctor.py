@@ -43,10 +43,11 @@ def _torch() -> Check:
     import torch
 
     how = waiting()
-    waits = ", ".join(f"{name}={value}" for name, value in how.items() if name in WAITING) or "as GNU OpenMP does"
+    named = ", ".join(f"{name}={value}" for name, value in how.items() if name in WAITING)
+    waits = f"by {named}" if named else "as GNU OpenMP does"
     if "watched" in how:
         waits += ", sooner beside other programs"
-    found = f"{torch.__version__}, {cpu_cores()} cores; threads wait by {waits} (set by {how['set_by']})"
+    found = f"{torch.__version__}, {cpu_cores()} cores; threads wait {waits} (set by {how['set_by']})"
     return Check("PyTorch", found, True, True)
 
 
