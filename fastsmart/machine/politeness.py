@@ -87,10 +87,6 @@ class Crowd:
         self.cores, self._end = cores, threading.Event()
         self._keepers: list[threading.Thread] = []
 
-    @property
-    def there(self) -> bool:
-        return bool(self._keepers)
-
     def come(self) -> None:
         """Be there; nothing happens where OpenMP computes with one thread."""
         import torch

@@ -158,7 +158,8 @@ class LessonFolder:
                 path.rename(aside / f"{sum(1 for _ in aside.iterdir()):04d}-{path.name}")
 
     def _paths(self) -> list[Path]:
-        return sorted(self.path.glob("lesson-" + 4 * "[0-9]" + "*"), key=_number) if self.path.is_dir() else []
+        found = self.path.glob("lesson-*") if self.path.is_dir() else ()
+        return sorted((path for path in found if path.name.removeprefix("lesson-").isdecimal()), key=_number)
 
 
 def _read(path: Path) -> Lesson | None:

@@ -98,11 +98,13 @@ def test_a_folder_knows_its_finished_lessons_and_begins_the_next(tmp_path: Path)
     ]  # fmt: skip
 
 
-def test_the_oldest_lessons_go(tmp_path: Path) -> None:
-    lessons = LessonFolder(tmp_path)
+def test_the_oldest_lessons_go_but_no_folder_of_another_name(tmp_path: Path) -> None:
+    lessons, own = LessonFolder(tmp_path), tmp_path / "lesson-0001-the-good-one"
+    own.mkdir()
     for number in range(KEPT + 3):
         finish(lessons.begin(f"a{number}", number, 1.2, steps=4))
     assert [lesson.number for lesson in lessons.finished()] == list(range(4, KEPT + 4))
+    assert own.is_dir()
 
 
 def test_a_damaged_description_is_named(tmp_path: Path) -> None:
