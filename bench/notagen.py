@@ -30,6 +30,7 @@ from fastsmart.errors import UserError
 from fastsmart.machine.cuda_graph import GraphCapture
 from fastsmart.notagen.char_loop import DRAW, CharLoop
 from fastsmart.notagen.model import BOS, EOS, PATCH_CHARS, NotaGen, NotaGenSize
+from fastsmart.notagen.packed import packed, sampling_dtype
 from fastsmart.notagen.patch_cache import PatchCache
 from fastsmart.notagen.patches import encode_prompt
 from fastsmart.notagen.sampler import AS_THE_AUTHORS, PatchSampler
@@ -46,12 +47,12 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     options.add_argument("--prefixes", type=int, nargs="+", default=[1, 256, 512, 1024], help="patches before the one")
     options.add_argument("--patches", type=int, default=1024, help="of the pieces that are projected (1024)")
     options.add_argument("--whole", action="store_true", help="draw whole pieces with ours, too")
-    options.add_argument("--dtype", choices=["float32", "bfloat16"], help="of ours (float32; on a GPU bfloat16)")
+    options.add_argument("--dtype", choices=["float32", "bfloat16"], help="of ours (as it samples here)")
     given = parse(options, {"prefixes": [1, 64, 128], "runs": 1}, arguments)
     prefixes = sorted(set(given.prefixes))
     if len(prefixes) < 2:
         raise UserError("--prefixes needs two numbers or more, to tell how the time grows")
-    dtype = getattr(torch, given.dtype or ("bfloat16" if given.device.startswith("cuda") else "float32"))
+    dtype = getattr(torch, given.dtype) if given.dtype else sampling_dtype(given.device)
     plain = endless_model(SHAPES[given.shape])
     public = PublicNotaGen(copy.deepcopy(plain).to(given.device))
     model = plain.to(given.device, dtype)
@@ -93,6 +94,7 @@ def endless_model(size: NotaGenSize) -> NotaGen:
 def next_patches(model: NotaGen, rows: int, prefix: int) -> Job:
     """Ours: a patch of each row after `prefix` patches, whose keys and values are in the cache."""
     device = model.char_level_decoder.network.wte.weight.device
+    model = packed(model, rows)
     cache = PatchCache(model, rows)
     loop = CharLoop(model, AS_THE_AUTHORS, rows, GraphCapture() if device.type == "cuda" else None)
     generator = torch.Generator().manual_seed(0)

@@ -40,6 +40,7 @@ from fastsmart.audio import find_soundfont
 from fastsmart.audio.bank_tools import build_bank
 from fastsmart.config import Config
 from fastsmart.machine.distributed import Ranks
+from fastsmart.machine.packed_linear import bfloat16_is_fast
 from fastsmart.notes import NoteBatch
 from fastsmart.policy.checkpoints import Checkpoints
 from fastsmart.policy.hf_format import save_policy
@@ -47,7 +48,6 @@ from fastsmart.policy.settings import PolicySettings
 from fastsmart.policy.transformer import Policy
 from fastsmart.presets import smart_paper
 from fastsmart.reward.audiobox import make_random_weights
-from fastsmart.reward.audiobox.cpu import bfloat16_is_fast
 from fastsmart.tokens.prompts import make_prompts
 from fastsmart.tokens.settings import PromptSettings
 from fastsmart.tokens.vocabulary import load_vocabulary

@@ -24,6 +24,7 @@ def sample_sheets(options: argparse.Namespace) -> int:
     from fastsmart.machine.files import make_folder, write_atomic
     from fastsmart.machine.progress import bar
     from fastsmart.notagen.notation import read_abc, sheet
+    from fastsmart.notagen.packed import sampling_dtype
     from fastsmart.notagen.patches import encode_prompt
     from fastsmart.notagen.sampler import AS_THE_AUTHORS, PatchSampler
     from fastsmart.notagen.weights import load_notagen
@@ -32,8 +33,8 @@ def sample_sheets(options: argparse.Namespace) -> int:
     styles = _styles(options)
     given = {key: getattr(options, key) for key in ("max_tokens", "temperature", "top_k", "top_p")}
     settings = replace(AS_THE_AUTHORS, **{key: value for key, value in given.items() if value is not None})
-    on_gpu = torch.cuda.is_available()
-    model = load_notagen(options.policy, *((torch.bfloat16, "cuda") if on_gpu else (torch.float32, "cpu")))
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = load_notagen(options.policy, sampling_dtype(device), device)
     out = make_folder(options.out)
     asked = [styles[i % len(styles)] if styles else None for i in range(options.number)]
     prompts = [encode_prompt(style.lines if style else []) for style in asked]

@@ -17,6 +17,7 @@ from torch import nn
 from fastsmart.errors import UserError
 from fastsmart.notagen.model import NotaGen
 from fastsmart.notagen.notation import read_abc
+from fastsmart.notagen.packed import sampling_dtype
 from fastsmart.notagen.patches import encode_prompt
 from fastsmart.notagen.sampler import AS_THE_AUTHORS, PatchSampler
 from fastsmart.notagen.styles import Style, read_style
@@ -47,7 +48,7 @@ class SheetPolicy:
         name, mark, style = source.partition(STYLE_MARK)
         self.style: Style | None = read_style(style) if mark else None
         self.device, self.vocab = torch.device(device), vocab
-        self.model: NotaGen = load_notagen(name, torch.float32 if device == "cpu" else torch.bfloat16, device)
+        self.model: NotaGen = load_notagen(name, sampling_dtype(device), device)
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """The network's, in float32."""

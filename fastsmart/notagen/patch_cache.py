@@ -17,8 +17,7 @@ FIRST_SLOTS = 64  # of a new cache; it doubles when a row needs more
 class PatchCache:
     """The patch level of R pieces, each wherever it stands.
 
-    Keys are [R, A, S, E] and values transposed, [R, A, E, S], so that the one query of a row reads both as a matrix
-    times one column.
+    Keys and values are [R, A, S, E].
     """
 
     def __init__(self, model: NotaGen, rows: int) -> None:
@@ -29,7 +28,7 @@ class PatchCache:
         layers = range(self.size.patch_layers)
         # zeros, so that slots nobody has written yet weigh nothing
         self.keys = [torch.zeros(shape, dtype=weight.dtype, device=weight.device) for _ in layers]
-        self.values = [k.transpose(-1, -2).contiguous() for k in self.keys]
+        self.values = [torch.zeros_like(keys) for keys in self.keys]
 
     @property
     def slots(self) -> int:
@@ -51,7 +50,7 @@ class PatchCache:
         for block, keys, values in zip(self.level.base.blocks, self.keys, self.values, strict=True):
             x, k, v = block.forward_with_kv(x)
             keys[row, :, :count] = k[0]
-            values[row, :, :, :count] = v[0].transpose(-1, -2)
+            values[row, :, :count] = v[0]
 
     def step(self, patches: Tensor, slot: Tensor) -> Tensor:
         """Read one patch of each row, int64 [R, 16], into its slot int64 [R]: what the char level is told, [R, H]."""
@@ -59,10 +58,9 @@ class PatchCache:
         self._reserve(most)
         base = self.level.base
         x = self.embed(patches) + base.wpe(slot)
-        unseen = torch.arange(most, device=slot.device) > slot[:, None]  # [R, S]
-        hidden = unseen[:, None, :, None] if bool(unseen.any()) else None
+        seen = torch.arange(most, device=slot.device) <= slot[:, None]  # [R, S]
         for block, keys, values in zip(base.blocks, self.keys, self.values, strict=True):
-            x = _step(block, x, keys, values, slot, most, hidden)
+            x = _step(block, x, keys, values, slot, seen[:, None, None])
         return base.ln_f(x)
 
     def keep(self, rows: Tensor) -> None:
@@ -77,22 +75,16 @@ class PatchCache:
         more = max(count, min(2 * self.slots, self.size.max_patches)) - self.slots
         for layer in range(len(self.keys)):
             self.keys[layer] = F.pad(self.keys[layer], (0, 0, 0, more))
-            self.values[layer] = F.pad(self.values[layer], (0, more))
+            self.values[layer] = F.pad(self.values[layer], (0, 0, 0, more))
 
 
-def _step(
-    block: Block, x: Tensor, keys: Tensor, values: Tensor, slot: Tensor, most: int, hidden: Tensor | None
-) -> Tensor:
-    """One block for the newest patch of each row [R, H], whose keys and values take their slot."""
+def _step(block: Block, x: Tensor, keys: Tensor, values: Tensor, slot: Tensor, seen: Tensor) -> Tensor:
+    """One block for the newest patch of each row [R, H], which looks at the slots `seen`, bool [R, 1, 1, S]."""
     rows, heads = keys.shape[:2]
     q, k, v = block.project(x).view(rows, 3, heads, HEAD_SIZE).unbind(1)
-    every = torch.arange(rows, device=x.device)
+    every, most = torch.arange(rows, device=x.device), seen.shape[-1]
     keys[every, :, slot] = k
-    values[every, :, :, slot] = v
-    scores = torch.bmm(keys.flatten(0, 1)[:, :most], (q * HEAD_SIZE**-0.5).reshape(rows * heads, HEAD_SIZE, 1))
-    scores = scores.view(rows, heads, most, 1)
-    if hidden is not None:
-        scores = scores.masked_fill(hidden, -torch.inf)
-    weights = scores.softmax(2).flatten(0, 1)
-    y = torch.bmm(values.flatten(0, 1)[:, :, :most], weights)
-    return block.rest(x, y.view(rows, heads * HEAD_SIZE))
+    values[every, :, slot] = v
+    # with a mask even where every slot is seen: without one a CPU takes longer
+    y = F.scaled_dot_product_attention(q[:, :, None], keys[:, :, :most], values[:, :, :most], attn_mask=seen)
+    return block.rest(x, y.reshape(rows, heads * HEAD_SIZE))

@@ -18,6 +18,7 @@ from fastsmart.errors import UserError
 from fastsmart.machine.cuda_graph import GraphCapture
 from fastsmart.notagen.char_loop import DRAW, CharLoop
 from fastsmart.notagen.model import PATCH_CHARS, NotaGen
+from fastsmart.notagen.packed import packed
 from fastsmart.notagen.patch_cache import PatchCache
 from fastsmart.notagen.patches import COUNTDOWN, END_PATCH, decode, encode_open, is_end, split_piece
 from fastsmart.sampling.settings import SamplingSettings
@@ -64,7 +65,7 @@ class PatchSampler:
     """
 
     def __init__(self, model: NotaGen, settings: SamplingSettings = AS_THE_AUTHORS) -> None:
-        self.model, self.settings = model, settings
+        self.model, self.settings = packed(model, settings.max_rows), settings
         self.device = model.char_level_decoder.network.wte.weight.device
         self.recorded = settings.cuda_graph and self.device.type == "cuda"
 

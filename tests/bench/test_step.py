@@ -15,7 +15,8 @@ import step
 from harness import Ceilings
 
 from fastsmart.machine import cpu_affinity
-from fastsmart.reward.audiobox.cpu import bfloat16_is_fast, int8_is_fast
+from fastsmart.machine.packed_linear import bfloat16_is_fast
+from fastsmart.reward.audiobox.cpu import int8_is_fast
 from fastsmart.tokens.vocabulary import Vocabulary
 
 

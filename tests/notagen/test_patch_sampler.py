@@ -158,10 +158,11 @@ def test_the_body_begins_with_bar_0():
     assert f"{COUNTDOWN}7" in piece.text  # only the first is given
 
 
-def test_a_network_that_has_learnt_a_tune_plays_it_and_ends():
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_network_that_has_learnt_a_tune_plays_it_and_ends(dtype: torch.dtype):
     """The way from training log-probs to text: nothing between them is a character off."""
     tune = "K:C\n[r:0/1][V:1]CDEF|\n[r:1/0][V:1]G4|]\n"
-    (piece,) = drawn(learnt(tune), [encode_prompt([])], temperature=0.5)
+    (piece,) = drawn(learnt(tune).to(dtype), [encode_prompt([])], temperature=0.5)
     assert piece.text == tune
     assert piece.complete
 

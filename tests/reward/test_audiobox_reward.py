@@ -13,11 +13,12 @@ import torch
 
 from fastsmart.audio.batch import AudioBatch
 from fastsmart.errors import UserError
+from fastsmart.machine.packed_linear import bfloat16_is_fast
 from fastsmart.reward import Clips, RewardBlend, RewardSettings, load_reward
 from fastsmart.reward.audiobox import make_random_weights, read_weights
 from fastsmart.reward.audiobox import reward as audiobox_reward
 from fastsmart.reward.audiobox.architecture import Size, encoder_shapes
-from fastsmart.reward.audiobox.cpu import CpuEncoder, bfloat16_is_fast, int8_is_fast, quantised
+from fastsmart.reward.audiobox.cpu import CpuEncoder, int8_is_fast, quantised
 from fastsmart.reward.audiobox.heads import stacked
 from fastsmart.reward.audiobox.reward import fastest_dtype
 

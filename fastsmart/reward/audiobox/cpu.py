@@ -23,10 +23,10 @@ from torch import Tensor
 from fastsmart.errors import UserError
 from fastsmart.kernels.attention import gates
 from fastsmart.machine.files import mkl_knows_processor
-from fastsmart.machine.hardware import onednn_8_bit, onednn_may_use_bfloat16
+from fastsmart.machine.hardware import onednn_8_bit
+from fastsmart.machine.packed_linear import PackedLinear
 from fastsmart.reward.audiobox.architecture import FIELD, FRAMES, HOP, KERNELS, NORM_EPS, STRIDES, frames_of
 from fastsmart.reward.audiobox.encoder import EncoderWeights, Norm, normalised_first
-from fastsmart.reward.packed_linear import PackedLinear
 
 Linear = Callable[[Tensor, int], Tensor]  # [R, in] and how many of the rows count -> [R, out]
 Convolution = Callable[[Tensor], Tensor]
@@ -159,13 +159,6 @@ class _Layer:
 def int8_is_fast() -> bool:
     """Whether oneDNN multiplies 8-bit integers faster than floats here: it may be held back by ONEDNN_MAX_CPU_ISA."""
     return torch.backends.mkldnn.is_available() and onednn_8_bit() != "none"
-
-
-def bfloat16_is_fast() -> bool:
-    """The same of 16-bit floats, by AVX-512 BF16 or AMX."""
-    if not torch.backends.mkldnn.is_available() or not onednn_may_use_bfloat16():
-        return False
-    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
 
 class _FloatConvolution:

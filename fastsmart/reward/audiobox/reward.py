@@ -14,8 +14,9 @@ import torch
 
 from fastsmart.audio.batch import DeviceAudio
 from fastsmart.errors import UserError
+from fastsmart.machine.packed_linear import bfloat16_is_fast
 from fastsmart.reward.audiobox.architecture import SAMPLE_RATE, WINDOW
-from fastsmart.reward.audiobox.cpu import CpuEncoder, bfloat16_is_fast
+from fastsmart.reward.audiobox.cpu import CpuEncoder
 from fastsmart.reward.audiobox.encoder import encoder_weights
 from fastsmart.reward.audiobox.gpu import BatchEncoder
 from fastsmart.reward.audiobox.heads import Heads

@@ -19,10 +19,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastsmart.machine.packed_linear import PackedLinear
 from fastsmart.reward.clamp3.architecture import CHARACTERS, HEAD, NORM_EPS
 from fastsmart.reward.clamp3.mtf import PATCH
 from fastsmart.reward.clamp3.weights import Weights
-from fastsmart.reward.packed_linear import PackedLinear
 
 Norm = tuple[Tensor, Tensor]
 Linear = Callable[[Tensor], Tensor]
