@@ -26,7 +26,7 @@ def demo() -> Config:
     """A few minutes on two CPU cores: the shipped POP909 policy, a blend of formula rewards.
 
     Consonance is what is learnt; on its own it is hacked within 40 steps by playing ever fewer notes. Presence, variety
-    and typicality hold against that, but not against outputs that become alike (docs/over-optimisation.md). Every term
+    and typicality hold against that, but not against outputs that become alike (docs/diversity.md). Every term
     is logged on its own.
     """
     return Config(

@@ -201,7 +201,7 @@ def style_stats(p: argparse.ArgumentParser) -> None:
 def sweep(p: argparse.ArgumentParser) -> None:
     p.description = (
         "Train every run of a sweep file, evaluate them together, and draw reward against diversity. What is there is "
-        "not done again: the same command goes on after a stop. docs/over-optimisation.md shows a sweep file."
+        "not done again: the same command goes on after a stop. docs/over-optimisation.toml is a sweep file."
     )
     p.add_argument("sweep", help="TOML file with a [grid] or [[runs]]")
     p.add_argument("--out", required=True, help="folder of the sweep")

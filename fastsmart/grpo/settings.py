@@ -39,7 +39,7 @@ class LossSettings:
     beta        : weight of the KL term, 0 = none. With k3 alone a weaker pull than the textbook's, whose optimum is
                   reference × exp(reward / beta): on a token that the policy plays more often than the reference, k3
                   pulls with at most beta, where KL(policy ‖ reference) would with beta × log(policy / reference); and
-                  per token no estimator sees what a token does to later ones (docs/over-optimisation.md)
+                  per token no estimator sees what a token does to later ones (docs/diversity.md)
     kl          : its estimator, see fastsmart.grpo.kl
     kl_ratio    : multiply the KL by the importance ratio, which gives k1 and k3 the gradient of KL(policy ‖ reference),
                   as k2 has it on-policy without
