@@ -15,12 +15,12 @@ def sampling_dtype(device: str) -> torch.dtype:
 
 
 def packed(model: NotaGen, rows: int) -> NotaGen:
-    """Give the network with the weights of its blocks packed for so many rows; itself, but on a CPU in bfloat16.
+    """Give the network with the weights of its blocks packed for so many rows, or itself where that is no gain.
 
     Embeddings, norms and positions are those of `model`; what is packed does not follow when its weights change.
     """
     weight = model.patch_level_decoder.patch_embedding.weight
-    if weight.device.type != "cpu" or weight.dtype != torch.bfloat16:
+    if weight.device.type != "cpu" or weight.dtype != torch.bfloat16 or not bfloat16_is_fast():
         return model
     with torch.device("meta"):
         lean = NotaGen(model.size)
