@@ -4,10 +4,10 @@
     python bench/taste_training.py --listeners "at random" --seeds 3
 
 A listener with a hidden utility makes 40 choices between clips of the policy as it then is, in pairs as the page makes
-them. After every tenth there is a lesson on the taste as it then is. Then base and tuned policy play the same test
-openings: the gain in hidden utility, in standard deviations of the base's clips, and the share of the base's diversity
-that is kept. Of a listener who answers at random there is no gain, and features should not move. Lessons are kept in
---work, and found there again.
+them. After every twentieth there is a lesson on the taste as it then is (the page gives more of them). Then base and
+tuned policy play the same test openings: the gain in hidden utility, in standard deviations of the base's clips, and
+the share of the base's diversity that is kept. Of a listener who answers at random there is no gain, and features
+should not move. Lessons are kept in --work, and found there again.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ from fastsmart.tokens.decode import decode
 from fastsmart.tokens.prompts import make_prompts
 
 POLICY = "pop909-tiny"
-CHOICES, EVERY = 40, 10
+CHOICES, EVERY = 40, 20
 STANDARD_CLIPS, FINISHED = 256, 48
 KEPT = ("rarefied_effective_outputs", "rarefied_effective_embeddings_order_2", "notes")
 
@@ -117,7 +117,7 @@ def main() -> int:
     parser.add_argument("--listeners", nargs="*", default=list(HIDDEN), choices=list(HIDDEN))
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--first-seed", type=int, default=0)
-    parser.add_argument("--goal", type=float, default=1.2, help="the page's in the middle of its slider")
+    parser.add_argument("--goal", type=float, default=1.1, help="the page's in the middle of its slider")
     parser.add_argument("--prompts", type=int, default=256, help="test openings, one output each")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="another setting of the run")
     parser.add_argument("--work", type=Path, default=Path("taste-training"), help="folder of the runs")

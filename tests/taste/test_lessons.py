@@ -1,6 +1,7 @@
 """Lessons by a taste, and tastes and constraints on the command line."""
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -56,6 +57,10 @@ def test_a_lesson_tunes_the_first_policy_to_a_taste_which_it_keeps(taste: Path, 
     own = read_config(out / "config.toml")
     assert Path(own.reward.taste) == (out / "taste.json").resolve()
     assert own.credit.goal == 9.0 * known.borne_out > 0
+    assert own.merge.temperature == pytest.approx(math.exp(-own.credit.goal / 10))  # cooler, as its norm says
+    norm = "model.norm.weight"
+    heat = load_policy(out / "merged" / "run-1").state_dict()[norm] / load_policy(policy).state_dict()[norm]
+    assert heat.mean() == pytest.approx(own.merge.temperature, rel=1e-5)
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [0, 1, 2, 3, 4]
     assert all(np.isfinite(line["terms"]["taste"]) for line in lines[1:])
