@@ -1,7 +1,7 @@
 """Lessons: each tunes the first policy to a taste as it is by then, and is a run folder like any other.
 
 config = lesson_config("pop909-tiny")
-policy = teach(out / "lessons" / "lesson-0001", config, taste_file, goal=1.1)
+policy = teach(out / "lessons" / "lesson-0001", config, taste_file, goal=1.0)
 
 A lesson begins from the first policy, so that nothing is left in it of what earlier, poorer tastes asked for. Notes are
 credited one by one (`fastsmart.credit`) until a round's clips are as much to the listener's taste as was wanted. What
@@ -37,7 +37,7 @@ HELD_OUT = 16  # clips of the evaluation that a lesson ends with
 TASTE_FILE, ABOUT_FILE, UNDONE = "taste.json", "lesson.json", "undone"
 
 
-def lesson_config(policy: str, taste: str | Path = "", goal: float = 1.1, seed: int = 0) -> Config:
+def lesson_config(policy: str, taste: str | Path = "", goal: float = 1.0, seed: int = 0) -> Config:
     """A lesson's run: the demo's prompts and sampling, the reward `taste` alone, a short evaluation at its end.
 
     goal : mean reward that is enough, in standard deviations of the first policy's clips above their mean
