@@ -30,7 +30,6 @@ from fastsmart.policy.transformer import Policy
 from fastsmart.reward.taste import Taste
 from fastsmart.reward.taste_features import Standard, features
 from fastsmart.run.display import Silent
-from fastsmart.run.folder import RunFolder
 from fastsmart.sampling import sample
 from fastsmart.study.evaluate import evaluate
 from fastsmart.study.evaluation import outputs_path
@@ -70,8 +69,8 @@ def one_listener(hidden: str, seed: int, goal: float, work: Path, settings: list
         if len(choices) % EVERY == 0:
             taste.save(work / "taste.json")
             lesson = work / f"after-{len(choices)}"
-            known = RunFolder.read(lesson).checkpoints.all() if RunFolder.begun(lesson) else []
-            policy = str(known[-1] if known else teach(lesson, config, work / "taste.json", goal, Silent()))
+            taught = lesson / "policy"
+            policy = str(taught if taught.is_dir() else teach(lesson, config, work / "taste.json", goal, Silent()))
             finished = _played(load_policy(policy), FINISHED, seed, config, len(choices), played)
             played += FINISHED
     seconds = time.perf_counter() - begun

@@ -38,5 +38,5 @@ def replay_all(
     file = target.path / "training.json"
     known.save(file)
     say(f"the last of {counted(len(lessons), 'lesson')}: after {counted(known.choices, 'choice')}")
-    lesson = target.lessons.begin(last.after, last.choices, last.goal, last.listener, last.steps)
+    lesson = target.lessons.begin(last.after, last.choices, last.goal, last.listener)
     return taste, teach(lesson.path, RunFolder.read(last.path).config, file, last.goal)

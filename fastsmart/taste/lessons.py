@@ -5,8 +5,8 @@ policy = teach(out / "lessons" / "lesson-0001", config, taste_file, goal=1.0)
 
 A lesson begins from the first policy, so that nothing is left in it of what earlier, poorer tastes asked for. Notes are
 credited one by one (`fastsmart.credit`) until a round's clips are as much to the listener's taste as was wanted. What
-comes of it plays the cooler, the more was wanted. GRPO, whose reward is never used up, went on until five notes were
-left of a clip (docs/log.md).
+comes of it plays the cooler, the more was wanted, and where held-out clips gained more than that, some of the change of
+weights is taken back. GRPO, whose reward is never used up, went on until five notes were left of a clip (docs/log.md).
 """
 
 from __future__ import annotations
@@ -20,8 +20,7 @@ from pathlib import Path
 from fastsmart.config import Config, merged
 from fastsmart.credit.settings import CreditSettings
 from fastsmart.errors import UserError
-from fastsmart.machine.files import make_folder, os_errors_as_user_errors, read_file, write_atomic
-from fastsmart.policy.hf_format import STATE_FILE
+from fastsmart.machine.files import atomic_folder, make_folder, os_errors_as_user_errors, read_file, write_atomic
 from fastsmart.presets import demo
 from fastsmart.reward.taste import Taste
 from fastsmart.run.display import Display
@@ -33,8 +32,8 @@ STEP_CLIPS = 64  # so that each clip of a round is learnt from twice
 STRENGTH = 3.0
 COOLING = 0.1  # of the log of the temperature for a goal of 1; it makes up for the diversity that training costs
 KEPT = 20  # lessons of a folder
-HELD_OUT = 16  # clips of the evaluation that a lesson ends with
-TASTE_FILE, ABOUT_FILE, UNDONE = "taste.json", "lesson.json", "undone"
+HELD_OUT = 96  # clips of the evaluations that a lesson begins and ends with
+TASTE_FILE, ABOUT_FILE, POLICY, UNDONE = "taste.json", "lesson.json", "policy", "undone"
 
 
 def lesson_config(policy: str, taste: str | Path = "", goal: float = 1.0, seed: int = 0) -> Config:
@@ -75,13 +74,16 @@ def lesson_config(policy: str, taste: str | Path = "", goal: float = 1.0, seed: 
 
 
 def teach(out: str | Path, config: Config, taste: str | Path, goal: float, display: Display | None = None) -> Path:
-    """Train a lesson in the new folder `out`, which gets a copy of the taste; gives the policy that comes of it.
+    """Train a lesson in the new folder `out`, which gets a copy of the taste; gives the policy that comes of it, in
+    `out/policy`: of the change of weights so much as gives what was wanted.
 
     goal : as of `lesson_config`, by a taste all of whose predictions came true; by others that share of it which did
            (`Taste.borne_out`)
 
     A stop signal ends it early, with what has been learnt saved. Raises UserError as `train` does.
     """
+    from fastsmart.policy.blend import blended
+    from fastsmart.policy.hf_format import load_policy, write_policy
     from fastsmart.trainer.loop import train
 
     known, out = Taste.load(taste), Path(out)
@@ -94,7 +96,18 @@ def teach(out: str | Path, config: Config, taste: str | Path, goal: float, displ
         "merge": {"temperature": math.exp(-COOLING * wanted)},
     }
     train(merged(config, told), out, False, display)
-    return RunFolder.read(out).checkpoints.all()[-1]
+    run = RunFolder.read(out)
+    base, tuned = load_policy(run.config.policy.source), load_policy(run.checkpoints.all()[-1])
+    with atomic_folder(out / POLICY) as part, os_errors_as_user_errors(out / POLICY):
+        write_policy(blended(base, tuned, _share(run, wanted)), part)
+    return out / POLICY
+
+
+def _share(run: RunFolder, wanted: float) -> float:
+    """The share of the change of weights that gives the wanted gain, by the run's held-out clips before and after; 1
+    where they gained no more than that, 0 where nothing was wanted."""
+    before, *_, after = (line["eval"]["terms"]["taste"]["mean"] for line in run.metrics.lines() if "eval" in line)
+    return min(1.0, wanted / max(after - before, wanted)) if wanted > 0 else 0.0
 
 
 @dataclass(frozen=True)
@@ -102,7 +115,6 @@ class Lesson:
     """A lesson of a folder, and what it was taught.
 
     path     : of its run
-    steps    : how many optimizer steps it has
     after    : id of the last line of the choices that the taste knew
     choices  : how many choices stood
     goal     : as of `teach`
@@ -110,7 +122,6 @@ class Lesson:
     """
 
     path: Path
-    steps: int
     after: str
     choices: int
     goal: float
@@ -123,8 +134,8 @@ class Lesson:
 
     @property
     def policy(self) -> Path:
-        """Checkpoint of its last step, which is there once the lesson is finished."""
-        return self.path / "checkpoints" / f"step-{self.steps:06d}"
+        """What it came to, which is there once the lesson is finished."""
+        return self.path / POLICY
 
 
 @dataclass
@@ -137,13 +148,11 @@ class LessonFolder:
     def finished(self) -> list[Lesson]:
         """Those that came to their end, oldest first; raises UserError for one whose description is damaged."""
         read = (self._told.get(path) or _read(path) for path in self._paths())
-        found = [lesson for lesson in read if lesson and (lesson.policy / STATE_FILE).is_file()]
+        found = [lesson for lesson in read if lesson and lesson.policy.is_dir()]
         self._told = {lesson.path: lesson for lesson in found}
         return found
 
-    def begin(
-        self, after: str, choices: int, goal: float, listener: str | None = None, steps: int = ROUNDS * ROUND_STEPS
-    ) -> Lesson:
+    def begin(self, after: str, choices: int, goal: float, listener: str | None = None) -> Lesson:
         """The next lesson, written down before it is taught. What is left of one that was cut off goes, and so do the
         oldest beyond `KEPT`. Raises UserError when the disk is full."""
         done = self.finished()
@@ -153,7 +162,7 @@ class LessonFolder:
                 with os_errors_as_user_errors(path):
                     shutil.rmtree(path)
         number = done[-1].number + 1 if done else 1
-        lesson = Lesson(self.path / f"lesson-{number:04d}", steps, after, choices, goal, listener)
+        lesson = Lesson(self.path / f"lesson-{number:04d}", after, choices, goal, listener)
         about = {name: value for name, value in vars(lesson).items() if name != "path"}
         write_atomic(make_folder(lesson.path) / ABOUT_FILE, json.dumps(about) + "\n")
         return lesson
@@ -174,8 +183,7 @@ def _read(path: Path) -> Lesson | None:
     """What a lesson was taught; None where that was not written down yet."""
     try:
         told = json.loads(read_file(path / ABOUT_FILE))
-        return Lesson(path, int(told["steps"]), str(told["after"]), int(told["choices"]), float(told["goal"]),
-                      told["listener"])  # fmt: skip
+        return Lesson(path, str(told["after"]), int(told["choices"]), float(told["goal"]), told["listener"])
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:

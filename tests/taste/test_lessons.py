@@ -4,9 +4,11 @@ import json
 import math
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from made_notes import made, melody
 from small_run import config_for
 
@@ -17,7 +19,7 @@ from fastsmart.policy.hf_format import load_policy
 from fastsmart.run.folder import RunFolder
 from fastsmart.run.resumed_config import resumed_config
 from fastsmart.taste import Choice, Standard, Taste
-from fastsmart.taste.lessons import KEPT, Lesson, LessonFolder, lesson_config, teach
+from fastsmart.taste.lessons import KEPT, Lesson, LessonFolder, _share, lesson_config, teach
 
 
 @pytest.fixture
@@ -52,14 +54,14 @@ def small_lesson(**credit: float) -> Config:
 def test_a_lesson_tunes_the_first_policy_to_a_taste_which_it_keeps(taste: Path, tmp_path: Path) -> None:
     out, known = tmp_path / "lesson", Taste.load(taste)
     policy = teach(out, small_lesson(), taste, goal=9.0)
-    assert policy == out / "checkpoints" / "step-000004"
+    assert policy == out / "policy"
     assert (out / "taste.json").read_text() == taste.read_text()
     own = read_config(out / "config.toml")
     assert Path(own.reward.taste) == (out / "taste.json").resolve()
     assert own.credit.goal == 9.0 * known.borne_out > 0
     assert own.merge.temperature == pytest.approx(math.exp(-own.credit.goal / 10))  # cooler, as its norm says
     norm = "model.norm.weight"
-    heat = load_policy(out / "merged" / "run-1").state_dict()[norm] / load_policy(policy).state_dict()[norm]
+    heat = load_policy(out / "merged" / "run-1").state_dict()[norm] / load_policy(out).state_dict()[norm]
     assert heat.mean() == pytest.approx(own.merge.temperature, rel=1e-5)
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [0, 1, 2, 3, 4]
@@ -73,29 +75,26 @@ def test_where_nothing_came_true_nothing_is_learnt(taste: Path, tmp_path: Path) 
     replace(known, predictions=()).save(taste)
     policy = teach(tmp_path / "lesson", small_lesson(), taste, goal=9.0)
     base, tuned = (load_policy(source).state_dict() for source in ("pop909-tiny", policy))
-    gain = json.loads((tmp_path / "lesson" / "metrics.jsonl").read_text().splitlines()[1])["reward"]
-    assert np.isfinite(gain)
-    moved = max(float((base[name] - tuned[name]).abs().max()) for name in base)
-    assert moved <= 4 * read_config(tmp_path / "lesson" / "config.toml").train.learning_rate  # of four clips' chance
+    assert all(torch.equal(base[name], tuned[name]) for name in base)
     assert read_config(tmp_path / "lesson" / "config.toml").credit.goal == 0
 
 
 def test_a_folder_knows_its_finished_lessons_and_begins_the_next(tmp_path: Path) -> None:
     lessons = LessonFolder(tmp_path / "lessons")
     assert lessons.finished() == []
-    first = lessons.begin("a1", 6, 1.2, "ann", steps=4)
+    first = lessons.begin("a1", 6, 1.2, "ann")
     assert (first.number, first.path.name) == (1, "lesson-0001")
     assert lessons.finished() == []
-    again = lessons.begin("a2", 7, 0.5, steps=4)  # the first was cut off
+    again = lessons.begin("a2", 7, 0.5)  # the first was cut off
     assert again.path == first.path
     finish(again)
     assert lessons.finished() == LessonFolder(tmp_path / "lessons").finished() == [again]
-    second = lessons.begin("a9", 12, 1.2, "ann", steps=4)
+    second = lessons.begin("a9", 12, 1.2, "ann")
     finish(second)
     assert [lesson.number for lesson in lessons.finished()] == [1, 2]
     lessons.go_back(1)
     assert lessons.finished() == [again]
-    assert lessons.begin("a9", 12, 1.2, "ann", steps=4).number == 2
+    assert lessons.begin("a9", 12, 1.2, "ann").number == 2
     lessons.go_back(0)
     assert lessons.finished() == []
     assert sorted(path.name for path in (tmp_path / "lessons" / "undone").iterdir()) == [
@@ -103,11 +102,20 @@ def test_a_folder_knows_its_finished_lessons_and_begins_the_next(tmp_path: Path)
     ]  # fmt: skip
 
 
+@pytest.mark.parametrize(("wanted", "share"), [(0.5, 0.25), (2.0, 1.0), (3.0, 1.0), (0.0, 0.0)])
+def test_what_goes_beyond_the_goal_is_taken_back(tmp_path: Path, wanted: float, share: float) -> None:
+    """Held-out clips gained two."""
+    tastes = [{"eval": {"terms": {"taste": {"mean": mean}}}} for mean in (-0.25, 9.0, 1.75)]
+    run = RunFolder(tmp_path, small_lesson())
+    run.metrics = SimpleNamespace(lines=lambda: [tastes[0], {"step": 1}, *tastes[1:]])  # type: ignore[assignment]
+    assert _share(run, wanted) == share
+
+
 def test_the_oldest_lessons_go_but_no_folder_of_another_name(tmp_path: Path) -> None:
     lessons, own = LessonFolder(tmp_path), tmp_path / "lesson-0001-the-good-one"
     own.mkdir()
     for number in range(KEPT + 3):
-        finish(lessons.begin(f"a{number}", number, 1.2, steps=4))
+        finish(lessons.begin(f"a{number}", number, 1.2))
     assert [lesson.number for lesson in lessons.finished()] == list(range(4, KEPT + 4))
     assert own.is_dir()
 
@@ -122,7 +130,6 @@ def test_a_damaged_description_is_named(tmp_path: Path) -> None:
 
 def finish(lesson: Lesson) -> None:
     lesson.policy.mkdir(parents=True)
-    (lesson.policy / "state.json").write_text("{}")
 
 
 def test_only_a_run_that_is_taught_may_change_what_it_learns_from(tmp_path: Path) -> None:
