@@ -5,18 +5,27 @@ Shape letters: N clips, P prefixes of all clips, clip by clip, F features.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
 
 from fastsmart.errors import UserError
 from fastsmart.music.features import features
+from fastsmart.notes import NoteBatch
 from fastsmart.tokens.decode import decode
 from fastsmart.tokens.prompts import asked_styles
 from fastsmart.tokens.token_batch import TokenBatch
 from fastsmart.tokens.vocabulary import Vocabulary
 
 AT_ONCE = 20_000  # prefixes decoded together: some hundred MB
+
+Counting = Callable[[NoteBatch], Mapping[str, np.ndarray]]  # what else to count in N clips, float64 [N] by name
+
+
+def nothing_else(notes: NoteBatch) -> Mapping[str, np.ndarray]:
+    """A `Counting` of nothing."""
+    return {}
 
 
 @dataclass(frozen=True)
@@ -40,16 +49,23 @@ class Prefixes:
 
 
 def note_prefixes(
-    prompts: TokenBatch, completions: TokenBatch, vocab: Vocabulary, longest: int, max_seconds: float
+    prompts: TokenBatch,
+    completions: TokenBatch,
+    vocab: Vocabulary,
+    longest: int,
+    max_seconds: float,
+    also: Counting = nothing_else,
 ) -> Prefixes:
     """The prefixes of N clips and their features.
 
     longest     : tokens at which a completion is cut off; a shorter one has ended by itself
     max_seconds : of a clip, that a reward hears; features count no more
+    also        : counts more of the notes that a reward hears
 
-    Features are those of `fastsmart.music.features`, the seconds played so far, whether these are all that a reward
-    hears, the tokens, whether the policy has ended the clip, and, where prompts ask for several styles, which of them a
-    clip is to be in: what a note is worth may depend on it. Raises UserError as `note_ends` does.
+    Features are those of `fastsmart.music.features`, what is counted also, the seconds played so far, whether these are
+    all that a reward hears, the tokens, whether the policy has ended the clip, and, where prompts ask for several
+    styles, which of them a clip is to be in: what a note is worth may depend on it. Raises UserError as `note_ends`
+    does.
     """
     ends = note_ends(vocab)
     lengths = completions.lengths
@@ -57,7 +73,7 @@ def note_prefixes(
     clip, tokens = np.repeat(np.arange(len(cuts)), [len(c) for c in cuts]), np.concatenate(cuts)
     ended = (tokens == lengths[clip]) & (lengths[clip] < longest)
     found = [
-        _features(prompts, completions, vocab, clip[s : s + AT_ONCE], tokens[s : s + AT_ONCE], max_seconds)
+        _features(prompts, completions, vocab, clip[s : s + AT_ONCE], tokens[s : s + AT_ONCE], max_seconds, also)
         for s in range(0, len(clip), AT_ONCE)
     ]
     offsets = np.concatenate([[0], np.cumsum([len(c) for c in cuts])])
@@ -76,16 +92,19 @@ def swapped(
     place: np.ndarray,
     token: np.ndarray,
     max_seconds: float,
+    also: Counting = nothing_else,
 ) -> np.ndarray:
     """Features [J, F] of prefixes of these numbers [J], with one token each in place of what was played.
 
-    prefixes     : of the same clips
+    prefixes     : of the same clips, with as much counted
     place, token : int [J], where in the completion, and what
     """
     clip, tokens = prefixes.clip[chosen], prefixes.tokens[chosen]
     found = np.concatenate(
         [
-            _features(prompts, completions, vocab, clip[part], tokens[part], max_seconds, (place[part], token[part]))
+            _features(
+                prompts, completions, vocab, clip[part], tokens[part], max_seconds, also, (place[part], token[part])
+            )
             for part in (slice(s, s + AT_ONCE) for s in range(0, len(chosen), AT_ONCE))
         ]
     )
@@ -116,6 +135,7 @@ def _features(
     clip: np.ndarray,
     tokens: np.ndarray,
     max_seconds: float,
+    also: Counting,
     swap: tuple[np.ndarray, np.ndarray] | None = None,
 ) -> np.ndarray:
     """Features of some prefixes that their notes decide, [P, F]; 0 where one has no value.
@@ -128,6 +148,6 @@ def _features(
     if swap is not None:
         sequences.ids[sequences.offsets[:-1] + prompts.lengths[clip] + swap[0]] = swap[1]
     played = np.asarray(decode(sequences, vocab).end_s)
-    counted = features(decode(sequences, vocab, max_seconds=max_seconds))
-    columns = [np.nan_to_num(values) for values in counted.values()]
+    heard = decode(sequences, vocab, max_seconds=max_seconds)
+    columns = [np.nan_to_num(values) for values in (*features(heard).values(), *also(heard).values())]
     return np.column_stack([*columns, np.minimum(played, max_seconds), played >= max_seconds])

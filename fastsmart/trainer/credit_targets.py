@@ -13,12 +13,14 @@ import torch
 from torch import Tensor
 
 from fastsmart.credit.alternatives import NO_CHOICES, Choices, choices, drawn, token_kinds
-from fastsmart.credit.prefixes import Prefixes, note_ends, note_prefixes, swapped
+from fastsmart.credit.prefixes import Counting, Prefixes, note_ends, note_prefixes, nothing_else, swapped
 from fastsmart.credit.value import CrossFittedValue, explained, without
 from fastsmart.errors import UserError
 from fastsmart.kernels.logprob import logprob
 from fastsmart.music.features import FEATURES
 from fastsmart.policy.transformer import Policy
+from fastsmart.reward.constraints import Constraint
+from fastsmart.reward.settings import RewardSettings
 from fastsmart.sampling import RandomStream, Rollout
 from fastsmart.tokens.token_batch import TokenBatch
 from fastsmart.trainer.batch import MicroBatch, uploaded
@@ -39,6 +41,7 @@ class CreditTargets:
         self.trainer, self.rounds, self.settings = trainer, rounds, trainer.config.credit
         self.ends, self.kinds = note_ends(trainer.policy.vocab), token_kinds(trainer.policy.vocab)
         self._neutral = _columns(self.settings.neutral)
+        self._also = _also_counted(trainer.config.reward)
         self._scored: dict[int, tuple[np.ndarray, ...]] = {}  # by round: see `_of_round`
 
     def of(self, found: Round, unit: float, strength: float, pull: float) -> Arrays:
@@ -120,7 +123,7 @@ class CreditTargets:
         if len(choice):
             swap = prefix[choice], chosen.place[choice], others[choice, number]
             vocab, heard = self.trainer.policy.vocab, self.trainer.config.audio.max_seconds
-            features = swapped(*_packed(rollout), vocab, here, *swap, heard)
+            features = swapped(*_packed(rollout), vocab, here, *swap, heard, self._also)
             worths[choice, 1 + number] = value(chosen.clip[choice], features, here.tokens[prefix[choice]])
         return worths - worths.mean(1, keepdims=True)
 
@@ -199,7 +202,7 @@ class CreditTargets:
     def _prefixes(self, rollout: Rollout) -> Prefixes:
         config = self.trainer.config
         longest, heard = config.sampling.max_tokens, config.audio.max_seconds
-        return note_prefixes(*_packed(rollout), self.trainer.policy.vocab, longest, heard)
+        return note_prefixes(*_packed(rollout), self.trainer.policy.vocab, longest, heard, self._also)
 
 
 def places(batch: MicroBatch) -> tuple[np.ndarray, np.ndarray]:
@@ -230,6 +233,11 @@ def _columns(names: Sequence[str]) -> list[int]:
         if name not in FEATURES:
             raise UserError(f"credit.neutral has {name!r}; choose of {', '.join(FEATURES)}")
     return [FEATURES.index(name) for name in names]
+
+
+def _also_counted(reward: RewardSettings) -> Counting:
+    """Of notes: how nearly they meet each constraint, where the reward asks for any, since no other feature tells."""
+    return Constraint(reward.constraint).degrees if reward.terms.get("constraint") else nothing_else
 
 
 def _halves(here: Prefixes, lengths: np.ndarray) -> np.ndarray:

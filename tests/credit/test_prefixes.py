@@ -5,7 +5,8 @@ import pytest
 
 from fastsmart import UserError, load_policy
 from fastsmart.credit.prefixes import note_prefixes, swapped
-from fastsmart.music.features import features
+from fastsmart.music.features import FEATURES, features
+from fastsmart.reward.constraints import Constraint
 from fastsmart.sampling import sample
 from fastsmart.tokens.decode import decode
 from fastsmart.tokens.token_batch import TokenBatch
@@ -54,6 +55,29 @@ def test_a_prefix_counts_what_its_notes_have(played, shipped):
         assert all_heard == (seconds >= HEARD_S)
         assert tokens == count
         assert ended == (count == rollout.lengths[n] < LONGEST)
+
+
+def test_what_is_counted_also_stands_behind_the_features(played, shipped):
+    """Degrees of constraints, of prefixes as they are and with another pitch."""
+    _, prompts, completions, plain = played
+    gate = Constraint(key="G major", highest=80)
+    given = (prompts, completions, shipped.vocab)
+    found = note_prefixes(*given, LONGEST, HEARD_S, gate.degrees)
+    here = len(FEATURES)
+    np.testing.assert_array_equal(np.delete(found.features, [here, here + 1], axis=1), plain.features)
+    p = int(np.flatnonzero((found.tokens >= 20) & (found.features[:, here + 1] == 1.0))[0])
+    n = int(found.clip[p])
+    place = int(np.isin(completions.row(n)[: found.tokens[p]], shipped.vocab.ids_of("Pitch")).nonzero()[0][-1])
+    high = shipped.vocab.id("Pitch_100")
+    chosen, places, tokens = np.array([p]), np.array([place]), np.array([high])
+    swaps = swapped(*given, found, chosen, places, tokens, HEARD_S, gate.degrees)
+    ids = np.concatenate([prompts.row(n), completions.row(n)[: found.tokens[p]]])
+    turned = ids.copy()
+    turned[len(prompts.row(n)) + place] = high
+    for row, table in ((ids, found.features[p]), (turned, swaps[0])):
+        degrees = gate.degrees(decode(TokenBatch.pack([row]), shipped.vocab, max_seconds=HEARD_S))
+        np.testing.assert_allclose(table[here : here + 2], [degrees["key"][0], degrees["range"][0]])
+    assert swaps[0, here + 1] < found.features[p, here + 1]
 
 
 def test_steps_add_up_to_what_a_clip_has_changed(played):
