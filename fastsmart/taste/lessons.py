@@ -80,7 +80,8 @@ def teach(out: str | Path, config: Config, taste: str | Path, goal: float, displ
     goal : as of `lesson_config`, by a taste all of whose predictions came true; by others that share of it which did
            (`Taste.borne_out`)
 
-    A stop signal ends it early, with what has been learnt saved. Raises UserError as `train` does.
+    A stop signal ends it early: then it gives the newest checkpoint, and there is no `out/policy`. Raises UserError as
+    `train` does.
     """
     from fastsmart.policy.blend import blended
     from fastsmart.policy.hf_format import load_policy, write_policy
@@ -97,7 +98,10 @@ def teach(out: str | Path, config: Config, taste: str | Path, goal: float, displ
     }
     train(merged(config, told), out, False, display)
     run = RunFolder.read(out)
-    base, tuned = load_policy(run.config.policy.source), load_policy(run.checkpoints.all()[-1])
+    newest = run.checkpoints.all()[-1]
+    if not run.concluded:  # it was stopped
+        return newest
+    base, tuned = load_policy(run.config.policy.source), load_policy(newest)
     with atomic_folder(out / POLICY) as part, os_errors_as_user_errors(out / POLICY):
         write_policy(blended(base, tuned, _share(run, wanted)), part)
     return out / POLICY

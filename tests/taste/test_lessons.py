@@ -2,6 +2,8 @@
 
 import json
 import math
+import os
+import signal
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,6 +18,7 @@ from fastsmart.cli import main
 from fastsmart.config import Config, read_config, with_overrides
 from fastsmart.errors import UserError
 from fastsmart.policy.hf_format import load_policy
+from fastsmart.run.display import Silent
 from fastsmart.run.folder import RunFolder
 from fastsmart.run.resumed_config import resumed_config
 from fastsmart.taste import Choice, Standard, Taste
@@ -100,6 +103,21 @@ def test_a_folder_knows_its_finished_lessons_and_begins_the_next(tmp_path: Path)
     assert sorted(path.name for path in (tmp_path / "lessons" / "undone").iterdir()) == [
         "0000-lesson-0002", "0001-lesson-0001", "0002-lesson-0002"
     ]  # fmt: skip
+
+
+def test_a_lesson_that_was_stopped_is_not_finished(taste: Path, tmp_path: Path, monkeypatch) -> None:
+    out, steps = tmp_path / "lesson", []
+
+    def say(display: Silent, line: dict) -> None:
+        steps.append(line["step"])
+        if steps[-1] == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(Silent, "line", say)
+    policy = teach(out, small_lesson(), taste, goal=9.0, display=Silent())
+    assert steps[-1] < 4
+    assert policy.parent == out / "checkpoints"
+    assert not (out / "policy").exists()
 
 
 @pytest.mark.parametrize(("wanted", "share"), [(0.5, 0.25), (2.0, 1.0), (3.0, 1.0), (0.0, 0.0)])
