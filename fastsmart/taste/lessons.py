@@ -1,7 +1,7 @@
 """Lessons: each tunes the first policy to a taste as it is by then, and is a run folder like any other.
 
 config = lesson_config("pop909-tiny")
-policy = teach(out / "lessons" / "lesson-0001", config, taste_file, goal=1.0)
+policy = teach(out / "lessons" / "lesson-0001", config, taste_file, goal=1.15)
 
 A lesson begins from the first policy, so that nothing is left in it of what earlier, poorer tastes asked for. Notes are
 credited one by one (`fastsmart.credit`) until a round's clips are as much to the listener's taste as was wanted. What
@@ -26,28 +26,33 @@ from fastsmart.reward.taste import Taste
 from fastsmart.run.display import Display
 from fastsmart.run.folder import RunFolder
 
-ROUNDS, ROUND_STEPS = 3, 10
-ROUND_PROMPTS = 160  # two completions each
-STEP_CLIPS = 64  # so that each clip of a round is learnt from twice
-STRENGTH = 3.0
-COOLING = 0.1  # of the log of the temperature for a goal of 1; it makes up for the diversity that training costs
+ROUNDS, ROUND_STEPS = 4, 10
+ROUND_PROMPTS = 240  # two completions each
+STEP_CLIPS = 64
+STRENGTH = 2.0
+COOLING = 0.05  # of the log of the temperature for a goal of 1; it makes up for the diversity that training costs
 KEPT = 20  # lessons of a folder
-HELD_OUT = 96  # clips of the evaluations that a lesson begins and ends with
+HELD_OUT = 192  # clips of the evaluations that a lesson begins and ends with
 TASTE_FILE, ABOUT_FILE, POLICY, UNDONE = "taste.json", "lesson.json", "policy", "undone"
 
 
-def lesson_config(policy: str, taste: str | Path = "", goal: float = 1.0, seed: int = 0) -> Config:
-    """A lesson's run: the demo's prompts and sampling, the reward `taste` alone, a short evaluation at its end.
+def lesson_config(policy: str, taste: str | Path = "", goal: float = 1.15, seed: int = 0) -> Config:
+    """A lesson's run: the demo's prompts and sampling, the reward `taste` alone, a short evaluation before and after.
+
+    The taste counts without caution, for a lesson ends where it has gained as much as was wanted.
 
     goal : mean reward that is enough, in standard deviations of the first policy's clips above their mean
     """
+    from fastsmart.machine.packed_linear import bfloat16_is_fast
+
     base = demo()
+    dtype = "bfloat16" if bfloat16_is_fast() else base.policy.dtype
     steps = ROUNDS * ROUND_STEPS
     return replace(
         base,
-        policy=replace(base.policy, source=policy),
+        policy=replace(base.policy, source=policy, dtype=dtype),
         sampling=replace(base.sampling, group=2),
-        reward=replace(base.reward, terms={"taste": 1.0}, taste=str(taste)),
+        reward=replace(base.reward, terms={"taste": 1.0}, taste=str(taste), taste_caution=0.0),
         credit=CreditSettings(
             prompts=ROUND_PROMPTS,
             round_steps=ROUND_STEPS,

@@ -62,7 +62,7 @@ def test_a_lesson_tunes_the_first_policy_to_a_taste_which_it_keeps(taste: Path, 
     own = read_config(out / "config.toml")
     assert Path(own.reward.taste) == (out / "taste.json").resolve()
     assert own.credit.goal == 9.0 * known.borne_out > 0
-    assert own.merge.temperature == pytest.approx(math.exp(-own.credit.goal / 10))  # cooler, as its norm says
+    assert own.merge.temperature == pytest.approx(math.exp(-own.credit.goal / 20))  # cooler, as its norm says
     norm = "model.norm.weight"
     heat = load_policy(out / "merged" / "run-1").state_dict()[norm] / load_policy(out).state_dict()[norm]
     assert heat.mean() == pytest.approx(own.merge.temperature, rel=1e-5)
