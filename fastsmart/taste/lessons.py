@@ -1,7 +1,7 @@
 """Lessons: each tunes the first policy to a taste as it is by then, and is a run folder like any other.
 
 config = lesson_config("pop909-tiny")
-policy = teach(out / "lessons" / "lesson-0001", config, taste_file, goal=1.15)
+policy = teach(out / "lessons" / "lesson-0001", config, taste_file, goal=1.1)
 
 A lesson begins from the first policy, so that nothing is left in it of what earlier, poorer tastes asked for. Notes are
 credited one by one (`fastsmart.credit`) until a round's clips are as much to the listener's taste as was wanted. What
@@ -14,8 +14,10 @@ from __future__ import annotations
 import json
 import math
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from fastsmart.config import Config, merged
 from fastsmart.credit.settings import CreditSettings
@@ -26,6 +28,9 @@ from fastsmart.reward.taste import Taste
 from fastsmart.run.display import Display
 from fastsmart.run.folder import RunFolder
 
+if TYPE_CHECKING:
+    from fastsmart.policy.transformer import Policy
+
 ROUNDS, ROUND_STEPS = 4, 10
 ROUND_PROMPTS = 240  # two completions each
 STEP_CLIPS = 64
@@ -33,10 +38,11 @@ STRENGTH = 2.0
 COOLING = 0.05  # of the log of the temperature for a goal of 1; it makes up for the diversity that training costs
 KEPT = 20  # lessons of a folder
 HELD_OUT = 192  # clips of the evaluations that a lesson begins and ends with
+TRIES, CLOSE = 4, 0.03  # of the share of the change of weights that gains what was wanted, to so many deviations
 TASTE_FILE, ABOUT_FILE, POLICY, UNDONE = "taste.json", "lesson.json", "policy", "undone"
 
 
-def lesson_config(policy: str, taste: str | Path = "", goal: float = 1.15, seed: int = 0) -> Config:
+def lesson_config(policy: str, taste: str | Path = "", goal: float = 1.1, seed: int = 0) -> Config:
     """A lesson's run: the demo's prompts and sampling, the reward `taste` alone, a short evaluation before and after.
 
     The taste counts without caution, for a lesson ends where it has gained as much as was wanted.
@@ -107,16 +113,43 @@ def teach(out: str | Path, config: Config, taste: str | Path, goal: float, displ
     if not run.concluded:  # it was stopped
         return newest
     base, tuned = load_policy(run.config.policy.source), load_policy(newest)
+    before, *_, after = (line["eval"]["terms"]["taste"]["mean"] for line in run.metrics.lines() if "eval" in line)
+    share = _share(wanted, after - before, lambda tried: _mean_taste(run.config, blended(base, tuned, tried)) - before)
     with atomic_folder(out / POLICY) as part, os_errors_as_user_errors(out / POLICY):
-        write_policy(blended(base, tuned, _share(run, wanted)), part)
+        write_policy(blended(base, tuned, share), part)
     return out / POLICY
 
 
-def _share(run: RunFolder, wanted: float) -> float:
-    """The share of the change of weights that gives the wanted gain, by the run's held-out clips before and after; 1
-    where they gained no more than that, 0 where nothing was wanted."""
-    before, *_, after = (line["eval"]["terms"]["taste"]["mean"] for line in run.metrics.lines() if "eval" in line)
-    return min(1.0, wanted / max(after - before, wanted)) if wanted > 0 else 0.0
+def _share(wanted: float, whole: float, gain: Callable[[float], float]) -> float:
+    """The share of a change of weights that gains what is wanted, by false position: 1 where even all of it gains no
+    more, 0 where nothing was wanted.
+
+    whole : what all of it gains
+    gain  : what a share gains, which rises with it
+    """
+    if wanted <= 0:
+        return 0.0
+    low, high, share = (0.0, 0.0), (1.0, whole), 1.0
+    for _ in range(TRIES if whole > wanted else 0):
+        share = low[0] + (wanted - low[1]) / (high[1] - low[1]) * (high[0] - low[0])
+        found = gain(share)
+        if abs(found - wanted) <= CLOSE:
+            break
+        low, high = ((share, found), high) if found < wanted else (low, (share, found))
+    return share
+
+
+def _mean_taste(config: Config, policy: Policy) -> float:
+    """The reward `taste` in the mean of the held-out clips of a lesson, played by another policy than its own."""
+    from fastsmart.policy.device import resolved_device, resolved_dtype
+    from fastsmart.run.provenance import statistics_path
+    from fastsmart.trainer.evaluate import evaluate
+    from fastsmart.trainer.rollout_worker import RolloutWorker
+
+    policy = policy.to(resolved_device(config.policy))
+    with RolloutWorker(config, policy, statistics_path(config), resolved_dtype(config.policy)) as worker:
+        _, _, summary = evaluate(worker)
+    return float(summary["terms"]["taste"]["mean"])
 
 
 @dataclass(frozen=True)

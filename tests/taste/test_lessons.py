@@ -6,7 +6,6 @@ import os
 import signal
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -22,7 +21,7 @@ from fastsmart.run.display import Silent
 from fastsmart.run.folder import RunFolder
 from fastsmart.run.resumed_config import resumed_config
 from fastsmart.taste import Choice, Standard, Taste
-from fastsmart.taste.lessons import KEPT, Lesson, LessonFolder, _share, lesson_config, teach
+from fastsmart.taste.lessons import KEPT, Lesson, LessonFolder, _mean_taste, _share, lesson_config, teach
 
 
 @pytest.fixture
@@ -120,13 +119,34 @@ def test_a_lesson_that_was_stopped_is_not_finished(taste: Path, tmp_path: Path, 
     assert not (out / "policy").exists()
 
 
-@pytest.mark.parametrize(("wanted", "share"), [(0.5, 0.25), (2.0, 1.0), (3.0, 1.0), (0.0, 0.0)])
-def test_what_goes_beyond_the_goal_is_taken_back(tmp_path: Path, wanted: float, share: float) -> None:
-    """Held-out clips gained two."""
-    tastes = [{"eval": {"terms": {"taste": {"mean": mean}}}} for mean in (-0.25, 9.0, 1.75)]
-    run = RunFolder(tmp_path, small_lesson())
-    run.metrics = SimpleNamespace(lines=lambda: [tastes[0], {"step": 1}, *tastes[1:]])  # type: ignore[assignment]
-    assert _share(run, wanted) == share
+@pytest.mark.parametrize("wanted", [0.2, 0.5, 1.0, 1.5])
+def test_what_goes_beyond_the_goal_is_taken_back(wanted: float) -> None:
+    """Also where half of a change has three quarters of its gain."""
+    asked: list[float] = []
+
+    def gain(share: float) -> float:
+        asked.append(share)
+        return 2 * (2 * share - share**2)
+
+    share = _share(wanted, 2.0, gain)
+    assert abs(gain(share) - wanted) <= 0.03 + 1e-9
+    assert len(asked) <= 5
+    assert asked[0] == wanted / 2
+
+
+@pytest.mark.parametrize(("wanted", "share"), [(2.0, 1.0), (3.0, 1.0), (0.0, 0.0)])
+def test_without_anything_beyond_it_nothing_is_tried(wanted: float, share: float) -> None:
+    assert _share(wanted, 2.0, lambda tried: pytest.fail("asked")) == share
+
+
+def test_other_policies_play_the_held_out_clips_as_the_lesson_does(taste: Path, tmp_path: Path) -> None:
+    out = tmp_path / "lesson"
+    teach(out, small_lesson(), taste, goal=9.0)
+    run = RunFolder.read(out)
+    means = [line["eval"]["terms"]["taste"]["mean"] for line in run.metrics.lines() if "eval" in line]
+    played = (_mean_taste(run.config, load_policy(source)) for source in ("pop909-tiny", out))
+    assert list(played) == pytest.approx(means, abs=1e-6)
+    assert means[0] != means[1]
 
 
 def test_the_oldest_lessons_go_but_no_folder_of_another_name(tmp_path: Path) -> None:
