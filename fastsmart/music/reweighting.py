@@ -17,6 +17,7 @@ import numpy as np
 STEPS = 150  # of the accelerated gradient method, for each price of the reward
 SEARCH = 10  # halvings of the interval of that price
 FIRST_PRICE = 1e-4  # per standard deviation of the reward
+SLACK = 1e-3  # standard deviations of the reward given up for a choice among clips of equal reward
 
 
 def most_diverse(similar: np.ndarray, reward: np.ndarray, wanted: float, cap: float = 8.0) -> np.ndarray:
@@ -24,13 +25,17 @@ def most_diverse(similar: np.ndarray, reward: np.ndarray, wanted: float, cap: fl
 
     similar : K, [J, J]
     reward  : [J], finite
-    wanted  : mean reward to reach at least; above what the cap allows, the weights are those of the most reward
+    wanted  : mean reward to reach at least; above what the cap allows, the weights are those of the most reward, and of
+              clips that are equally good the most diverse
     cap     : the largest weight is cap / J, cap >= 1
     """
     count = len(reward)
     best = capped_best(reward, cap)
-    if float(best @ reward) <= wanted:
-        return best
+    most = float(best @ reward)
+    if most <= wanted:
+        if (best[reward == reward[best > 0].min()] > 0).all():
+            return best
+        wanted = most - SLACK * float(reward.std())
     # a constant added to K changes q'Kq by a constant, since the weights sum to 1; without its mean, K's largest
     # eigenvalue, which limits the step, is some twenty times smaller
     matrix = (similar - similar.mean()).astype(np.float32)

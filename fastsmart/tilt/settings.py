@@ -34,7 +34,8 @@ class TiltSettings:
     best_of: int = 8
     """Draws whose best is wanted; with "diverse", times its share that a clip may weigh at most."""
     gain: float = 1.0
-    """Of "diverse": the wanted mean reward above that of the clips, in their standard deviations."""
+    """Of "diverse": the wanted mean reward above that of the clips, in their standard deviations. Where that is more
+    than clips have, as with a gate that few pass, the weights are the most diverse ones of the best clips."""
 
     def __post_init__(self) -> None:
         require(self, "tilt.", LIMITS)

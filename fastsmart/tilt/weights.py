@@ -36,7 +36,7 @@ def best_of_n(reward: np.ndarray, pool: np.ndarray, n: int) -> np.ndarray:
 
 def most_diverse_gain(reward: np.ndarray, rows: dict[str, np.ndarray], gain: float, cap: float) -> np.ndarray:
     """The most diverse weights whose mean reward is `gain` standard deviations above the mean, float64 [N], summing to
-    1; where the cap does not allow as much, those of the most reward.
+    1; where the cap does not allow as much, the most diverse of those of the most reward.
 
     reward : [N]; NaN weighs 0
     rows   : histograms of the clips by name, float32 [N, B + 1] each (see `fastsmart.music.histograms`)

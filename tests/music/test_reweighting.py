@@ -56,3 +56,16 @@ def test_more_than_the_cap_allows_gives_the_most_there_is():
     np.testing.assert_array_equal(best, capped_best(reward, 8.0))
     np.testing.assert_allclose(best[np.argsort(-reward)[:5]], 8 / 40)
     assert best @ reward == pytest.approx(np.sort(reward)[-5:].mean())
+
+
+def test_of_clips_that_are_equally_good_the_most_diverse_are_taken():
+    """As of a reward that is a gate: more of the clips pass it than the cap needs."""
+    kernel, _ = problem(40)
+    passed = np.arange(40) % 2 == 0
+    ours = most_diverse(kernel, passed.astype(float), 100.0, cap=8.0)
+    assert ours[passed].sum() > 0.999
+    among = np.flatnonzero(passed)
+    theirs = most_diverse(kernel[np.ix_(among, among)], np.zeros(20), 0.0, cap=4.0)  # no reward to choose by
+    assert ours @ kernel @ ours == pytest.approx(theirs @ kernel[np.ix_(among, among)] @ theirs, rel=2e-3)
+    first = capped_best(passed.astype(float), 8.0)
+    assert ours @ kernel @ ours < 0.98 * (first @ kernel @ first)
