@@ -133,7 +133,7 @@ def _share(wanted: float, whole: float, gain: Callable[[float], float]) -> float
     for _ in range(TRIES if whole > wanted else 0):
         share = low[0] + (wanted - low[1]) / (high[1] - low[1]) * (high[0] - low[0])
         found = gain(share)
-        if abs(found - wanted) <= CLOSE:
+        if not abs(found - wanted) > CLOSE:  # or nothing could be scored
             break
         low, high = ((share, found), high) if found < wanted else (low, (share, found))
     return share

@@ -139,6 +139,10 @@ def test_without_anything_beyond_it_nothing_is_tried(wanted: float, share: float
     assert _share(wanted, 2.0, lambda tried: pytest.fail("asked")) == share
 
 
+def test_where_nothing_can_be_scored_the_share_is_a_number() -> None:
+    assert _share(0.5, 2.0, lambda tried: math.nan) == 0.25
+
+
 def test_other_policies_play_the_held_out_clips_as_the_lesson_does(taste: Path, tmp_path: Path) -> None:
     out = tmp_path / "lesson"
     teach(out, small_lesson(), taste, goal=9.0)
