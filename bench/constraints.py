@@ -43,14 +43,14 @@ ASKED = (
     *("reward.constraint.least_density=2", "reward.constraint.most_density=8"),
 )
 DTYPE = "bfloat16" if bfloat16_is_fast() else "float32"
-STAGES = ("40+40", "20+40", "40+40")  # steps of credit and of tilt
+STAGES = ("40+40", "40+40")  # steps of credit and of tilt
 TRAINED = (
     *ASKED,
     *("reward.terms={constraint=1}", 'reward.normalize="none"', "sampling.group=8"),
     *('train.algorithm="credit"', 'train.schedule="constant"', "train.eval_every=0", "train.save_every=0"),
     *("train.eval_prompts=16", "train.listen=0"),
     *("credit.prompts=160", "credit.clips=64", "credit.round_steps=20", "credit.window=3", "credit.alternatives=4"),
-    *("credit.strength=4", 'credit.neutral=["notes", "mean_pitch", "mean_velocity"]'),
+    *("credit.strength=5", 'credit.neutral=["notes", "mean_pitch", "mean_velocity"]'),
     *("tilt.prompts=256", 'tilt.weights="diverse"', "tilt.gain=2", "tilt.best_of=4"),
 )
 KEPT = ("rarefied_effective_outputs", "rarefied_effective_embeddings_order_2")
