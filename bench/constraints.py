@@ -46,7 +46,7 @@ DTYPE = "bfloat16" if bfloat16_is_fast() else "float32"
 STAGES = ("40+40", "40+40")  # steps of credit and of tilt
 TRAINED = (
     *ASKED,
-    *("reward.terms={constraint=1}", 'reward.normalize="none"', "sampling.group=8"),
+    *("reward.terms={constraint=1}", 'reward.normalize="none"', "train.prompts=32", "sampling.group=8"),
     *('train.algorithm="credit"', 'train.schedule="constant"', "train.eval_every=0", "train.save_every=0"),
     *("train.eval_prompts=16", "train.listen=0"),
     *("credit.prompts=160", "credit.clips=64", "credit.round_steps=20", "credit.window=3", "credit.alternatives=4"),
