@@ -6,11 +6,9 @@ Shape letters: N clips, P prefixes of all clips, clip by clip, F features.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 
 from fastsmart.errors import UserError
 from fastsmart.music.features import features
@@ -74,14 +72,14 @@ def note_prefixes(
     cuts = [_cuts(ids, ends) for ids in completions]
     clip, tokens = np.repeat(np.arange(len(cuts)), [len(c) for c in cuts]), np.concatenate(cuts)
     ended = (tokens == lengths[clip]) & (lengths[clip] < longest)
-    found = _in_parts(
-        len(clip),
-        lambda part: _features(prompts, completions, vocab, clip[part], tokens[part], max_seconds, also),
-    )
+    found = [
+        _features(prompts, completions, vocab, clip[s : s + AT_ONCE], tokens[s : s + AT_ONCE], max_seconds, also)
+        for s in range(0, len(clip), AT_ONCE)
+    ]
     offsets = np.concatenate([[0], np.cumsum([len(c) for c in cuts])])
     asked = np.array(asked_styles(prompts, vocab))
     styles = [asked[clip] == style for style in sorted(set(asked))]
-    counted = np.column_stack([found, tokens, ended, *(styles if len(styles) > 1 else [])])
+    counted = np.column_stack([np.concatenate(found), tokens, ended, *(styles if len(styles) > 1 else [])])
     return Prefixes(clip, tokens, counted, offsets)
 
 
@@ -102,11 +100,13 @@ def swapped(
     place, token : int [J], where in the completion, and what
     """
     clip, tokens = prefixes.clip[chosen], prefixes.tokens[chosen]
-    found = _in_parts(
-        len(chosen),
-        lambda part: _features(
-            prompts, completions, vocab, clip[part], tokens[part], max_seconds, also, (place[part], token[part])
-        ),
+    found = np.concatenate(
+        [
+            _features(
+                prompts, completions, vocab, clip[part], tokens[part], max_seconds, also, (place[part], token[part])
+            )
+            for part in (slice(s, s + AT_ONCE) for s in range(0, len(chosen), AT_ONCE))
+        ]
     )
     return np.column_stack([found, prefixes.features[chosen, found.shape[1] :]])
 
@@ -121,13 +121,6 @@ def note_ends(vocab: Vocabulary) -> np.ndarray:
             "vocabulary has none"
         )
     return ends
-
-
-def _in_parts(count: int, found: Callable[[slice], np.ndarray]) -> np.ndarray:
-    """Rows [count, F], found in parts of `AT_ONCE`, as many at a time as torch has threads."""
-    parts = [slice(start, start + AT_ONCE) for start in range(0, count, AT_ONCE)]
-    with ThreadPoolExecutor(torch.get_num_threads()) as threads:
-        return np.concatenate(list(threads.map(found, parts)))
 
 
 def _cuts(ids: np.ndarray, ends: np.ndarray) -> np.ndarray:
