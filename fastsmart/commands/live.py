@@ -49,7 +49,7 @@ def live(options: argparse.Namespace) -> int:
             print("fastsmart: whoever reaches this machine and knows the address can use the page", file=sys.stderr)
         studio.start()
         print(f"open http://{host}:{at.getsockname()[1]}/{token}/ in a browser; Ctrl-C ends it", flush=True)
-        return serve(make_app(studio, token), at)
+        return serve(make_app(studio, token), at, studio.events)
     finally:
         studio.close()
 

@@ -18,6 +18,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from fastsmart.errors import UserError
+from fastsmart.live.events import Events
 from fastsmart.live.guard import Guard, refused
 from fastsmart.live.handlers import PAGE, Handlers
 from fastsmart.live.session import Stale
@@ -40,7 +41,6 @@ def make_app(studio: Studio, token: str) -> Guard:
     async def lifespan(app: Starlette) -> Any:
         studio.events.begin()
         yield
-        studio.events.close()
 
     routes = [
         *(Route(f"/{name}", own.page) for name in PAGE),
@@ -112,12 +112,27 @@ def listen_at(host: str, port: int) -> socket.socket:
     return found
 
 
-def serve(app: Guard, at: socket.socket) -> int:
-    """Serve until Ctrl-C or SIGTERM; returns 128 + the signal's number, the exit code."""
+class _Server(uvicorn.Server):
+    """A server that lets pages go before it waits for their streams to end."""
+
+    def __init__(self, config: uvicorn.Config, events: Events) -> None:
+        super().__init__(config)
+        self._events = events
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        self._events.close()
+        await super().shutdown(sockets)
+
+
+def serve(app: Guard, at: socket.socket, events: Events) -> int:
+    """Serve until Ctrl-C or SIGTERM; returns 128 + the signal's number, the exit code.
+
+    events : of the application's studio; closed at the end
+    """
     config = uvicorn.Config(
         app, http="h11", ws="none", loop="asyncio", log_level="warning", access_log=False, server_header=False,
         timeout_graceful_shutdown=2, h11_max_incomplete_event_size=32 * 1024, lifespan="on",
     )  # fmt: skip
     with stop_signals() as stop:  # uvicorn takes the signal, ends in order, and passes it on
-        asyncio.run(uvicorn.Server(config).serve(sockets=[at]))
+        asyncio.run(_Server(config, events).serve(sockets=[at]))
     return stop.exit_code

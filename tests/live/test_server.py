@@ -5,9 +5,13 @@ from __future__ import annotations
 import io
 import json
 import random
+import signal
 import socket
 import struct
+import subprocess
+import sys
 from dataclasses import replace
+from urllib.request import urlopen
 
 import numpy as np
 import pytest
@@ -256,3 +260,18 @@ def test_a_port_that_is_taken_is_said_in_one_sentence():
         first.listen()
         with pytest.raises(UserError, match="choose another --port"):
             listen_at("127.0.0.1", first.getsockname()[1])
+
+
+def test_a_page_that_is_open_is_let_go_when_the_server_is_stopped(tmp_path):
+    command = [sys.executable, "-m", "fastsmart", "live", "--out", str(tmp_path), "--port", "0"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen([*command, "--no-training", "--max-tokens", "60"], **pipes) as process:
+        address = process.stdout.readline().split()[1]
+        with urlopen(f"{address}events", timeout=60) as page:
+            assert page.readline().startswith(b"retry")
+            process.send_signal(signal.SIGINT)
+            page.read()  # to the end of the stream
+        _, complaints = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGINT
+    assert "Traceback" not in complaints
+    assert "ERROR" not in complaints
