@@ -4,10 +4,10 @@
     python bench/constraints.py --stages 40+40 20+40 --work runs/shorter
 
 Key, metre, range and density at once, by the shipped policy. It is trained in stages, each a run that begins from the
-last one's policy: some steps of credit for single notes, which find what is asked, and then some of tilted fine-
-tuning on the most diverse of the clips that have it, which gives back what credit has cost. After training base and
-tuned policy play test openings. Diversity is compared within what is asked: of as many outputs that meet everything
-as both have, at most --compared, at equal size. The base plays more, for few of its outputs meet it.
+last one's policy: some steps of credit for single notes, which find what is asked, and then some of tilted
+fine-tuning on the most diverse of the clips that have it, which gives back what credit has cost. After training base
+and tuned policy play test openings. Diversity is compared within what is asked: of as many outputs that meet
+everything as both have, at most --compared, at equal size. The base plays more, for few of its outputs meet it.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ ASKED = (
     *("reward.constraint.least_density=2", "reward.constraint.most_density=8"),
 )
 DTYPE = "bfloat16" if bfloat16_is_fast() else "float32"
-STAGES = ("40+40", "40+40")  # steps of credit and of tilt
+STAGES = ((40, 40), (40, 40))  # steps of credit and of tilt
 TRAINED = (
     *ASKED,
     *("reward.terms={constraint=1}", 'reward.normalize="none"', "train.prompts=32", "sampling.group=8"),
@@ -78,10 +78,16 @@ def varied(config: Config, folder: Path, labels: tuple[str, str], most: int) -> 
     return {"compared": count, "kept": ratios, "notes": dict(zip(labels, notes, strict=True))}
 
 
-def configs(stages: Sequence[str], seed: int, settings: Sequence[str]) -> list[Config]:
+def stage(text: str) -> tuple[int, int]:
+    """Steps of credit and of tilt from "40+40". Raises ValueError."""
+    credit, tilt = map(int, text.split("+"))
+    return credit, tilt
+
+
+def configs(stages: Sequence[tuple[int, int]], seed: int, settings: Sequence[str]) -> list[Config]:
     """Of each stage, with a seed of its own."""
     found = []
-    for number, (credit, tilt) in enumerate((map(int, stage.split("+")) for stage in stages), 1):
+    for number, (credit, tilt) in enumerate(stages, 1):
         steps = (f"train.steps={credit + tilt}", f"merge.tilt_steps={tilt}", f"train.seed={100 * seed + number}")
         found.append(with_overrides(demo(), [*TRAINED, f"policy.dtype={DTYPE}", *steps, *settings]))
     return found
@@ -100,7 +106,9 @@ def trained(stages: Sequence[Config], work: Path) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="another setting of the run")
-    parser.add_argument("--stages", nargs="+", default=list(STAGES), metavar="CREDIT+TILT", help="steps of each stage")
+    parser.add_argument(
+        "--stages", nargs="+", type=stage, default=STAGES, metavar="CREDIT+TILT", help="steps of each stage"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--base-prompts", type=int, default=3000)
     parser.add_argument("--prompts", type=int, default=308, help="outputs of the tuned policy, on test openings")
