@@ -74,4 +74,4 @@ class LiveSettings:
 
 def goal_of(boldness: int) -> float:
     """Mean of the reward `taste` that training goes to, in its own units (standard deviations of the base's clips)."""
-    return 0.22 * boldness
+    return 0.2 * boldness

@@ -1,7 +1,7 @@
 """Lessons: each tunes the first policy to a taste as it is by then, and is a run folder like any other.
 
 config = lesson_config("pop909-tiny")
-policy = teach(out / "lessons" / "lesson-0001", config, taste_file, goal=1.1)
+policy = teach(out / "lessons" / "lesson-0001", config, taste_file, goal=1.0)
 
 A lesson begins from the first policy, so that nothing is left in it of what earlier, poorer tastes asked for. Notes are
 credited one by one (`fastsmart.credit`) until a round's clips are as much to the listener's taste as was wanted. What
@@ -42,7 +42,7 @@ TRIES, CLOSE = 4, 0.03  # of the share of the change of weights that gains what 
 TASTE_FILE, ABOUT_FILE, POLICY, UNDONE = "taste.json", "lesson.json", "policy", "undone"
 
 
-def lesson_config(policy: str, taste: str | Path = "", goal: float = 1.1, seed: int = 0) -> Config:
+def lesson_config(policy: str, taste: str | Path = "", goal: float = 1.0, seed: int = 0) -> Config:
     """A lesson's run: the demo's prompts and sampling, the reward `taste` alone, a short evaluation before and after.
 
     The taste counts without caution, for a lesson ends where it has gained as much as was wanted.
@@ -89,13 +89,13 @@ def teach(out: str | Path, config: Config, taste: str | Path, goal: float, displ
     `out/policy`: of the change of weights so much as gives what was wanted.
 
     goal : as of `lesson_config`, by a taste all of whose predictions came true; by others that share of it which did
-           (`Taste.borne_out`)
+           (`Taste.borne_out`). Where nothing is wanted nothing is trained, and the policy is the first one
 
     A stop signal ends it early: then it gives the newest checkpoint, and there is no `out/policy`. Raises UserError as
     `train` does.
     """
     from fastsmart.policy.blend import blended
-    from fastsmart.policy.hf_format import load_policy, write_policy
+    from fastsmart.policy.hf_format import load_policy
     from fastsmart.trainer.loop import train
 
     known, out = Taste.load(taste), Path(out)
@@ -107,7 +107,11 @@ def teach(out: str | Path, config: Config, taste: str | Path, goal: float, displ
         "credit": {"goal": wanted},
         "merge": {"temperature": math.exp(-COOLING * wanted)},
     }
-    train(merged(config, told), out, False, display)
+    config = merged(config, told)
+    if wanted <= 0:
+        RunFolder.create(out, config)  # whoever repeats the lesson reads its config
+        return _kept(load_policy(config.policy.source), out)
+    train(config, out, False, display)
     run = RunFolder.read(out)
     newest = run.checkpoints.all()[-1]
     if not run.concluded:  # it was stopped
@@ -115,20 +119,25 @@ def teach(out: str | Path, config: Config, taste: str | Path, goal: float, displ
     base, tuned = load_policy(run.config.policy.source), load_policy(newest)
     before, *_, after = (line["eval"]["terms"]["taste"]["mean"] for line in run.metrics.lines() if "eval" in line)
     share = _share(wanted, after - before, lambda tried: _mean_taste(run.config, blended(base, tuned, tried)) - before)
+    return _kept(blended(base, tuned, share), out)
+
+
+def _kept(policy: Policy, out: Path) -> Path:
+    """Where a lesson keeps the policy that came of it."""
+    from fastsmart.policy.hf_format import write_policy
+
     with atomic_folder(out / POLICY) as part, os_errors_as_user_errors(out / POLICY):
-        write_policy(blended(base, tuned, share), part)
+        write_policy(policy, part)
     return out / POLICY
 
 
 def _share(wanted: float, whole: float, gain: Callable[[float], float]) -> float:
     """The share of a change of weights that gains what is wanted, by false position: 1 where even all of it gains no
-    more, 0 where nothing was wanted.
+    more.
 
     whole : what all of it gains
     gain  : what a share gains, which rises with it
     """
-    if wanted <= 0:
-        return 0.0
     low, high, share = (0.0, 0.0), (1.0, whole), 1.0
     for _ in range(TRIES if whole > wanted else 0):
         share = low[0] + (wanted - low[1]) / (high[1] - low[1]) * (high[0] - low[0])

@@ -35,7 +35,7 @@ def test_without_boldness_nothing_changes_and_more_of_it_goes_further():
     goals = [goal_of(boldness) for boldness in range(11)]
     assert goals == sorted(goals)
     assert goals[0] == 0
-    assert goals[5] == pytest.approx(1.1)
+    assert goals[5] == pytest.approx(1.0)
 
 
 def test_nothing_is_taught_before_there_is_something_to_teach(session):

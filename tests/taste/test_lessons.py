@@ -79,6 +79,7 @@ def test_where_nothing_came_true_nothing_is_learnt(taste: Path, tmp_path: Path) 
     base, tuned = (load_policy(source).state_dict() for source in ("pop909-tiny", policy))
     assert all(torch.equal(base[name], tuned[name]) for name in base)
     assert read_config(tmp_path / "lesson" / "config.toml").credit.goal == 0
+    assert not RunFolder.read(tmp_path / "lesson").metrics.lines()  # nor is anything trained
 
 
 def test_a_folder_knows_its_finished_lessons_and_begins_the_next(tmp_path: Path) -> None:
@@ -134,7 +135,7 @@ def test_what_goes_beyond_the_goal_is_taken_back(wanted: float) -> None:
     assert asked[0] == wanted / 2
 
 
-@pytest.mark.parametrize(("wanted", "share"), [(2.0, 1.0), (3.0, 1.0), (0.0, 0.0)])
+@pytest.mark.parametrize(("wanted", "share"), [(2.0, 1.0), (3.0, 1.0)])
 def test_without_anything_beyond_it_nothing_is_tried(wanted: float, share: float) -> None:
     assert _share(wanted, 2.0, lambda tried: pytest.fail("asked")) == share
 
