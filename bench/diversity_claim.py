@@ -1,14 +1,16 @@
 """What docs/diversity-protocol.md asks, over seeds: python bench/diversity_claim.py EVALUATION ... --out JSON
 
-Each argument is the folder of a `fastsmart evaluate` of one seed with the policies base, unconstrained and candidate;
---unconstrained names more of unconstrained tuning alone, --best-of one that has the base's best of four. Writes the
-ratios of every seed, their means and bounds, whether the claim holds, and of the side conditions which.
+Each argument is the folder of a `fastsmart evaluate` with policies labelled base, unconstrained or candidate. A seed
+may have several: what is not in one is taken from another, and so is the curve of the base's best of n.
+Writes the ratios of every seed, their means and bounds, whether the claim holds, and of the side conditions which; and
+of the second question how far the candidate lies above that curve.
 """
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -63,13 +65,14 @@ def gain_test(tuned: Sequence[float], unconstrained: Sequence[float], base: Sequ
     }
 
 
-def retained(values: Mapping[str, Mapping[str, float]], label: str) -> dict[str, float]:
+def retained(values: Mapping[str, Mapping[str, float]], label: str, unconstrained: float) -> dict[str, float]:
     """What a policy retains: of the reward gain of unconstrained tuning, of the base's diversity, distances and notes.
 
-    values : by metric, the value of every label
+    values        : by metric, the value of every label
+    unconstrained : mean reward of unconstrained tuning over its seeds
     """
     reward = values["reward"]
-    gain = (reward[label] - reward[BASE]) / (reward[UNCONSTRAINED] - reward[BASE])
+    gain = (reward[label] - reward[BASE]) / (unconstrained - reward[BASE])
     others = [name for name in values if name != "reward" and name not in FAULTS]
     return {GAIN: gain} | {name: values[name][label] / values[name][BASE] for name in others}
 
@@ -80,6 +83,32 @@ def verdict(seeds: Sequence[Mapping[str, float]], gain: Mapping[str, float]) -> 
     bound = {name: lower_bound([s[name] for s in seeds]) for name in seeds[0]}
     primary = gain["lower_bound"] > 0 and all(bound[name] > LEAST for name in PRIMARY)
     return {"mean": mean, "lower_bound": bound, "gain": dict(gain), "primary_hold": primary}
+
+
+def above_curve(
+    values: Mapping[str, Mapping[str, float]], label: str, curve: Sequence[Mapping[str, Any]]
+) -> dict[str, float]:
+    """How much more diverse a policy is than choosing among the base's outputs at its reward, in shares of the base's.
+
+    curve : points of the base's best of n, as of an evaluation's record
+
+    The points, and the base itself, are joined by straight lines in reward. Beyond the last one its diversity stands:
+    the curve would go on falling, so the policy is not favoured.
+    """
+    rewards = [values["reward"][BASE], *(point["reward"]["value"] for point in curve)]
+    found = {}
+    for name in PRIMARY:
+        points = [values[name][BASE], *(point["diversity"][name]["value"] for point in curve)]
+        chosen = float(np.interp(values["reward"][label], rewards, points))
+        found[name] = (values[name][label] - chosen) / values[name][BASE]
+    return found
+
+
+def second_question(seeds: Sequence[Mapping[str, float]]) -> dict[str, Any]:
+    """Means, bounds and whether a policy lies above the curve in both measures, of its `above_curve` of every seed."""
+    mean = {name: float(np.mean([s[name] for s in seeds])) for name in PRIMARY}
+    bound = {name: lower_bound([s[name] for s in seeds]) for name in PRIMARY}
+    return {"mean": mean, "lower_bound": bound, "above": all(bound[name] > 0 for name in PRIMARY)}
 
 
 def side_conditions(
@@ -115,59 +144,69 @@ def values_of(evaluation: Evaluation) -> dict[str, dict[str, float]]:
     return {name: {label: e.value for label, e in values.items()} for name, values in found.items()}
 
 
+@dataclass
+class Seed:
+    """What the evaluations of one seed have: by metric the value of every label, and points of the base's best of n."""
+
+    values: dict[str, dict[str, float]] = field(default_factory=dict)
+    curve: list[dict[str, Any]] = field(default_factory=list)
+
+    def take(self, evaluation: Evaluation) -> None:
+        for name, by_label in values_of(evaluation).items():
+            self.values.setdefault(name, {}).update(by_label)
+        self.curve = evaluation.record["best_of"] or self.curve
+
+    def has(self, *labels: str) -> bool:
+        return set(labels) <= self.values["reward"].keys()
+
+
+def by_seed(evaluations: Sequence[Evaluation]) -> dict[int, Seed]:
+    """Of each `train.seed`, in order."""
+    seeds: dict[int, Seed] = {}
+    for evaluation in sorted(evaluations, key=lambda e: e.config.train.seed):
+        seeds.setdefault(evaluation.config.train.seed, Seed()).take(evaluation)
+    return seeds
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("evaluation", nargs="+")
-    parser.add_argument(
-        "--unconstrained", nargs="*", default=[], help="evaluations of unconstrained tuning, other seeds"
-    )
-    parser.add_argument("--best-of", default="", help="evaluation with the base's best of four, for its notes a clip")
     parser.add_argument("--out", required=True)
     options = parser.parse_args()
     opened = [Evaluation.open(Path(folder)) for folder in options.evaluation]
-    for folder, evaluation in zip(options.evaluation, opened, strict=True):
-        if missing := {BASE, UNCONSTRAINED, CANDIDATE} - set(evaluation.labels):
-            parser.error(f"{folder} has no policy labelled {sorted(missing)[0]}; evaluate with --policy LABEL=POLICY")
-    more = [Evaluation.open(Path(folder)) for folder in options.unconstrained]
-    if len({e.config.train.seed for e in (*opened, *more)}) < len(opened) + len(more):
-        parser.error("two evaluations are of the same train.seed; give each seed once")
-    values = [values_of(e) for e in opened]
-    labels = [label for label in values[0]["reward"] if label not in (BASE, UNCONSTRAINED)]
-    rewards = {label: [v["reward"][label] for v in values] for label in (BASE, UNCONSTRAINED, *labels)}
-    rewards[UNCONSTRAINED] += [e.metric("reward", "reward").values[UNCONSTRAINED].value for e in more]
-    found = {
-        label: verdict(
-            [retained(v, label) for v in values], gain_test(rewards[label], rewards[UNCONSTRAINED], rewards[BASE])
-        )
-        for label in (UNCONSTRAINED, *labels)
+    seeds = by_seed(opened)
+    tuned = {seed: of for seed, of in seeds.items() if of.has(BASE, CANDIDATE)}
+    curves = {seed: of for seed, of in tuned.items() if of.curve}
+    rewards = {
+        label: [of.values["reward"][label] for of in group.values() if of.has(label)]
+        for label, group in ((CANDIDATE, tuned), (UNCONSTRAINED, seeds), (BASE, tuned))
     }
-    curve = Evaluation.open(Path(options.best_of)).record["best_of"] if options.best_of else []
-    notes = next((point["notes"]["value"] for point in curve if point["n"] == 4), None)
-    side = {label: side_conditions(values, label, notes) for label in found}
-    rows = [["mean (lower bound)", *found]]
-    rows += [
-        [name, *(f"{f['mean'][name]:.3f} ({f['lower_bound'][name]:.3f})" for f in found.values())]
-        for name in found[CANDIDATE]["mean"]
-    ]
-    rows.append(["gain, all seeds (above, bound)"])
-    rows[-1] += [
-        f"{f['gain']['share']:.3f} ({f['gain']['above']:.3f}, {f['gain']['lower_bound']:.3f})" for f in found.values()
-    ]
+    if min(map(len, rewards.values())) < 2:
+        parser.error("fewer than two seeds have a candidate, or unconstrained tuning; a bound needs two of each")
+    gain, free = gain_test(*rewards.values()), float(np.mean(rewards[UNCONSTRAINED]))
+    ratios = {seed: retained(of.values, CANDIDATE, free) for seed, of in tuned.items()}
+    found = verdict(list(ratios.values()), gain)
+    above = {seed: above_curve(of.values, CANDIDATE, of.curve) for seed, of in curves.items()}
+    notes = [point["notes"]["value"] for of in curves.values() for point in of.curve if point["n"] == 4]
+    side = side_conditions([of.values for of in tuned.values()], CANDIDATE, float(np.mean(notes)) if notes else None)
+    rows = [["", *map(str, ratios), "mean", "lower bound"]]
+    for name, mean in found["mean"].items():
+        rows.append(
+            [name, *(f"{r[name]:.3f}" for r in ratios.values()), f"{mean:.3f}", f"{found['lower_bound'][name]:.3f}"]
+        )
     print(text_table(rows))
-    print(
-        f"The claim holds: {found[CANDIDATE]['primary_hold']}; side conditions: {side[CANDIDATE]}; "
-        f"{len(opened)} seeds, {opened[0].basis}"
-    )
+    print(f"Gain {gain['share']:.3f}; the claim holds: {found['primary_hold']}; side conditions: {side}")
+    second = second_question(list(above.values())) if len(above) > 1 else None
+    if second:
+        print(f"Above the curve of best of n, {', '.join(map(str, above))}: {second}")
     write_result(
         options.out,
         {
-            "seeds": [
-                {"evaluation": folder, "train_seed": e.config.train.seed, "values": v}
-                for folder, e, v in zip(options.evaluation, opened, values, strict=True)
-            ],
-            "unconstrained_rewards": rewards[UNCONSTRAINED],
-            "retained": found,
+            "seeds": {seed: vars(of) for seed, of in seeds.items()},
+            "rewards": rewards,
+            "retained": {"seeds": ratios, **found},
             "side_conditions": side,
+            "above_curve": {"seeds": above, "all": second},
             "notes_of_best_of_four": notes,
         },
     )

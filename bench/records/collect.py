@@ -3,7 +3,8 @@
     python bench/records/collect.py bench/records/diverse runs 22 23 --runs u=unconstrained c=candidate
 
 The second folder holds, of seed 22, the runs u22 and c22 and their evaluation, e22. `seed-22/` of the first gets the
-evaluation as `fastsmart.study.evaluation` reads it, the configs, and the metrics, compressed.
+evaluation as `fastsmart.study.evaluation` reads it, the configs, and the metrics, compressed. A seed's second
+evaluation goes with `--into NAME` to a folder of its own in there.
 """
 
 from __future__ import annotations
@@ -20,10 +21,11 @@ def main() -> None:
     parser.add_argument("folder", type=Path, help="of the runs")
     parser.add_argument("seeds", type=int, nargs="+")
     parser.add_argument("--runs", nargs="+", required=True, metavar="LETTERS=LABEL")
+    parser.add_argument("--into", default="", metavar="NAME", help="of a folder in that of the seed")
     given = parser.parse_args()
     for seed in given.seeds:
-        kept, evaluation = given.record / f"seed-{seed}", given.folder / f"e{seed}"
-        kept.mkdir(exist_ok=True)
+        kept, evaluation = given.record / f"seed-{seed}" / given.into, given.folder / f"e{seed}"
+        kept.mkdir(parents=True, exist_ok=True)
         text = (evaluation / "evaluation.json").read_text()
         (kept / "evaluation.json").write_text(text.replace(f"{given.folder.resolve()}/", "runs/"))
         for name in ("config.toml", "tokenizer.json"):

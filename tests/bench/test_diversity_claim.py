@@ -7,9 +7,11 @@ from diversity_claim import (
     FAULTS,
     GAIN,
     PRIMARY,
+    above_curve,
     gain_test,
     lower_bound,
     retained,
+    second_question,
     side_conditions,
     verdict,
 )
@@ -35,7 +37,7 @@ def test_the_bound_is_where_a_t_test_to_one_side_says_so():
 
 
 def test_what_is_retained_is_of_the_gain_and_of_the_base():
-    found = retained(seed_values(0.5, 0.75), "candidate")
+    found = retained(seed_values(0.5, 0.75), "candidate", 7.0)
     assert found[GAIN] == pytest.approx(0.5)
     assert all(found[name] == pytest.approx(0.75) for name in NAMES)
 
@@ -47,7 +49,7 @@ def test_it_holds_where_every_bound_does(gain, share, holds):
     """Over seeds that differ by as much as 0.04, a mean of 0.91 is not surely above 0.90."""
     values = [seed_values(gain + d, share + d) for d in (-0.02, -0.01, 0.0, 0.01, 0.02)]
     rewards = {label: [v["reward"][label] for v in values] for label in ("candidate", "unconstrained", "base")}
-    seeds = [retained(v, "candidate") for v in values]
+    seeds = [retained(v, "candidate", 7.0) for v in values]
     assert verdict(seeds, gain_test(*rewards.values()))["primary_hold"] is holds
 
 
@@ -83,3 +85,21 @@ def test_each_side_condition_is_told_by_itself():
         side_conditions([seed_values(1.0, 1.0)], "candidate", None)["notes, at most a tenth more than best of four"]
         is None
     )
+
+
+def test_the_curve_of_best_of_n_is_read_at_the_reward_of_the_policy():
+    """Base 5.0 with 4.0, best of two 6.0 with 3.0, of four 6.5 with 2.8; the candidate at 5.5 or beyond the last."""
+    curve = [
+        {"reward": {"value": reward}, "diversity": {name: {"value": value} for name in PRIMARY}}
+        for reward, value in ((6.0, 3.0), (6.5, 2.8))
+    ]
+    inside, beyond = seed_values(0.25, 0.9), seed_values(0.9, 0.75)
+    assert above_curve(inside, "candidate", curve) == pytest.approx(dict.fromkeys(PRIMARY, (3.6 - 3.5) / 4))
+    assert above_curve(beyond, "candidate", curve) == pytest.approx(dict.fromkeys(PRIMARY, (3.0 - 2.8) / 4))
+
+
+@pytest.mark.parametrize(("spread", "above"), [(0.005, True), (0.03, False)])
+def test_a_policy_is_above_the_curve_where_both_bounds_are(spread, above):
+    seeds = [dict.fromkeys(PRIMARY, 0.02 + d * spread) for d in (-1, 0, 1)]
+    assert second_question(seeds)["above"] is above
+    assert not second_question([s | {PRIMARY[1]: -0.01} for s in seeds])["above"]
