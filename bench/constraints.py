@@ -15,7 +15,7 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,13 +26,15 @@ from results import write_result
 
 from fastsmart.config import Config, with_overrides
 from fastsmart.machine.packed_linear import bfloat16_is_fast
+from fastsmart.music.bootstrap import Draws, mean_draws, resample_weights
+from fastsmart.music.diversity import prompt_numbers
 from fastsmart.policy.hf_format import load_policy
+from fastsmart.policy.transformer import Policy
 from fastsmart.presets import demo
 from fastsmart.run.display import Silent
 from fastsmart.run.folder import RunFolder
-from fastsmart.study.evaluate import evaluate
-from fastsmart.study.evaluation import outputs_path
-from fastsmart.study.measures import Ruler
+from fastsmart.study.evaluate import OutputStore
+from fastsmart.study.measures import BOOTSTRAP_SEED, Ruler
 from fastsmart.study.outputs import Outputs
 from fastsmart.trainer.loop import train
 
@@ -57,25 +59,41 @@ KEPT = ("rarefied_effective_outputs", "rarefied_effective_embeddings_order_2")
 
 
 def meeting(outputs: Outputs) -> np.ndarray:
-    """Numbers of the outputs that meet everything."""
-    return np.flatnonzero(next(iter(outputs.scores.values())).terms["constraint"] == 1.0)
+    """Whether each output meets everything, bool [N]."""
+    return next(iter(outputs.scores.values())).terms["constraint"] == 1.0
 
 
-def varied(config: Config, folder: Path, labels: tuple[str, str], most: int) -> dict[str, Any]:
-    """Diversity of as many outputs that meet everything of both policies, and the ratios of the second to the first."""
-    policy, seconds = load_policy(POLICY), config.audio.max_seconds
-    chosen = {}
-    for label in labels:
-        outputs = Outputs.load(outputs_path(folder / label, label))
-        assert outputs is not None
-        chosen[label] = outputs.select(meeting(outputs))
-    count = min(most, *map(len, chosen.values()))
-    first, second = (outputs.select(np.arange(count)) for outputs in chosen.values())
-    ruler = Ruler.fit(first, base=policy)
-    found = [ruler.diversity(outputs, outputs.notes(policy.vocab, seconds)) for outputs in (first, second)]
-    ratios = {name: found[1][name].value / found[0][name].value for name in KEPT}
-    notes = [float(outputs.notes(policy.vocab, seconds).counts.mean()) for outputs in (first, second)]
-    return {"compared": count, "kept": ratios, "notes": dict(zip(labels, notes, strict=True))}
+def share(outputs: Outputs) -> dict[str, float]:
+    """The share of outputs that meet everything, with its interval."""
+    opening = prompt_numbers(outputs.prompts)
+    found = mean_draws(meeting(outputs).astype(np.float64), resample_weights(opening, BOOTSTRAP_SEED)).estimate()
+    return asdict(found) | {"outputs": len(outputs), "openings": len(np.unique(opening))}
+
+
+def varied(base: Outputs, tuned: Outputs, policy: Policy, seconds: float, most: int) -> dict[str, Any]:
+    """Diversity of as many outputs that meet everything of both policies, at most `most` of each: the ratios of the
+    second to the first with their intervals, of which the two are drawn one independently of the other.
+
+    policy  : the base
+    seconds : of each output that count
+    """
+    chosen = [outputs.select(np.flatnonzero(meeting(outputs))) for outputs in (base, tuned)]
+    count = min(most, *map(len, chosen))
+    ruler, found, notes = Ruler.fit(chosen[0].select(np.arange(count)), base=policy), [], []
+    for seed, outputs in enumerate(chosen):
+        outputs = outputs.select(np.arange(count))
+        weights = resample_weights(prompt_numbers(outputs.prompts), BOOTSTRAP_SEED + seed)
+        played = outputs.notes(policy.vocab, seconds)
+        found.append(replace(ruler, weights=weights, measured=[]).diversity(outputs, played))
+        notes.append(float(played.counts.mean()))
+    random = np.random.default_rng(BOOTSTRAP_SEED)
+    kept = {}
+    for name in KEPT:
+        first, second = (measured[name] for measured in found)
+        kept[name] = asdict(
+            Draws(second.value / first.value, random.permutation(second.draws) / first.draws).estimate()
+        )
+    return {"compared": count, "kept": kept, "notes": {"base": notes[0], "tuned": notes[1]}}
 
 
 def stage(text: str) -> tuple[int, int]:
@@ -110,29 +128,27 @@ def main() -> int:
         "--stages", nargs="+", type=stage, default=STAGES, metavar="CREDIT+TILT", help="steps of each stage"
     )
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--base-prompts", type=int, default=3000)
+    parser.add_argument("--tuned", help="a checkpoint to measure in place of training one")
+    parser.add_argument("--base", type=Path, help="folder that keeps what the base plays; default: --work")
+    parser.add_argument("--base-prompts", type=int, default=11000)
     parser.add_argument("--prompts", type=int, default=308, help="outputs of the tuned policy, on test openings")
-    parser.add_argument("--compared", type=int, default=100)
+    parser.add_argument("--compared", type=int, default=300)
     parser.add_argument("--work", type=Path, default=Path("constraints"))
     parser.add_argument("--out", type=Path, default=Path("constraints.json"))
     options = parser.parse_args()
     stages = configs(options.stages, options.seed, options.set)
     begun = time.perf_counter()
-    tuned = trained(stages, options.work)
-    seconds = time.perf_counter() - begun
-    sources = {"base": (POLICY, options.base_prompts), "tuned": (tuned, options.prompts)}
-    shares, result = {}, {"seconds_of_training": round(seconds, 1), "stages": options.stages, "asked": ASKED}
-    for label, (source, prompts) in sources.items():
-        found = evaluate([f"{label}={source}"], options.work / label, stages[0], prompts, 0)
-        met = found.metric("share", "outputs that meet every constraint").values[label]
-        shares[label] = {
-            "value": met.value,
-            "low": met.low,
-            "high": met.high,
-            "openings": found.record["distinct_prompts"],
-        }
-        print(label, shares[label], flush=True)
-    result |= {"shares": shares, "within": varied(stages[0], options.work, ("base", "tuned"), options.compared)}
+    tuned = options.tuned or trained(stages, options.work)
+    took = None if options.tuned else round(time.perf_counter() - begun, 1)
+    result: dict[str, Any] = {"seconds_of_training": took, "stages": options.stages, "asked": ASKED}
+    played, result["shares"] = {}, {}
+    for label, source, prompts in (("base", POLICY, options.base_prompts), ("tuned", tuned, options.prompts)):
+        store = OutputStore(options.base if label == "base" and options.base else options.work, stages[0], prompts)
+        *_, played[label] = store.play(label, source, lambda stage, done, total: None)
+        result["shares"][label] = share(played[label])
+        print(label, result["shares"][label], flush=True)
+    policy, seconds = load_policy(POLICY), stages[0].audio.max_seconds
+    result["within"] = varied(played["base"], played["tuned"], policy, seconds, options.compared)
     print(result["within"])
     write_result(options.out, result)
     return 0
