@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastsmart.policy.embedding import Embedding
+
 PATCH_CHARS = 16
 CHARACTERS = 128
 HEAD_SIZE = 64
@@ -90,8 +92,8 @@ class Gpt2(nn.Module):
 
     def __init__(self, layers: int, hidden: int, positions: int, words: int) -> None:
         super().__init__()
-        self.wte = nn.Embedding(words, hidden)
-        self.wpe = nn.Embedding(positions, hidden)
+        self.wte = Embedding(words, hidden)
+        self.wpe = Embedding(positions, hidden)
         self.h = nn.ModuleList(Block(hidden) for _ in range(layers))
         self.ln_f = nn.LayerNorm(hidden, EPSILON)
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from fastsmart.errors import UserError
+from fastsmart.policy.embedding import Embedding
 from fastsmart.tokens.vocabulary import Vocabulary
 
 # Far above any policy of music; a size is refused before memory is taken for it
@@ -159,13 +160,10 @@ class Backbone(nn.Module):
 
     def __init__(self, size: PolicySize, pad_id: int) -> None:
         super().__init__()
-        self.embed_tokens = nn.Embedding(size.vocab_size, size.hidden_size, padding_idx=pad_id)
+        self.embed_tokens = Embedding(size.vocab_size, size.hidden_size, padding_idx=pad_id)
         self.layers = nn.ModuleList(Layer(size) for _ in range(size.num_layers))  # type: ignore[assignment]
         self.norm = Norm(size.hidden_size, eps=size.rms_norm_eps)
         self.size = size
-        self.make_tables()
-
-    def make_tables(self) -> None:
         for name, table in zip(("cos", "sin"), rotary_tables(self.size), strict=True):
             self.register_buffer(name, table, persistent=False)
 
@@ -208,7 +206,6 @@ class Policy(nn.Module):
         """Take these tensors as the weights of a module created without storage (on the meta device)."""
         self.load_state_dict(tensors, assign=True, strict=False)
         self.tie()
-        self.model.make_tables()
 
     def hidden(self, ids: Tensor) -> Tensor:
         """ids [B, T] int -> hidden states [B, T, D]. Rows shorter than T are padded on the right with any id: under the
@@ -242,9 +239,13 @@ class Policy(nn.Module):
 
 
 def rotary_tables(size: PolicySize) -> tuple[Tensor, Tensor]:
-    """cos and sin [max_positions, E / 2] float32 of the rotary embedding (Su et al. 2021, eq. 34)."""
-    frequency = size.rope_theta ** -(torch.arange(0, size.head_size, 2, dtype=torch.float32) / size.head_size)
-    angle = torch.arange(size.max_positions, dtype=torch.float32)[:, None] * frequency
+    """cos and sin [max_positions, E / 2] float32 of the rotary embedding (Su et al. 2021, eq. 34), in memory even of a
+    policy that is created without storage."""
+    steps, places = (
+        torch.arange(*span, dtype=torch.float32, device="cpu")
+        for span in ((0, size.head_size, 2), (size.max_positions,))
+    )
+    angle = places[:, None] * size.rope_theta ** -(steps / size.head_size)
     return angle.cos(), angle.sin()
 
 

@@ -26,6 +26,17 @@ def test_a_round_trip_keeps_every_bit(policy, checkpoint):
     assert not again.training
 
 
+def test_loading_imports_no_compiler(checkpoint):
+    """Which takes PyTorch two seconds."""
+    code = f"""if True:
+        import sys
+        from fastsmart.policy.hf_format import load_policy
+        load_policy({str(checkpoint)!r})
+        print("torch" in sys.modules, "torch._dynamo" in sys.modules)"""
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout.split() == ["True", "False"]
+
+
 def test_sixteen_bit_weights_load_as_float32(policy, tmp_path):
     save_policy(policy, tmp_path / "half", torch.float16)
     again = load_policy(tmp_path / "half")
