@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+import numba
 import numpy as np
 
 from fastsmart.errors import UserError
@@ -142,12 +143,38 @@ def _features(
 
     swap : of each a place in the completion and the token that is to stand there, [P] each
     """
-    pairs = zip(clip, tokens, strict=True)
-    rows = [np.concatenate([prompts.row(n), completions.row(n)[:count]]) for n, count in pairs]
-    sequences = TokenBatch.pack(rows)
+    sequences = _beginnings(prompts, completions, clip, tokens)
     if swap is not None:
         sequences.ids[sequences.offsets[:-1] + prompts.lengths[clip] + swap[0]] = swap[1]
     played = np.asarray(decode(sequences, vocab).end_s)
     heard = decode(sequences, vocab, max_seconds=max_seconds)
     columns = [np.nan_to_num(values) for values in (*features(heard).values(), *also(heard).values())]
     return np.column_stack([*columns, np.minimum(played, max_seconds), played >= max_seconds])
+
+
+def _beginnings(prompts: TokenBatch, completions: TokenBatch, clip: np.ndarray, tokens: np.ndarray) -> TokenBatch:
+    """Prompts of the clips of these numbers [P], each with so many tokens [P] of its completion."""
+    offsets = np.zeros(len(clip) + 1, np.int64)
+    np.cumsum(prompts.lengths[clip] + tokens, out=offsets[1:])
+    ids = np.empty(offsets[-1], np.int32)
+    _copy(ids, offsets, prompts.ids, prompts.offsets, completions.ids, completions.offsets, clip)
+    return TokenBatch(ids, offsets)
+
+
+@numba.njit(cache=True, nogil=True)
+def _copy(
+    ids: np.ndarray,
+    offsets: np.ndarray,
+    prompts: np.ndarray,
+    prompt_offsets: np.ndarray,
+    completions: np.ndarray,
+    completion_offsets: np.ndarray,
+    clip: np.ndarray,
+) -> None:
+    for row in range(len(clip)):
+        n, at = clip[row], offsets[row]
+        for i in range(prompt_offsets[n], prompt_offsets[n + 1]):
+            ids[at] = prompts[i]
+            at += 1
+        for i in range(offsets[row + 1] - at):
+            ids[at + i] = completions[completion_offsets[n] + i]

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from fastsmart import UserError, load_policy
-from fastsmart.credit.prefixes import note_prefixes, swapped
+from fastsmart.credit.prefixes import _beginnings, note_prefixes, swapped
 from fastsmart.music.features import FEATURES, features
 from fastsmart.reward.constraints import Constraint
 from fastsmart.sampling import sample
@@ -55,6 +55,12 @@ def test_a_prefix_counts_what_its_notes_have(played, shipped):
         assert all_heard == (seconds >= HEARD_S)
         assert tokens == count
         assert ended == (count == rollout.lengths[n] < LONGEST)
+
+
+def test_beginnings_have_their_own_prompts():
+    prompts, completions = TokenBatch.pack([[1, 2], [3], []]), TokenBatch.pack([[4, 5, 6], [7, 8], [9]])
+    found = _beginnings(prompts, completions, np.array([1, 0, 2, 1, 0]), np.array([0, 3, 1, 2, 1]))
+    assert [row.tolist() for row in found] == [[3], [1, 2, 4, 5, 6], [9], [3, 7, 8], [1, 2, 4]]
 
 
 def test_what_is_counted_also_stands_behind_the_features(played, shipped):
