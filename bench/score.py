@@ -3,8 +3,10 @@
     python bench/score.py --peer all --out bench/results/score.json
 
 Random weights of the published size: scores mean nothing, the work is the same; a window of ten seconds is 148 GFLOP.
-The ceilings are those of the first of --dtypes, so int8 may pass the floor. Memory is what a forward pass adds at its
-peak to a process of its own. Windows are where the scorer reads them in training: on a GPU, in its memory.
+The ceilings are those of the first of --dtypes, so int8 may pass the floor; "int8_floor" is its own, in which what is
+multiplied in 8 bit has the rate of a large 8-bit product, and the rest that of a large product in float32. Memory is
+what a forward pass adds at its peak to a process of its own. Windows are where the scorer reads them in training: on a
+GPU, in its memory.
 
 What a GPU runs, its twin in 16 bit, and 8 bit are held against the float32 encoder of a CPU: "encoder_error" is how far
 the mean over time of every layer is from that, relative to its length, and decides whether the result has passed. The
@@ -32,7 +34,7 @@ import as_commands  # noqa: F401  # isort: skip  # before torch
 
 import numpy as np
 import torch
-from harness import REFERENCE, Job, Work, interleaved, measured_ceilings, parser, report
+from harness import REFERENCE, Job, Work, interleaved, measured_ceilings, parser, report, timed
 from memory import added_mib, peak_in_own_process
 from peers.engines import ENGINES, Engines
 from stages import finish, made, parse, run, tried
@@ -49,6 +51,7 @@ from fastsmart.reward.settings import AUDIOBOX_AXES
 
 RATE_HZ, WINDOW = 16_000, 160_000
 GFLOP = 148.0  # of one window
+EIGHT_BIT_GFLOP = 129.0  # of that: the second to the fourth convolution and the linear layers
 WEIGHTS = 95e6  # numbers that a pass reads
 PEERS = ("upstream", *ENGINES)
 CALIBRATION = 16  # windows that ranges of 8 bit are taken from
@@ -241,6 +244,8 @@ def compare(scorers: dict[str, Rate], batch: int, options: argparse.Namespace, c
     work = [Work("matrix products and convolutions", batch * GFLOP, 1e-9 * itemsize * WEIGHTS)]
     case = report(f"score, batch {batch}", seconds, options.dtypes[0], work, ceilings)
     case["windows_per_s"] = {n: batch / statistics.median(s) for n, s in seconds.items() if n != REFERENCE}
+    if "int8" in seconds and options.device == "cpu":
+        case["int8_floor"] = int8_floor(batch, statistics.median(seconds["int8"]))
     truth = ratings.get("upstream", ratings[options.dtypes[0]])
     case["spread_of_ratings"] = dict(zip(AUDIOBOX_AXES, truth.std(0).tolist(), strict=True))
     case["largest_difference"] = {
@@ -250,6 +255,27 @@ def compare(scorers: dict[str, Rate], batch: int, options: argparse.Namespace, c
         worst = max(case["largest_difference"][name].values())
         print(f"  {name}: {rate:.2f} windows/s, {rate * GFLOP:.0f} GFLOP/s, largest difference of a rating {worst:.2g}")
     return case
+
+
+def int8_floor(batch: int, seconds: float) -> dict[str, float]:
+    """The floor of so many windows in 8 bit, and the share of it that was reached in `seconds`."""
+    whole, eight = measured_ceilings().gemm_gflop_per_s, eight_bit_rate()
+    floor = batch * (EIGHT_BIT_GFLOP / eight + (GFLOP - EIGHT_BIT_GFLOP) / whole)
+    print(f"  int8: products at {eight:.0f} GFLOP/s, floor {floor:.3g} s, {floor / seconds:.0%} of it reached")
+    return {"gflop_per_s": eight, "floor_s": floor, "share_of_floor": floor / seconds}
+
+
+def eight_bit_rate(side: int = 2048, runs: int = 7) -> float:
+    """GFLOP/s of the best of some runs of a large square product of bytes, by the call that the scorer makes."""
+    x = torch.randint(0, 255, (side, side), dtype=torch.uint8)
+    weight = torch.ops.onednn.qlinear_prepack(torch.randint(-64, 64, (side, side), dtype=torch.int8), None)
+    scales, zeros = torch.full((side,), 0.01), torch.zeros(side, dtype=torch.int32)
+
+    def product() -> Tensor:
+        after = (1.0, 0, torch.float32, "none", [], "")
+        return torch.ops.onednn.qlinear_pointwise(x, 0.01, 127, weight, scales, zeros, None, *after)
+
+    return 2e-9 * side**3 / min(timed(product) for _ in range(runs))
 
 
 def clips(count: int, seed: int = 0) -> np.ndarray:

@@ -74,6 +74,7 @@ def check(figures, stage, path):
     assert list(case["contenders"])[:-1] == CONTENDERS[stage]
     assert case["ours"] == CONTENDERS[stage][0]
     assert case["floor_s"] > 0
+    assert ("int8_floor" in case) is ("int8" in CONTENDERS[stage])
     assert written["cases"].keys() == figures["cases"].keys()
 
 
