@@ -190,8 +190,9 @@ def _peak_roughness(magnitude: np.ndarray, hz_per_bin: float) -> tuple[np.ndarra
         for b in range(1, len(frame) - 1):
             if frame[b] <= floor or frame[b] < frame[b - 1] or frame[b] <= frame[b + 1]:
                 continue
-            # the top of the parabola through three log magnitudes
-            left, mid, right = np.log(frame[b - 1] + 1e-12), np.log(frame[b]), np.log(frame[b + 1] + 1e-12)
+            # the top of the parabola through three log magnitudes, all of them float64 by the small number: it is at
+            # most half a bin away, where one rounded otherwise than its neighbours throws that of a plateau far off
+            left, mid, right = np.log(frame[b - 1] + 1e-12), np.log(frame[b] + 1e-12), np.log(frame[b + 1] + 1e-12)
             offset = 0.5 * (left - right) / (left - 2 * mid + right)
             height = np.exp(mid - 0.25 * (left - right) * offset)
             slot = peaks

@@ -50,10 +50,12 @@ def _peaks(magnitude: Tensor, hz_per_bin: float) -> tuple[Tensor, Tensor]:
     left, mid, right = magnitude[..., :-2], magnitude[..., 1:-1], magnitude[..., 2:]
     floor = (magnitude.amax(-1, keepdim=True) * 10 ** (-PEAK_FLOOR_DB / 20)).clamp_min(1e-9)
     peak = (mid > floor) & (mid >= left) & (mid > right)
-    # the top of the parabola through three log magnitudes
-    low, top, high = (left + 1e-12).log(), mid.clamp_min(1e-30).log(), (right + 1e-12).log()
-    offset = 0.5 * (low - high) / (low - 2 * top + high)
-    height = torch.where(peak, (top - 0.25 * (low - high) * offset).exp(), 0.0)
+    # the top of the parabola through three log magnitudes, of the neighbours over the middle's: so a plateau has its
+    # top within half a bin however logarithms are rounded
+    mid = mid.clamp_min(1e-30)
+    low, high = ((left + 1e-12) / mid).log(), ((right + 1e-12) / mid).log()
+    offset = 0.5 * (low - high) / (low + high)
+    height = torch.where(peak, (mid.log() - 0.25 * (low - high) * offset).exp(), 0.0)
     amplitude, bins = height.topk(PEAKS, dim=-1)
     at_hz = (bins + 1 + torch.where(amplitude > 0, offset.gather(-1, bins), 0.0)) * hz_per_bin
     lower = torch.minimum(at_hz[..., :, None], at_hz[..., None, :])

@@ -132,6 +132,23 @@ def _clips(audio: AudioBatch) -> Clips:
     return Clips(notes=range(len(audio)), audio=audio)  # type: ignore[arg-type]
 
 
+def test_the_top_of_a_plateau_lies_in_it() -> None:
+    """Two equal bins and one a rounding below them; then a second partial, far away, so that the plateau's roughness is
+    nearly none, whatever its height."""
+    from fastsmart.reward.descriptors import _peak_roughness
+    from fastsmart.reward.roughness_on_device import _peaks
+
+    height = np.random.default_rng(0).uniform(0.01, 0.5, 5_000).astype(np.float32)
+    frames = np.zeros((len(height), 400), np.float32)
+    frames[:, 3] = frames[:, 4] = height
+    frames[:, 5] = np.nextafter(height, np.float32(0))
+    frames[:, 6], frames[:, 200] = height / 4, 0.1
+    on_device = [part[0].numpy() for part in _peaks(torch.from_numpy(frames)[None], 7.8)]
+    for rough, power in (_peak_roughness(frames, 7.8), on_device):
+        np.testing.assert_allclose(power, height**2 + 0.01, rtol=1e-4)
+        assert ((rough >= 0) & (rough < 1e-6)).all()
+
+
 def test_roughness_on_a_device_is_the_cpus() -> None:
     from fastsmart.reward.roughness_on_device import AT_ONCE, clip_roughness_on_device
 
