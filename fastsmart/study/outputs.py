@@ -13,7 +13,7 @@ import numpy as np
 from fastsmart.audio import find_soundfont
 from fastsmart.config import Config
 from fastsmart.errors import UserError
-from fastsmart.machine.files import atomic_file
+from fastsmart.machine.files import atomic_file, file_hash
 from fastsmart.notagen.engine import SheetPolicy
 from fastsmart.notes import NoteBatch
 from fastsmart.policy.device import resolved_dtype
@@ -212,13 +212,21 @@ def best_of_counts(n: int) -> list[int]:
 
 
 def named_soundfonts(paths: list[str]) -> dict[str, Path]:
-    """Soundfonts by the stem of their file; raises UserError for one that cannot be used, and for a name used twice."""
+    """Soundfonts by the stem of their file.
+
+    Raises UserError for one that cannot be used, for a name used twice, and for one under two names, as links of a
+    distribution may have it: its second column would say nothing.
+    """
     found: dict[str, Path] = {}
+    hashes: dict[str, Path] = {}
     for path in paths:
         font = find_soundfont(path)
         if font.stem in found:
             raise UserError(f"two soundfonts are called {font.stem}: {found[font.stem]} and {font}; rename one")
         found[font.stem] = font
+        same = hashes.setdefault(file_hash(font) if len(paths) > 1 else "", font)
+        if same is not font:
+            raise UserError(f"{font} is the soundfont {same} under another name; name one that sounds different")
     return found
 
 

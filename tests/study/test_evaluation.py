@@ -8,6 +8,7 @@ import json
 import numpy as np
 import pytest
 from tiny_policy import make_policy
+from tiny_soundfont import write_soundfont
 
 from fastsmart import Config, UserError
 from fastsmart.cli import main
@@ -129,15 +130,22 @@ def test_what_was_played_is_not_played_again_unless_something_changed(two):
 
 def test_rewards_are_those_of_every_soundfont_named(two, soundfont):
     sources, config, folder = two
-    (folder / "other.sf3").symlink_to(soundfont)
+    other = write_soundfont(folder / "other.sf2")
     config = merged(config, {"reward": {"terms": {"consonance": 1.0}}, "audio": {"workers": 1}})
-    found = evaluate(sources[:1], folder / "e", config, 3, 0, [str(folder / "other.sf3")])
+    found = evaluate(sources[:1], folder / "e", config, 3, 0, [str(other)])
     first, second = (m for m in found.metrics if (m.group, m.name) == ("reward", "consonance"))
     assert (first.soundfont, second.soundfont) == (soundfont.stem, "other")
-    assert first.values == second.values  # for the two are one file
+    assert first.values != second.values
     assert set(found.record["soundfonts"]) == {soundfont.stem, "other"}
     page = write_report(found, folder / "report.html", players=0).read_text(encoding="utf-8")
     assert f'<th scope="col">{soundfont.stem}</th><th scope="col">other</th>' in page  # the transfer matrix
+
+
+def test_one_soundfont_under_two_names_is_refused(two, soundfont):
+    sources, config, folder = two
+    (folder / "other.sf3").symlink_to(soundfont)
+    with pytest.raises(UserError, match=r"other\.sf3 is the soundfont .* under another name"):
+        evaluate(sources[:1], folder / "e", config, 3, 0, [str(folder / "other.sf3")])
 
 
 def test_a_run_alone_is_compared_with_the_policy_it_started_from(two, capsys):
