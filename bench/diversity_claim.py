@@ -90,17 +90,17 @@ def above_curve(
 ) -> dict[str, float]:
     """How much more diverse a policy is than choosing among the base's outputs at its reward, in shares of the base's.
 
-    curve : points of the base's best of n, as of an evaluation's record
+    curve : points of the base's best of n, from 1 on, as of an evaluation's record
 
-    The points, and the base itself, are joined by straight lines in reward. Beyond the last one its diversity stands:
-    the curve would go on falling, so the policy is not favoured.
+    The points are joined by straight lines in reward. Beyond the last one its diversity stands: the curve would go on
+    falling, so the policy is not favoured.
     """
-    rewards = [values["reward"][BASE], *(point["reward"]["value"] for point in curve)]
+    rewards = [point["reward"]["value"] for point in curve]
     found = {}
     for name in PRIMARY:
-        points = [values[name][BASE], *(point["diversity"][name]["value"] for point in curve)]
+        points = [point["diversity"][name]["value"] for point in curve]
         chosen = float(np.interp(values["reward"][label], rewards, points))
-        found[name] = (values[name][label] - chosen) / values[name][BASE]
+        found[name] = (values[name][label] - chosen) / points[0]
     return found
 
 
@@ -146,18 +146,28 @@ def values_of(evaluation: Evaluation) -> dict[str, dict[str, float]]:
 
 @dataclass
 class Seed:
-    """What the evaluations of one seed have: by metric the value of every label, and points of the base's best of n."""
+    """What the evaluations of one seed have.
+
+    values        : by metric, the value of every label, of the evaluation that has the candidate: what it is held
+                    against has played in the same one
+    unconstrained : mean rewards of unconstrained tuning
+    curve         : the base as the best of 1, then points of its best of n
+    """
 
     values: dict[str, dict[str, float]] = field(default_factory=dict)
+    unconstrained: list[float] = field(default_factory=list)
     curve: list[dict[str, Any]] = field(default_factory=list)
 
     def take(self, evaluation: Evaluation) -> None:
-        for name, by_label in values_of(evaluation).items():
-            self.values.setdefault(name, {}).update(by_label)
-        self.curve = evaluation.record["best_of"] or self.curve
-
-    def has(self, *labels: str) -> bool:
-        return set(labels) <= self.values["reward"].keys()
+        values = values_of(evaluation)
+        if CANDIDATE in values["reward"]:
+            self.values = values
+        if UNCONSTRAINED in values["reward"]:
+            self.unconstrained.append(values["reward"][UNCONSTRAINED])
+        if points := evaluation.record["best_of"]:
+            base = {"n": 1, "reward": {"value": values["reward"][BASE]}, "notes": {"value": values["notes"][BASE]}}
+            base["diversity"] = {name: {"value": values[name][BASE]} for name in PRIMARY}
+            self.curve = [base, *points]
 
 
 def by_seed(evaluations: Sequence[Evaluation]) -> dict[int, Seed]:
@@ -175,11 +185,12 @@ def main() -> None:
     options = parser.parse_args()
     opened = [Evaluation.open(Path(folder)) for folder in options.evaluation]
     seeds = by_seed(opened)
-    tuned = {seed: of for seed, of in seeds.items() if of.has(BASE, CANDIDATE)}
+    tuned = {seed: of for seed, of in seeds.items() if of.values}
     curves = {seed: of for seed, of in tuned.items() if of.curve}
     rewards = {
-        label: [of.values["reward"][label] for of in group.values() if of.has(label)]
-        for label, group in ((CANDIDATE, tuned), (UNCONSTRAINED, seeds), (BASE, tuned))
+        CANDIDATE: [of.values["reward"][CANDIDATE] for of in tuned.values()],
+        UNCONSTRAINED: [reward for of in seeds.values() for reward in of.unconstrained],
+        BASE: [of.values["reward"][BASE] for of in tuned.values()],
     }
     if min(map(len, rewards.values())) < 2:
         parser.error("fewer than two seeds have a candidate, or unconstrained tuning; a bound needs two of each")

@@ -91,7 +91,7 @@ def test_the_curve_of_best_of_n_is_read_at_the_reward_of_the_policy():
     """Base 5.0 with 4.0, best of two 6.0 with 3.0, of four 6.5 with 2.8; the candidate at 5.5 or beyond the last."""
     curve = [
         {"reward": {"value": reward}, "diversity": {name: {"value": value} for name in PRIMARY}}
-        for reward, value in ((6.0, 3.0), (6.5, 2.8))
+        for reward, value in ((5.0, 4.0), (6.0, 3.0), (6.5, 2.8))
     ]
     inside, beyond = seed_values(0.25, 0.9), seed_values(0.9, 0.75)
     assert above_curve(inside, "candidate", curve) == pytest.approx(dict.fromkeys(PRIMARY, (3.6 - 3.5) / 4))
