@@ -4,7 +4,8 @@ This is the boundary between kernels and readable code: everything above it (rat
 [M] vectors. Shape letters: M packed tokens, R tokens of a chunk, D hidden width, V vocabulary.
 
 A chunk of logits is made in fp32 by the BLAS, reduced to four numbers a row, and
-forgotten; for the backward pass it is kept (M·V small) or made again. What that costs at least, on paper, on a GPU with
+forgotten; for the backward pass it is kept (M·V small) or made again. A wide vocabulary on a CPU is cut the other way
+(kernels/logprob_tiles.py). What that costs at least, on paper, on a GPU with
 fp32 products at 50 TFLOP/s and 3.3 TB/s, for M = 8,192 and D = 512. V = 413: three products of 3.5 GFLOP, 208 µs, and
 13.5 MB of logits, written once and read by each row kernel, and their gradient, written once and read by two products:
 81 MB, 25 µs. Products and softmax in one kernel could save at most those 25 of 233 µs, hence the two row kernels of
@@ -23,10 +24,12 @@ from torch.autograd.function import once_differentiable
 
 from fastsmart.kernels.jit import choose_kernel
 from fastsmart.kernels.logprob_rows import Rows, Slopes, rows_backward, rows_forward, triton_backward, triton_forward
+from fastsmart.kernels.logprob_tiles import tiles_backward, tiles_forward
 
 # CPU: a chunk of logits should stay in a core's L2 cache between the passes over it: 2**18 fp32 are 1 MiB, 634 rows at
-# V = 413. Wide vocabularies get at least MIN_ROWS rows, or the matrix product would only re-read the weight.
+# V = 413. From WIDE tokens on a chunk would have too few rows for a good product, and tiles of columns take its place.
 CHUNK_ELEMENTS = 2**18
+WIDE = 4096
 MIN_ROWS = 64
 # GPU: 256 MiB, 441 rows at V = 151,936, enough for a product bound by arithmetic; and 32-bit offsets reach all of it.
 GPU_CHUNK_ELEMENTS = 2**26
@@ -54,7 +57,8 @@ def logprob(hidden: Tensor, weight: Tensor, ids: Tensor, temperature: float = 1.
     hidden [M, D] and weight [V, D] of any floating dtype, ids [M] int64. Logits, sums and gradients are computed in
     float32 (float64 where an input is float64), also under autocast; a weight in 16 bits is widened once per call. All
     three results are differentiable, once, with respect to hidden and weight. Never more than a chunk of logits exists
-    at a time, apart from those kept for the backward pass when M·V is small (`KEEP_ELEMENTS`).
+    at a time, apart from those kept for the backward pass when M·V is small (`KEEP_ELEMENTS`; none on a CPU from `WIDE`
+    tokens on).
 
     A logit of −inf has probability 0 and adds nothing to the entropy; a row of nothing but −inf is NaN. `kernel`:
     "torch", "triton", or "auto" = Triton on a GPU.
@@ -71,8 +75,10 @@ def logprob(hidden: Tensor, weight: Tensor, ids: Tensor, temperature: float = 1.
         raise ValueError(f"logprob needs a temperature above 0; got {temperature}")
     passes = _PASSES[choose_kernel(kernel, hidden.device)]
     wanted = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
-    keep = wanted and len(hidden) * len(weight) <= KEEP_ELEMENTS
-    return LogProb(*_LogProb.apply(hidden, weight, ids.contiguous(), float(temperature), keep, passes))
+    tiled = passes.forward is rows_forward and hidden.device.type == "cpu" and len(weight) >= WIDE
+    keep = wanted and not tiled and len(hidden) * len(weight) <= KEEP_ELEMENTS
+    given = hidden, weight, ids.contiguous(), float(temperature)
+    return LogProb(*(_TiledLogProb.apply(*given) if tiled else _LogProb.apply(*given, keep, passes)))
 
 
 class _Passes(NamedTuple):
@@ -145,11 +151,37 @@ class _LogProb(torch.autograd.Function):
                 torch.mm(grad_logits, wide, out=grad_hidden[part])
             if grad_weight is not None:
                 grad_weight.addmm_(grad_logits.t(), hidden[part].to(dtype))
-        pairs = ((grad_hidden, hidden), (None if grad_weight is None else grad_weight[:v], weight))
-        if ctx.temperature != 1.0:
-            _ = [g.div_(ctx.temperature) for g, _ in pairs if g is not None]
-        scaled = (None if g is None else g.to(x.dtype) for g, x in pairs)
-        return *scaled, None, None, None, None
+        grads_of = grad_hidden, None if grad_weight is None else grad_weight[:v]
+        return *_finished(grads_of, (hidden, weight), ctx.temperature), None, None, None, None
+
+
+class _TiledLogProb(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, ids: Tensor, temperature: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        dtype = _compute_dtype(hidden, weight)
+        rows = Rows(*(hidden.new_empty(len(hidden), 1, dtype=dtype) for _ in Rows._fields))
+        tiles_forward(hidden, weight, ids, temperature, rows)
+        ctx.temperature = temperature
+        ctx.save_for_backward(hidden, weight, ids, *rows)
+        ctx.set_materialize_grads(False)
+        return rows.logprob[:, 0], rows.entropy[:, 0], (rows.peak + rows.log_total)[:, 0]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        hidden, weight, ids, *saved = ctx.saved_tensors
+        rows = Rows(*saved)
+        given = ids, ctx.temperature, rows, _slopes(grads, rows.entropy), ctx.needs_input_grad[:2]
+        return *_finished(tiles_backward(hidden, weight, *given), (hidden, weight), ctx.temperature), None, None
+
+
+def _finished(grads: tuple[Tensor | None, ...], like: tuple[Tensor, ...], temperature: float) -> list[Tensor | None]:
+    """Gradients of the tempered logits as those of what came in, in its dtype."""
+    if temperature != 1.0:
+        _ = [g.div_(temperature) for g in grads if g is not None]
+    return [None if g is None else g.to(x.dtype) for g, x in zip(grads, like, strict=True)]
 
 
 def _slopes(grads: tuple[Tensor | None, ...], like: Tensor) -> Slopes:

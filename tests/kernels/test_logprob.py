@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastsmart.kernels import logprob as kernel
+from fastsmart.kernels import logprob_tiles
 from fastsmart.kernels.logprob import logprob
 
 V_SMART = 413
@@ -42,8 +43,12 @@ def gradients(f, hidden, weight, ids, cotangents, temperature=1.0):
     return hidden.grad, weight.grad
 
 
-def small_chunks(patch, path, rows=3):
-    """What the backward pass needs is kept (M·V small) or made again (large); few rows a chunk, so borders matter."""
+def small_chunks(patch, path, rows=3, columns=100):
+    """What the backward pass needs is kept (M·V small) or made again (large), in whole rows or in tiles; few rows a
+    chunk and few columns a tile, so borders matter."""
+    patch.setattr(kernel, "WIDE", 1 if path == "tiles" else 2**31)
+    patch.setattr(logprob_tiles, "TILE_ROWS", rows)
+    patch.setattr(logprob_tiles, "TILE_COLUMNS", columns)
     patch.setattr(kernel, "MIN_ROWS", rows)
     patch.setattr(kernel, "CHUNK_ELEMENTS", 1)
     patch.setattr(kernel, "GPU_CHUNK_ELEMENTS", 1)
@@ -61,7 +66,7 @@ def on_its_device(name):
     return run
 
 
-@pytest.fixture(params=["torch, kept", "torch, recomputed", "triton, kept", "triton, recomputed"])
+@pytest.fixture(params=["torch, kept", "torch, recomputed", "torch, tiles", "triton, kept", "triton, recomputed"])
 def ours(request, monkeypatch):
     name, path = request.param.split(", ")
     if name == "triton":
@@ -87,9 +92,9 @@ def test_equals_log_softmax_in_fp64(ours, m, v, temperature):
         torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-11)
 
 
-@pytest.mark.parametrize("path", ["kept", "recomputed"])
+@pytest.mark.parametrize("path", ["kept", "recomputed", "tiles"])
 def test_gradcheck(monkeypatch, path):
-    small_chunks(monkeypatch, path)
+    small_chunks(monkeypatch, path, columns=4)
     hidden, weight, ids = problem(7, 11, 4)
     hidden.requires_grad_(), weight.requires_grad_()
     for output in range(3):
@@ -244,16 +249,17 @@ def test_autocast_does_not_lower_the_precision():
     v=st.integers(1, 40),
     d=st.integers(1, 9),
     rows=st.integers(1, 14),
-    path=st.sampled_from(["kept", "recomputed"]),
-    name=st.sampled_from(["torch", "triton"]),
+    columns=st.integers(1, 41),
+    way=st.sampled_from(["torch, kept", "torch, recomputed", "torch, tiles", "triton, kept", "triton, recomputed"]),
     seed=st.integers(0, 2**16),
 )
-def test_any_shape_and_any_chunk(m, v, d, rows, path, name, seed):
+def test_any_shape_and_any_chunk(m, v, d, rows, columns, way, seed):
+    name, path = way.split(", ")
     hidden, weight, ids = problem(m, v, d, seed=seed)
     cotangents = torch.randn(3, m, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
     want = (*plain(hidden, weight, ids), *gradients(plain, hidden, weight, ids, cotangents))
     with pytest.MonkeyPatch.context() as patch:
-        small_chunks(patch, path, rows)
+        small_chunks(patch, path, rows, columns)
         run = on_its_device(name)
         got = (*run(hidden, weight, ids), *gradients(run, hidden, weight, ids, cotangents))
     for a, b in zip(got, want, strict=True):
@@ -281,6 +287,9 @@ def test_refuses_what_does_not_fit():
         logprob(hidden, weight, ids, 0.0)
     with pytest.raises((IndexError, RuntimeError)):
         logprob(hidden, weight, ids + 17)
+    for wrong in (-1, kernel.WIDE):
+        with pytest.raises(IndexError):
+            logprob(torch.zeros(1, 1), torch.zeros(kernel.WIDE, 1), torch.tensor([wrong]))
 
 
 def test_an_unknown_id_is_nan_where_it_cannot_raise():
