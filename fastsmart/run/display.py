@@ -148,9 +148,9 @@ def summary(line: dict[str, Any]) -> str:
     if line.get("kl_per_completion") is not None:
         parts.insert(2, f"({_show(line['kl_per_completion'], 2)} nats/clip)")
     spent = line["time"]
-    parts.append(
-        f"{line['notes']:.0f} notes/clip  {spent['tokens_per_s']:.0f} tokens/s  {spent['clips_per_s']:.1f} clips/s"
-    )
+    parts.append(f"{line['notes']:.0f} notes/clip")
+    if spent["tokens_per_s"]:  # steps between two rounds sample nothing
+        parts.append(f"{spent['tokens_per_s']:.0f} tokens/s  {spent['clips_per_s']:.1f} clips/s")
     return "  ".join(parts)
 
 
