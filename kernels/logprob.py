@@ -55,7 +55,7 @@ def logprob(hidden: Tensor, weight: Tensor, ids: Tensor, temperature: float = 1.
     """Log-prob of `ids` under softmax(hidden @ weight.T / temperature), with the entropy and log-sum-exp of each row.
 
     hidden [M, D] and weight [V, D] of any floating dtype, ids [M] int64. Logits, sums and gradients are computed in
-    float32 (float64 where an input is float64), also under autocast; a weight in 16 bits is widened once per call. All
+    float32 (float64 where an input is float64), also under autocast; a weight in 16 bits is widened first. All
     three results are differentiable, once, with respect to hidden and weight. Never more than a chunk of logits exists
     at a time, apart from those kept for the backward pass when M·V is small (`KEEP_ELEMENTS`; none on a CPU from `WIDE`
     tokens on).
