@@ -45,7 +45,7 @@ def tiles_forward(hidden: Tensor, weight: Tensor, ids: Tensor, temperature: floa
     scale = peak.exp()
     whole = (total * scale).sum(dim=0)
     whole.masked_fill_(whole == 0.0, torch.nan)  # a row of nothing but -inf
-    mean = ((weighted + total * peak) * scale).sum(dim=0) / whole
+    mean = (weighted * scale + total * (peak * scale)).sum(dim=0) / whole  # total * peak could overflow
     torch.log(whole, out=rows.log_total)
     torch.sub(chosen - rows.peak, rows.log_total, out=rows.logprob)
     torch.sub(rows.log_total, mean, out=rows.entropy)

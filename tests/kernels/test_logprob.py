@@ -213,6 +213,17 @@ def test_every_number_is_written(ours, v):
     assert all(x.isfinite().all() for x in got)
 
 
+@pytest.mark.parametrize("v", [300, 5000], ids=["whole rows", "walked rows"])
+def test_tokens_far_below_the_rest_count_for_nothing(ours, v):
+    """Far enough that their number times the distance would overflow."""
+    weight = torch.zeros(v, 1)
+    weight[v // 3 :] = -1e37
+    got = ours(torch.ones(1, 1), weight, torch.tensor([0]))
+    want = torch.log(torch.tensor([float(v // 3)]))
+    for x, sign in zip(got, (-1, 1, 1), strict=True):
+        torch.testing.assert_close(x, sign * want)
+
+
 def test_no_rows(ours):
     hidden, weight, ids = problem(0, 17, 4, torch.float32)
     hidden.requires_grad_(), weight.requires_grad_()
