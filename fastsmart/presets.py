@@ -121,8 +121,7 @@ def h200() -> Config:
 def diverse() -> Config:
     """The demo by credit for single notes: three runs of eight rounds, merged, then tilted towards the most diverse.
 
-    Outputs are to become better and stay different from each other; docs/log.md has what pilots gave,
-    docs/diversity-protocol.md what has yet to be shown.
+    Outputs become better and stay different from each other: docs/diversity.md says how much.
     """
     base = demo()
     return replace(
