@@ -30,7 +30,7 @@ from fastsmart.kernels.logprob_tiles import tiles_backward, tiles_forward
 # V = 413. From WIDE tokens on a chunk would have too few rows for a good product, and tiles of columns take its place.
 CHUNK_ELEMENTS = 2**18
 WIDE = 4096
-MIN_ROWS = 64
+MIN_ROWS = 64  # of a chunk, also where few rows of a wide vocabulary fit: the product would only re-read the weight
 # GPU: 256 MiB, 441 rows at V = 151,936, enough for a product bound by arithmetic; and 32-bit offsets reach all of it.
 GPU_CHUNK_ELEMENTS = 2**26
 # Up to this many probabilities (64 MiB in fp32) are kept for the backward pass, more are recomputed: at M = 16,384,
