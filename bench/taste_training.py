@@ -116,7 +116,7 @@ def main() -> int:
     parser.add_argument("--listeners", nargs="*", default=list(HIDDEN), choices=list(HIDDEN))
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--first-seed", type=int, default=0)
-    parser.add_argument("--goal", type=float, default=1.0, help="the page's in the middle of its slider")
+    parser.add_argument("--goal", type=float, default=1.2, help="the page's, where its slider begins")
     parser.add_argument("--prompts", type=int, default=256, help="test openings, one output each")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="another setting of the run")
     parser.add_argument("--work", type=Path, default=Path("taste-training"), help="folder of the runs")

@@ -29,7 +29,7 @@ class Place:
     """
 
     listener: str = "me"
-    boldness: int = 5
+    boldness: int = 6
     paused: bool = False
     pair: Pair | None = None
     later: tuple[Pair, ...] = ()

@@ -45,7 +45,7 @@ class LiveSettings:
     folder has, in a new one 0."""
     soundfont: str = ""
     """Path of an SF2 or SF3 file; "" = one that is installed."""
-    boldness: int = 5
+    boldness: int = 6
     """How far its training goes towards what is liked, from 0 to 10, until the page says otherwise."""
     train: bool = True
     """Whether a process beside the page trains the policy."""

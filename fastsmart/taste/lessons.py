@@ -4,15 +4,15 @@ config = lesson_config("pop909-tiny")
 policy = teach(out / "lessons" / "lesson-0001", config, taste_file, goal=1.0)
 
 A lesson begins from the first policy, so that nothing is left in it of what earlier, poorer tastes asked for. Notes are
-credited one by one (`fastsmart.credit`) until a round's clips are as much to the listener's taste as was wanted. What
-comes of it plays the cooler, the more was wanted, and where held-out clips gained more than that, some of the change of
+credited one by one (`fastsmart.credit`) until a round's clips are as much to the listener's taste as was wanted, which
+makes them more alike. Then the policy learns the most diverse of its clips that are a little better yet
+(`fastsmart.tilt`), which gives that back. Where held-out clips gained more than was wanted, some of the change of
 weights is taken back. GRPO, whose reward is never used up, went on until five notes were left of a clip (docs/log.md).
 """
 
 from __future__ import annotations
 
 import json
-import math
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -27,15 +27,18 @@ from fastsmart.presets import demo
 from fastsmart.reward.taste import Taste
 from fastsmart.run.display import Display
 from fastsmart.run.folder import RunFolder
+from fastsmart.tilt.settings import TiltSettings
+from fastsmart.trainer.settings import MergeSettings
 
 if TYPE_CHECKING:
     from fastsmart.policy.transformer import Policy
 
-ROUNDS, ROUND_STEPS = 4, 10
+ROUNDS, ROUND_STEPS = 3, 10
 ROUND_PROMPTS = 240  # two completions each
 STEP_CLIPS = 64
 STRENGTH = 2.0
-COOLING = 0.05  # of the log of the temperature for a goal of 1; it makes up for the diversity that training costs
+TILT_STEPS, TILT_PROMPTS = 20, 480
+TILT_GAIN = 0.25  # of the most diverse of the last round's clips beyond the mean, in their standard deviations
 KEPT = 20  # lessons of a folder
 HELD_OUT = 192  # clips of the evaluations that a lesson begins and ends with
 TRIES, CLOSE = 4, 0.03  # of the share of the change of weights that gains what was wanted, to so many deviations
@@ -53,7 +56,6 @@ def lesson_config(policy: str, taste: str | Path = "", goal: float = 1.0, seed: 
 
     base = demo()
     dtype = "bfloat16" if bfloat16_is_fast() else base.policy.dtype
-    steps = ROUNDS * ROUND_STEPS
     return replace(
         base,
         policy=replace(base.policy, source=policy, dtype=dtype),
@@ -68,10 +70,12 @@ def lesson_config(policy: str, taste: str | Path = "", goal: float = 1.0, seed: 
             strength=STRENGTH,
             goal=goal,
         ),
+        merge=MergeSettings(tilt_steps=TILT_STEPS),
+        tilt=TiltSettings(prompts=TILT_PROMPTS, clips=STEP_CLIPS, weights="diverse", gain=TILT_GAIN),
         train=replace(
             base.train,
             algorithm="credit",
-            steps=steps,
+            steps=ROUNDS * ROUND_STEPS + TILT_STEPS,
             prompts=ROUND_PROMPTS,
             schedule="constant",
             eval_every=0,
@@ -102,12 +106,7 @@ def teach(out: str | Path, config: Config, taste: str | Path, goal: float, displ
     path = (make_folder(out) / TASTE_FILE).resolve()
     write_atomic(path, read_file(taste))
     wanted = goal * known.borne_out
-    told = {
-        "reward": {"taste": str(path)},
-        "credit": {"goal": wanted},
-        "merge": {"temperature": math.exp(-COOLING * wanted)},
-    }
-    config = merged(config, told)
+    config = merged(config, {"reward": {"taste": str(path)}, "credit": {"goal": wanted}})
     if wanted <= 0:
         RunFolder.create(out, config)  # whoever repeats the lesson reads its config
         return _kept(load_policy(config.policy.source), out)
