@@ -37,8 +37,9 @@ ROUNDS, ROUND_STEPS = 3, 10
 ROUND_PROMPTS = 240  # two completions each
 STEP_CLIPS = 64
 STRENGTH = 2.0
-TILT_STEPS, TILT_PROMPTS = 20, 480
+TILT_STEPS, TILT_PROMPTS = 10, 480
 TILT_GAIN = 0.25  # of the most diverse of the last round's clips beyond the mean, in their standard deviations
+TILT_MOST = 3  # times its share that a clip may weigh: with fewer clips that weigh more, stranger ones are learnt
 KEPT = 20  # lessons of a folder
 HELD_OUT = 192  # clips of the evaluations that a lesson begins and ends with
 TRIES, CLOSE = 4, 0.03  # of the share of the change of weights that gains what was wanted, to so many deviations
@@ -71,7 +72,7 @@ def lesson_config(policy: str, taste: str | Path = "", goal: float = 1.0, seed: 
             goal=goal,
         ),
         merge=MergeSettings(tilt_steps=TILT_STEPS),
-        tilt=TiltSettings(prompts=TILT_PROMPTS, clips=STEP_CLIPS, weights="diverse", gain=TILT_GAIN),
+        tilt=TiltSettings(prompts=TILT_PROMPTS, clips=STEP_CLIPS, weights="diverse", best_of=TILT_MOST, gain=TILT_GAIN),
         train=replace(
             base.train,
             algorithm="credit",
