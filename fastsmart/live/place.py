@@ -28,8 +28,8 @@ class Place:
     phrase   : ids of the answers to a phrase, while one is being answered; empty while the policy plays freely
     """
 
-    listener: str = "me"
-    boldness: int = 6
+    listener: str
+    boldness: int
     paused: bool = False
     pair: Pair | None = None
     later: tuple[Pair, ...] = ()

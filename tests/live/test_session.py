@@ -189,7 +189,7 @@ def test_files_of_clips_are_bounded_and_none_that_was_judged_goes(tmp_path, clip
 def test_a_place_comes_back_as_it_was_saved(tmp_path):
     place = Place("ann", 3, True, ("a", "b"), (("c", "d"),), ("e",), ("f", "g"))
     place.save(tmp_path / "session.json")
-    assert Place.load(tmp_path / "session.json", Place()) == place
+    assert Place.load(tmp_path / "session.json", Place("me", 0)) == place
 
 
 KILLED = """
