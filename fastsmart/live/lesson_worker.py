@@ -12,6 +12,7 @@ from typing import Any
 
 from fastsmart.errors import UserError
 from fastsmart.machine import politeness
+from fastsmart.machine.gc_control import give_back_memory
 
 LOWEST_PRIORITY = 19
 
@@ -32,6 +33,7 @@ def main() -> None:
             answer = {"error": ""}
         except UserError as error:
             answer = {"error": str(error)}
+        give_back_memory()  # the next lesson may be hours away
         print(json.dumps(answer), file=answers, flush=True)
 
 

@@ -18,9 +18,10 @@ def gc_at_steps() -> Iterator[Callable[[int], None]]:
     """
 
     def collect(step: int) -> None:
-        gc.collect(2 if step % COLLECT_EVERY == 0 else 0)
         if step % COLLECT_EVERY == 0:
-            _trim_heap()
+            give_back_memory()
+        else:
+            gc.collect(0)
 
     enabled = gc.isenabled()
     gc.collect()
@@ -34,8 +35,12 @@ def gc_at_steps() -> Iterator[Callable[[int], None]]:
             gc.enable()
 
 
-def _trim_heap() -> None:
-    """Have glibc return freed memory: what batches and snapshots of changing sizes leave behind piles up there."""
+def give_back_memory() -> None:
+    """Collect all garbage, and have glibc return what is free.
+
+    Batches and snapshots of changing sizes leave that in pieces between what is kept, where it piles up.
+    """
+    gc.collect()
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim:
         trim(0)

@@ -231,3 +231,26 @@ def test_memory_is_collected_at_steps_only():
         assert gc.get_freeze_count() > 0
     assert gc.isenabled()
     assert gc.get_freeze_count() == 0
+
+
+HEAP_IN_PIECES = """
+    import psutil
+    from fastsmart.machine.gc_control import give_back_memory
+
+    resident = psutil.Process().memory_info
+    blocks = [bytes(4000) for _ in range(50_000)]
+    full = resident().rss
+    del blocks[:-1]  # the last one holds the heap's end where it is
+    left = resident().rss
+    give_back_memory()
+    print((full - left) / 2e8, (full - resident().rss) / 2e8)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc gives back what it is asked for")
+def test_memory_that_is_free_between_kept_blocks_is_given_back():
+    command = [sys.executable, "-c", textwrap.dedent(HEAP_IN_PIECES)]
+    printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    of_itself, asked = map(float, printed.split())
+    assert of_itself < 0.1
+    assert asked > 0.9
