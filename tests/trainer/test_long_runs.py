@@ -177,10 +177,10 @@ def test_lines_that_found_the_disk_full_come_later_and_whole(tmp_path):
     assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [0, 1, 2, 3, 4, 5, 6]
 
 
-@pytest.mark.parametrize(("sign", "fate"), [(signal.SIGKILL, "died"), (signal.SIGSTOP, "hung")])
+@pytest.mark.parametrize(("sign", "fate", "timeout_s"), [(signal.SIGKILL, "died", 60.0), (signal.SIGSTOP, "hung", 5.0)])
 @pytest.mark.usefixtures("light_runs")
-def test_a_worker_that_dies_or_hangs_is_named_replaced_and_changes_nothing(checkpoint, tmp_path, sign, fate):
-    patient = {"audio": {"clip_timeout_s": 2.0}, "train": {"steps": 3, "eval_every": 0}}
+def test_a_worker_that_dies_or_hangs_is_named_replaced_and_changes_nothing(checkpoint, tmp_path, sign, fate, timeout_s):
+    patient = {"audio": {"clip_timeout_s": timeout_s}, "train": {"steps": 3, "eval_every": 0}}
 
     def strike():
         workers = [p for p in psutil.Process().children() if "fastsmart.audio.worker" in p.cmdline()]
