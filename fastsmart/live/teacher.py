@@ -27,6 +27,8 @@ LOG_FILE = "training.log"
 TAUGHT = "training.json"  # the taste of the present lesson
 LOOK_EVERY_S = 1.0
 AFTER_A_FAILURE_S = 30.0
+# oneDNN keeps the code of so many products, by itself of 1,024; each lesson has clips of other lengths, and so others
+LEAN = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "256"}
 
 
 class Teacher(threading.Thread):
@@ -187,7 +189,7 @@ def _start(log: Path) -> subprocess.Popen[str]:
     with os_errors_as_user_errors(log), open(log, "wb") as complaints:
         return subprocess.Popen(
             [sys.executable, "-P", "-m", "fastsmart.live.lesson_worker"],
-            env=os.environ | {"PYTHONPATH": search_path},
+            env=LEAN | os.environ | {"PYTHONPATH": search_path},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=complaints,

@@ -7,7 +7,7 @@ import gc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-COLLECT_EVERY = 50  # steps
+COLLECT_EVERY, TRIM_EVERY = 50, 10  # steps
 
 
 @contextmanager
@@ -18,10 +18,9 @@ def gc_at_steps() -> Iterator[Callable[[int], None]]:
     """
 
     def collect(step: int) -> None:
-        if step % COLLECT_EVERY == 0:
-            give_back_memory()
-        else:
-            gc.collect(0)
+        gc.collect(2 if step % COLLECT_EVERY == 0 else 0)
+        if step % TRIM_EVERY == 0:
+            _trim_heap()
 
     enabled = gc.isenabled()
     gc.collect()
@@ -36,11 +35,13 @@ def gc_at_steps() -> Iterator[Callable[[int], None]]:
 
 
 def give_back_memory() -> None:
-    """Collect all garbage, and have glibc return what is free.
-
-    Batches and snapshots of changing sizes leave that in pieces between what is kept, where it piles up.
-    """
+    """Collect all garbage, and have glibc return what is free."""
     gc.collect()
+    _trim_heap()
+
+
+def _trim_heap() -> None:
+    """Have glibc return what is free: batches and snapshots of changing sizes leave it in pieces among what is kept."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim:
         trim(0)
