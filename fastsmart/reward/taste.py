@@ -25,6 +25,7 @@ FORMAT = "fastsmart taste 2"  # counts up whenever a feature, a coordinate or a 
 ANSWERS = {"left": LEFT, "right": RIGHT, "equal": EQUAL, "both_bad": BOTH_BAD}
 SCALE = 0.5  # of a weight before any choice, logits a standard deviation of its feature
 CURVED_SCALE = 0.05  # of a square or a product of features: with 0.15 the first questions are about these
+ENOUGH = 20.0  # winnings that leave no doubt: one in twenty listeners who answer at random has them, at most
 LOWEST = 8.0  # standard deviations of the base's scores below their mean: the score of an empty clip
 
 
@@ -148,13 +149,31 @@ class Taste:
         return float(np.mean([expected == chosen for _, expected, chosen, _ in rows])) if rows else math.nan
 
     @property
+    def winnings(self) -> float:
+        """What a stake of 1 has become, bet at even odds on the sides it expected: one half of it by the probabilities
+        it gave, the other half by probabilities half as far from 1/2 (Kelly 1956), which also wins by a taste that is
+        too sure. By answers at random it comes to `ENOUGH` in one of 20 cases at most, however many there are (Ville
+        1939; Shafer 2021)."""
+        expected, came = self._foretold()
+        stakes = np.array([[0.5], [1.0]]) * expected
+        grown = np.log(np.maximum(1 + stakes * came, 1e-300)).sum(axis=1)
+        return float(np.exp(np.minimum(grown, 700.0)).mean())  # no float holds e^710
+
+    @property
     def borne_out(self) -> float:
         """How much of what it foretold of choices came true, 0 .. 1: the slope of what was chosen (1 the side it
-        expected, -1 the other) on what it expected (twice the probability, less 1), by ridge regression; 0 before
-        there is anything. Of a listener who answers at random it tends to 0, however sure the taste is of itself."""
+        expected, -1 the other) on what it expected (twice the probability, less 1), by ridge regression, times such
+        part of `ENOUGH` as there is in `winnings`. Of answers at random it is 0 or little, however sure the taste is
+        of itself."""
+        expected, came = self._foretold()
+        slope = float(np.clip(expected @ came / (expected @ expected + 1), 0.0, 1.0))
+        return slope * min(1.0, self.winnings / ENOUGH)
+
+    def _foretold(self) -> tuple[np.ndarray, np.ndarray]:
+        """Of each prediction twice its probability, less 1; and whether it came true, 1 or -1."""
         expected = np.array([2 * p - 1 for *_, p in self.predictions])
         came = np.array([1.0 if foretold == chosen else -1.0 for _, foretold, chosen, _ in self.predictions])
-        return float(np.clip(expected @ came / (expected @ expected + 1), 0.0, 1.0))
+        return expected, came
 
     def explained(self) -> list[Effect]:
         """Effect of each feature on what it thinks is liked, the most certain first."""

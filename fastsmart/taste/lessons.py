@@ -94,7 +94,8 @@ def teach(out: str | Path, config: Config, taste: str | Path, goal: float, displ
     `out/policy`: of the change of weights so much as gives what was wanted.
 
     goal : as of `lesson_config`, by a taste all of whose predictions came true; by others that share of it which did
-           (`Taste.borne_out`). Where nothing is wanted nothing is trained, and the policy is the first one
+           (`Taste.borne_out`). Where no more is wanted than a lesson can hit, .03, nothing is trained, and the
+           policy is the first one
 
     A stop signal ends it early: then it gives the newest checkpoint, and there is no `out/policy`. Raises UserError as
     `train` does.
@@ -108,7 +109,7 @@ def teach(out: str | Path, config: Config, taste: str | Path, goal: float, displ
     write_atomic(path, read_file(taste))
     wanted = goal * known.borne_out
     config = merged(config, {"reward": {"taste": str(path)}, "credit": {"goal": wanted}})
-    if wanted <= 0:
+    if wanted <= CLOSE:
         RunFolder.create(out, config)  # whoever repeats the lesson reads its config
         return _kept(load_policy(config.policy.source), out)
     train(config, out, False, display)

@@ -1,5 +1,6 @@
 """Tastes: what they learn, say and keep, and the reward they are."""
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -74,21 +75,40 @@ def test_who_chooses_at_random_teaches_little(table: np.ndarray, standard: Stand
     assert noise.mean(table).std() < 0.5 * slow.mean(table).std()
 
 
+def foretold(taste: Taste, *rows: tuple[bool, float]) -> Taste:
+    """The taste with these predictions: whether each came true, and the probability it had."""
+    told = tuple((str(i), "left", "left" if came else "right", p) for i, (came, p) in enumerate(rows))
+    return replace(taste, predictions=told)
+
+
 def test_what_was_foretold_and_came_true_counts_by_how_sure_it_was(slow: Taste, standard: Standard) -> None:
     assert Taste.unknown(standard).borne_out == 0
 
     def of(*rows: tuple[bool, float]) -> float:
-        told = tuple((str(i), "left", "left" if came else "right", p) for i, (came, p) in enumerate(rows))
-        return replace(slow, predictions=told).borne_out
+        return foretold(slow, *rows).borne_out
 
     assert of(*[(True, 0.5)] * 9) == 0  # nothing was foretold
     assert of(*[(True, 1.0)] * 9) == pytest.approx(0.9)
     assert of(*[(True, 0.9), (False, 0.9)] * 9) == 0
     assert of(*[(False, 0.9)] * 9) == 0
     assert of(*[(True, 0.6)] * 40) == 1.0  # at most
-    assert of(*[(True, 0.95)] * 8, *[(False, 0.55)] * 8) == pytest.approx(
-        (8 * 0.9 - 8 * 0.1) / (8 * 0.81 + 8 * 0.01 + 1)
-    )
+    enough = [(True, 0.95)] * 8, [(False, 0.55)] * 8
+    assert of(*enough[0], *enough[1]) == pytest.approx((8 * 0.9 - 8 * 0.1) / (8 * 0.81 + 8 * 0.01 + 1))
+    few = of(*[(True, 0.9)] * 3)  # which chance brings about, too
+    assert few == pytest.approx(2.4 / (3 * 0.64 + 1) * (1.8**3 + 1.4**3) / 2 / 20)
+
+
+def test_a_stake_on_what_it_foretold_grows_with_a_listener_and_not_by_chance(slow: Taste, standard: Standard) -> None:
+    assert Taste.unknown(standard).winnings == 1
+    assert slow.winnings > 1e4
+    assert foretold(slow, *[(True, 1.0)] * 5000).winnings == pytest.approx(math.exp(700))  # a number all the same
+    assert foretold(slow, (False, 1.0), *[(True, 1.0)] * 1200).winnings < math.inf
+    rng = np.random.default_rng(0)
+    ever = 0
+    for _ in range(400):  # who answer at random a taste that is sure of itself
+        rows = list(zip(rng.random(60) < 0.5, rng.uniform(0.5, 1.0, 60), strict=True))
+        ever += max(foretold(slow, *rows[:count]).winnings for count in range(1, 61)) >= 20
+    assert 0 < ever <= 0.05 * 400
 
 
 def test_products_learn_what_no_linear_taste_can(table: np.ndarray, standard: Standard) -> None:
