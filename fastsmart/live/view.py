@@ -44,9 +44,10 @@ def view(session: Session, composer: Composer, teacher: Teacher, answers: Answer
 
 
 def learnt(taste: Taste | None) -> dict[str, Any]:
-    """What a taste says: of named features those it has a view of, the most certain first; how well it has guessed."""
+    """What a taste says: of named features those it has a view of, the most certain first; how well it has guessed, and
+    how far a lesson follows it (`Taste.borne_out`)."""
     if taste is None or taste.choices == 0:
-        return {"features": [], "guessed": 0, "right": 0}
+        return {"features": [], "guessed": 0, "right": 0, "followed": 0.0}
     named = [e for e in taste.explained() if e.name in LABELS and math.isfinite(e.effect)]
     effects = [e for e in named if e.certainty >= LEAST_CERTAINTY]
     recent = min(RECENT, len(taste.predictions))
@@ -64,6 +65,7 @@ def learnt(taste: Taste | None) -> dict[str, Any]:
         ],
         "guessed": recent,
         "right": round(taste.recent_agreement(recent) * recent) if recent else 0,
+        "followed": round(taste.borne_out, 3),
     }
 
 

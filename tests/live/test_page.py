@@ -301,6 +301,8 @@ def test_thirty_choices_with_training_and_a_kill_in_the_middle(browser, tmp_path
         learnt = page.evaluate("state.learnt")
         assert learnt["guessed"] == 10
         assert learnt["right"] >= 6
+        assert learnt["followed"] > 0
+        assert "ractice follows it" in page.text_content("#guesses")
         page.select_option("#policies", "0")
         page.click("#back")
         waits(page, "state.policies[0].now && state.policies.length === 1 && state.paused")

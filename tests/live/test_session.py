@@ -16,6 +16,7 @@ from fastsmart.live.place import Place
 from fastsmart.live.replay import replay_all
 from fastsmart.live.session import Session, Stale
 from fastsmart.live.settings import LiveSettings
+from fastsmart.live.view import learnt
 from fastsmart.taste import read_choices, standing
 
 ANSWERS = ("left", "right", "equal", "left", "both_bad", "right")
@@ -131,6 +132,14 @@ def test_the_taste_can_be_learnt_again_from_the_file_alone(session, tmp_path):
     assert taste.predictions == session.taste.predictions
     written = (tmp_path / "again" / "tastes" / "me.json").read_bytes()
     assert written == session.folder.taste_file("me").read_bytes()
+
+
+def test_a_page_says_how_far_lessons_follow_a_taste(session):
+    assert learnt(session.taste)["followed"] == 0
+    judged(session, ["left", *ANSWERS])
+    told = learnt(session.taste)
+    assert (told["guessed"], told["followed"]) == (5, round(session.taste.borne_out, 3))
+    assert told["followed"] < 0.2  # five guesses may come true by chance
 
 
 def test_beginning_again_puts_aside_what_can_be_replayed(session, tmp_path):

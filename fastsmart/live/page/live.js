@@ -95,14 +95,20 @@ function showPair(before) {
   drawButtons();
 }
 
-function showLearnt({ features, guessed, right }) {
+function showLearnt({ features, guessed, right, followed }) {
   const missing = state.training.missing;
-  if (guessed) $("guesses").textContent = `Of your last ${counted(guessed, "choice")} between left and right it had guessed ${right} before you said so.`;
+  if (guessed) $("guesses").textContent = `Of your last ${counted(guessed, "choice")} between left and right it had guessed ${right} before you said so. ${following(followed)}`;
   else $("guesses").textContent = state.choices ? "It has not dared a guess yet." : "Nothing yet: it learns from your choices.";
   $("features").replaceChildren(...features.map(featureRow));
   const doing = { training: "It is practising now.", paused: "Learning is paused.", off: "It listens, but does not practise." }[state.training.doing];
   const waits = missing ? `It begins to practise after ${counted(missing, "more choice")}.` : "It waits for more of your choices.";
   $("training").textContent = state.training.error ? sentence(state.training.error) : (doing ?? waits);
+}
+
+function following(share) {
+  const percent = Math.round(100 * share);
+  if (percent < 3) return "So far that may be chance, and practice does not follow it.";
+  return percent < 95 ? `Some of that may be chance: practice follows it ${percent} % of the way.` : "Practice follows it all the way.";
 }
 
 function featureRow({ low, high, liked, effect, sure }) {
