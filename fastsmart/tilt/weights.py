@@ -34,20 +34,25 @@ def best_of_n(reward: np.ndarray, pool: np.ndarray, n: int) -> np.ndarray:
     return weights / total if total else weights
 
 
-def most_diverse_gain(reward: np.ndarray, rows: dict[str, np.ndarray], gain: float, cap: float) -> np.ndarray:
-    """The most diverse weights whose mean reward is `gain` standard deviations above the mean, float64 [N], summing to
-    1; where the cap does not allow as much, the most diverse of those of the most reward.
+def most_diverse_gain(
+    reward: np.ndarray, rows: dict[str, np.ndarray], gain: float, cap: float, able: np.ndarray | None = None
+) -> np.ndarray:
+    """The most diverse weights whose mean reward is `gain` standard deviations above that of the clips, float64 [N],
+    summing to 1; where the cap does not allow as much, the most diverse of those of the most reward.
 
-    reward : [N]; NaN weighs 0
+    reward : [N]; NaN weighs 0, and counts for no mean
     rows   : histograms of the clips by name, float32 [N, B + 1] each (see `fastsmart.music.histograms`)
     cap    : a clip weighs at most cap / N
+    able   : [N], False = weighs 0, and counts for the mean all the same; None = all may weigh
     """
-    kept, weights = np.flatnonzero(np.isfinite(reward)), np.zeros(len(reward))
+    scored, weights = np.isfinite(reward), np.zeros(len(reward))
+    kept = np.flatnonzero(scored if able is None else scored & able)
     if not len(kept):
         return weights
-    known = reward[kept].astype(np.float64)
+    known = reward[scored].astype(np.float64)
     here = {name: values[kept] for name, values in rows.items()}
-    weights[kept] = most_diverse(likeness(here, here), known, float(known.mean() + gain * known.std()), cap)
+    wanted = float(known.mean() + gain * known.std())
+    weights[kept] = most_diverse(likeness(here, here), reward[kept].astype(np.float64), wanted, cap)
     return weights / weights.sum()
 
 

@@ -32,8 +32,8 @@ class Tilt(RoundAlgorithm[np.ndarray]):
         if settings.weights == "best-of-n":
             return best_of_n(batch.scores.total, batch.group, settings.best_of)
         assert batch.rows is not None
-        reward = np.where(batch.notes >= FEWEST_NOTES, batch.scores.total, np.nan)
-        return most_diverse_gain(reward, split_rows(batch.rows), settings.gain, float(settings.best_of))
+        rows, able = split_rows(batch.rows), batch.notes >= FEWEST_NOTES
+        return most_diverse_gain(batch.scores.total, rows, settings.gain, float(settings.best_of), able)
 
     def chosen(self, made: np.ndarray, number: int, step: int) -> np.ndarray:
         """Numbers of clips, drawn by their weights."""

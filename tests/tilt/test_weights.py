@@ -56,5 +56,18 @@ def test_the_most_diverse_weights_reach_their_reward_and_no_weights_of_best_of_n
     assert weights @ similar @ weights < chosen @ similar @ chosen
 
 
+def test_clips_that_may_not_weigh_count_for_the_reward_that_is_wanted():
+    """Of clips of few notes, which a taste may like best, none is learnt; what is must not undo what they show."""
+    reward, rows = np.random.default_rng(2).normal(0.0, 1.0, 64), rows_of(64)
+    able = np.argsort(np.argsort(reward)) < 48  # the best 16 may not
+    weights = most_diverse_gain(reward, rows, 0.1, 3.0, able)
+    assert weights.sum() == pytest.approx(1)
+    assert not weights[~able].any()
+    wanted = reward.mean() + 0.1 * reward.std()
+    assert weights @ reward >= wanted - 1e-9
+    assert wanted > reward[able].mean() + 0.5 * reward[able].std()
+    assert not most_diverse_gain(reward, rows, 0.1, 3.0, np.zeros(64, bool)).any()
+
+
 def test_without_a_score_there_are_no_weights():
     assert not most_diverse_gain(np.full(4, np.nan), rows_of(4), 1.0, 2.0).any()
