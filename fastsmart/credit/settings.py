@@ -35,9 +35,9 @@ class CreditSettings:
     """Share of its log-ratio to the base that a note is to give back in a round; with one above 0 the policy settles
     where each note's log-ratio to the base is strength / pull times its advantage."""
     goal: float = 1000.0
-    """Mean reward of a round that is enough, in standard deviations of the first round's above its mean. Within half a
-    standard deviation of it the learning rate falls to 0; beyond it notes give back of their log-ratio to the base the
-    share by which the gain is too much. The default is never reached."""
+    """Mean reward of a round that is enough, in standard deviations of the first round's above its mean. Within one
+    standard deviation of it strength and learning rate fall to 0; beyond it notes give back of their log-ratio to the
+    base the share by which the gain is too much. The default is never reached."""
     neutral: tuple[str, ...] = ()
     """Features of a clip (`fastsmart.music.features`) that are to earn less: of the reward, what they foretell is taken
     out before notes are judged, so that outputs need not move to where it is highest."""

@@ -31,7 +31,7 @@ from fastsmart.trainer.update import Update, completion_states
 
 SUMS = ("loss", "log_ratio", "segments")  # over the clips of a step
 _UNIT_KEY, _MEAN_KEY = "credit_unit", "credit_mean"
-NEAR_GOAL = 0.5  # standard deviations of the reward, the way before credit.goal on which the learning rate falls
+NEAR_GOAL = 1.0  # standard deviations of the reward, the way before credit.goal on which a round does less
 
 
 class Credit(RoundAlgorithm[Arrays]):
@@ -138,7 +138,8 @@ class Credit(RoundAlgorithm[Arrays]):
 class Course:
     """How a round learns: `strength` and `pull` as of `CreditSettings`, and the share of the learning rate.
 
-    AdamW's steps are as large for small errors as for large ones, so it is by the rate that the last bit goes slowly.
+    The last bit goes slowly by both: rounds that came near their targets in few steps would go past the goal at any
+    rate, and AdamW's steps are as large for small errors as for large ones.
     """
 
     strength: float
@@ -155,7 +156,7 @@ class Course:
         to_go = settings.goal - gain
         pace = min(abs(to_go) / NEAR_GOAL, 1.0)
         if to_go >= 0:
-            return Course(settings.strength, settings.pull, pace)
+            return Course(settings.strength * pace, settings.pull, pace)
         return Course(0.0, max(settings.pull, min(-to_go / gain, 1.0)), pace)
 
 

@@ -18,10 +18,10 @@ def test_without_a_goal_every_round_learns_alike() -> None:
     ("gain", "strength", "pull", "pace"),
     [
         (-0.3, 3.0, 0.0, 1.0),
-        (0.5, 3.0, 0.0, 1.0),
-        (0.75, 3.0, 0.0, 0.5),
-        (1.0, 3.0, 0.0, 0.0),
-        (1.25, 0.0, 0.2, 0.5),  # a fifth of what was gained is too much
+        (0.0, 3.0, 0.0, 1.0),
+        (0.5, 1.5, 0.0, 0.5),
+        (1.0, 0.0, 0.0, 0.0),
+        (1.25, 0.0, 0.2, 0.25),  # a fifth of what was gained is too much
         (4.0, 0.0, 0.75, 1.0),
     ],
 )
@@ -34,7 +34,7 @@ def test_near_a_goal_it_learns_slowly_and_beyond_it_gives_back(
 
 def test_with_the_base_as_its_goal_all_is_given_back() -> None:
     settings = CreditSettings(goal=0.0)
-    assert Course.of(settings, 0.4) == Course(0.0, 1.0, 0.8)
+    assert Course.of(settings, 0.4) == Course(0.0, 1.0, 0.4)
     assert Course.of(settings, 0.0).pace == 0.0
 
 
