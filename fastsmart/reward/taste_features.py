@@ -158,9 +158,11 @@ class Standard:
                 f"a taste is measured against at least {LEAST_CLIPS} clips of the base model, and {len(known)} have "
                 "notes; sample more"
             )
-        mean, std = np.nanmean(known, axis=0), np.nanstd(known, axis=0)
-        standard = Standard(names, mean, np.maximum(std, LEAST_SD), known[:0])
-        return Standard(names, mean, standard.std, standard(known[:MOST_KEPT]), embedding)
+        mean, std = np.zeros(len(names)), np.ones(len(names))  # of what no clip has, such as chords of single voices
+        found = np.isfinite(known).any(axis=0)
+        mean[found], std[found] = np.nanmean(known[:, found], axis=0), np.nanstd(known[:, found], axis=0)
+        std = np.maximum(std, LEAST_SD)
+        return Standard(names, mean, std, Standard(names, mean, std, known[:0])(known[:MOST_KEPT]), embedding)
 
     @property
     def named(self) -> int:

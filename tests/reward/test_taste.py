@@ -29,6 +29,17 @@ def standard(table: np.ndarray) -> Standard:
     return Standard.of(table[:200])
 
 
+def test_what_no_clip_of_the_base_has_is_no_obstacle(table: np.ndarray, tmp_path: Path) -> None:
+    """Such as the consonance of a policy that never plays two notes at once."""
+    bare = table.copy()
+    bare[:, 3] = np.nan
+    found = Standard.of(bare[:200])
+    found.save(tmp_path / "standard.json")
+    again = Standard.load(tmp_path / "standard.json")
+    np.testing.assert_array_equal(again(bare[200:])[:, 3], 0)
+    np.testing.assert_array_equal(np.delete(again.mean, 3), np.delete(Standard.of(table[:200]).mean, 3))
+
+
 def taught(table: np.ndarray, standard: Standard, hidden: str, count: int, curved: bool = True) -> Taste:
     """A taste after some choices about random pairs, learnt ten at a time."""
     listener, rng = Listener(standard, hidden), np.random.default_rng(1)
