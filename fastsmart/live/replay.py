@@ -8,6 +8,7 @@ from pathlib import Path
 from fastsmart.errors import UserError
 from fastsmart.reward.taste import Taste
 from fastsmart.run.folder import RunFolder
+from fastsmart.taste import read_choices
 from fastsmart.taste.lessons import teach
 from fastsmart.taste.replay import TasteFolder, replay
 from fastsmart.words import counted
@@ -30,7 +31,7 @@ def replay_all(
     taste, lessons = replay(source, out, listener), told.lessons.finished()
     if not lessons:
         return taste, None
-    last, log = lessons[-1], told.choices()
+    last, log = lessons[-1], read_choices(source)
     ids = [choice.id for choice in log.choices]
     if last.after not in ids:
         raise UserError(f"{source} has no choice {last.after}, after which was trained; put back the whole file")

@@ -92,13 +92,16 @@ def replay(source: str | Path, out: str | Path, listener: str | None = None) -> 
     out      : folder that gets the taste
     listener : None = of all listeners together
 
-    Raises UserError where a file is missing, and for a listener who has not chosen.
+    Raises UserError where a file is missing or holds no choice, and for a listener who has not chosen.
     """
     source = Path(source)
     if not source.is_file():
         raise UserError(f"no file of choices {source}; name the choices.jsonl that fastsmart live wrote")
     folder, target = TasteFolder(source.parent), TasteFolder(Path(out))
     log = read_choices(source)
+    if not log.choices:
+        why = f"; {log.damaged[0]}" if log.damaged else ""
+        raise UserError(f"{source} holds no choice{why}; name the choices.jsonl that fastsmart live wrote")
     if listener is not None and not of_listener(log.choices, listener):
         known = ", ".join(dict.fromkeys(c.listener or '""' for c in log.choices)) or "nobody"
         raise UserError(f"{listener} has not chosen anything in {source}; there are choices of {known}")

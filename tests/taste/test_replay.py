@@ -106,6 +106,16 @@ def test_listeners_have_one_taste_each_or_a_joint_one(folder: TasteFolder, tmp_p
         replay(tmp_path / "none.jsonl", tmp_path / "c")
 
 
+def test_a_file_without_one_choice_is_refused(folder: TasteFolder, tmp_path: Path) -> None:
+    folder.choices_file.write_text("garbage\n{}\n")
+    with pytest.raises(UserError, match=r"jsonl holds no choice; line 1 of choices\.jsonl is cut short or no JSON"):
+        replay(folder.choices_file, tmp_path / "out")
+    folder.choices_file.write_text("")
+    with pytest.raises(UserError, match="holds no choice; name"):
+        replay(folder.choices_file, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_what_is_taken_back_is_not_learnt_from(folder: TasteFolder, tmp_path: Path) -> None:
     listen(folder, 6)
     before = replay(folder.choices_file, tmp_path / "before")
