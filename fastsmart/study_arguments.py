@@ -112,15 +112,15 @@ def live(p: argparse.ArgumentParser) -> None:
         "Serve one page on this machine: it plays two short pieces, asks which you like, and has the policy trained on "
         "your answers while you listen. Everything is in OUT, and starting again goes on there."
     )
-    p.add_argument("--policy", help="that plays at first; default: pop909-tiny")
+    p.add_argument("--policy", help="that plays at first; default: that of OUT, in a new one pop909-tiny")
     p.add_argument("--out", required=True, help="folder of choices, clips, taste and the run that is trained")
-    p.add_argument("--listener", help="name that choices are written down under; default: me")
+    p.add_argument("--listener", help="name that choices are written down under; default: as before, at first me")
     p.add_argument("--joint", action="store_true", help="one taste of all listeners; default: each has one")
     p.add_argument("--continue", dest="phrase", default="", metavar="MIDI", help="begin with answers to this phrase")
     whole_option(p, "--bars", within=(1, MOST_AT_ONCE), help="of --continue that are taken; default: all")
     real_option(p, "--seconds", within=(2, 60), help="longest piece that is compared; default: 10")
     whole_option(p, "--max-tokens", within=(8, 4096), help="of a piece; default: 250")
-    whole_option(p, "--boldness", within=(0, 10), help="how far from the first policy it may go; default: 5")
+    whole_option(p, "--boldness", within=(0, 10), help="how far it goes to your taste; default: as before, at first 6")
     whole_option(
         p,
         "--embedding",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import ipaddress
 import sys
 from pathlib import Path
 
@@ -13,8 +14,11 @@ from fastsmart.words import counted
 def live(options: argparse.Namespace) -> int:
     if options.replay:
         return _replay(options)
-    from fastsmart.live.settings import LOOPBACK, LiveSettings
+    from fastsmart.live.first_policy import first_policy
+    from fastsmart.live.settings import LiveSettings
 
+    if options.policy is None:
+        options.policy = first_policy(options.out)
     given = {
         key: value
         for key in (
@@ -44,11 +48,14 @@ def live(options: argparse.Namespace) -> int:
         if options.phrase:
             studio.take_file(options.phrase, options.bars or 0)
         token = token_of(Path(options.out))
-        host = f"[{settings.host}]" if ":" in settings.host else settings.host
-        if settings.host != LOOPBACK:
+        address, port, *_ = at.getsockname()  # in numbers: other names are refused
+        if not ipaddress.ip_address(address).is_loopback:
             print("fastsmart: whoever reaches this machine and knows the address can use the page", file=sys.stderr)
+        for line in studio.session.damaged:
+            print(f"fastsmart: {line}; it counts for nothing", file=sys.stderr)
         studio.start()
-        print(f"open http://{host}:{at.getsockname()[1]}/{token}/ in a browser; Ctrl-C ends it", flush=True)
+        host = f"[{address}]" if ":" in address else address
+        print(f"open http://{host}:{port}/{token}/ in a browser; Ctrl-C ends it", flush=True)
         return serve(make_app(studio, token), at, studio.events)
     finally:
         studio.close()
@@ -57,7 +64,10 @@ def live(options: argparse.Namespace) -> int:
 def _replay(options: argparse.Namespace) -> int:
     """Learn the taste of a file of choices without the page, and train what the page had trained."""
     from fastsmart.live.replay import replay_all
+    from fastsmart.taste import read_choices
 
+    for line in read_choices(options.replay).damaged:
+        print(f"fastsmart: {line}; it counts for nothing", file=sys.stderr)
     taste, policy = replay_all(options.replay, options.out, options.listener, print)
     print(f"{counted(taste.choices, 'choice')} learnt; {policy or 'nothing was trained on them'}")
     return 0

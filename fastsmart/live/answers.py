@@ -34,6 +34,7 @@ class Phrase:
     """The prompt that a phrase makes.
 
     name  : what the listener's file is called
+    bars  : of it that are taken; 0 = all
     ids   : int32 [K], its tokens
     notes : as the policy reads them, a NoteBatch of one piece
     """
@@ -47,7 +48,7 @@ class Phrase:
             words = words.replace("take its beginning with --bars", "choose how many bars of it to take")
             words = words.replace("take fewer --bars, or ask for fewer tokens", "choose fewer bars")
             raise UserError(words) from error
-        self.name = name
+        self.name, self.bars = name, bars
         self.notes = decode(TokenBatch.pack([self.ids]), player.vocab)
         if self.end_s > LONGEST_PHRASE_S:
             raise UserError(f"cannot continue {name}: it lasts longer than {LONGEST_PHRASE_S:g} s; take fewer bars")
@@ -139,7 +140,7 @@ class Answers:
             self._turn += 1
             turn = self._turn
         ids = tuple(f"{ANSWER}{uuid.uuid4().hex[:12]}" for _ in range(WAYS))
-        self.session.begin_answers(ids)
+        self.session.begin_answers(ids, asked.bars)
         self._beginning = False
         version, told = self.player.version, [int(asked.notes.counts[0])] * WAYS
         limit_s = asked.end_s + self._seconds
@@ -169,8 +170,9 @@ def played_notes(rows: Sequence[Sequence[float]], bpm: float) -> NoteBatch:
     found = []
     for row in rows:
         sound = isinstance(row, list) and len(row) == 4 and all(type(x) in (int, float) for x in row)
-        if not sound or not (0 <= row[0] <= LONGEST_S and 0 < row[1] <= LONGEST_S and 0 <= row[2] <= 127):
+        sound = sound and 0 <= row[0] <= LONGEST_S and 0 < row[1] <= LONGEST_S
+        if not (sound and 0 <= row[2] <= 127 and 0 <= row[3] <= 127):
             raise UserError("a note is an onset and a duration in seconds, a pitch and a velocity; play again")
-        found.append((float(row[0]), float(row[1]), int(row[2]), min(max(int(row[3]), 1), 127)))
+        found.append((float(row[0]), float(row[1]), int(row[2]), max(int(row[3]), 1)))
     first = min(row[0] for row in found)
     return notes_of([(onset - first, *rest) for onset, *rest in found], float(bpm))  # type: ignore[misc]

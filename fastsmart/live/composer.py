@@ -40,7 +40,7 @@ class Composer(threading.Thread):
         self.session, self.player, self.sound, self.config, self.newest = session, player, sound, config, newest
         self.error = ""
         self.idle: Callable[[], None] | None = None
-        self._wake, self._stopped = threading.Event(), False
+        self._wake, self._stopped = threading.Event(), threading.Event()
         self._random = np.random.default_rng()
 
     def look(self) -> None:
@@ -49,20 +49,23 @@ class Composer(threading.Thread):
 
     def stop(self) -> None:
         """End after the piece that is being played."""
-        self._stopped = True
+        self._stopped.set()
         self._wake.set()
 
     def run(self) -> None:
-        while not self._stopped:
+        while not self._stopped.is_set():
             try:
-                worked = self._work()
-                self.error = ""
-            except UserError as error:
-                if self.error != str(error):
+                worked, error = self._work(), ""
+            except UserError as failure:
+                worked, error = False, str(failure)
+            if error != self.error:
+                self.error = error
+                if error:
                     print(f"fastsmart: {error}", file=sys.stderr, flush=True)
-                self.error, worked = str(error), False
                 self.session.changed()
-            if not worked:
+            if error:
+                self._stopped.wait(LOOK_EVERY_S)  # whatever else happens, or it would fail without a pause
+            elif not worked:
                 self._wake.wait(LOOK_EVERY_S)
                 self._wake.clear()
 
@@ -91,7 +94,7 @@ class Composer(threading.Thread):
         prompts = make_prompts(self.config.prompts, self.player.vocab, "train", start, AT_ONCE)
         pieces = list(prompts)
         for played in self.player.play(pieces, self.config.sampling.max_tokens, (seed,)):
-            if self._stopped:
+            if self._stopped.is_set():
                 return False
             pieces = played
         notes = decode(TokenBatch.pack(pieces), self.player.vocab, self.config.audio.max_seconds)
@@ -100,7 +103,7 @@ class Composer(threading.Thread):
             for i in range(len(pieces))
             if notes.counts[i] > 1
         ]
-        self.session.add(made)
+        self.session.add(made, lambda: self.newest()[0])
         return True
 
     def _render(self) -> bool:

@@ -70,9 +70,9 @@ class Handlers:
 
     async def key(self, request: Request) -> Response:
         pitch = request.path_params["pitch"]
-        if pitch not in KEYS:
+        if pitch not in map(str, KEYS):
             raise HTTPException(404, "there is no such key")
-        content = await run_in_threadpool(self.studio.sound.key, pitch)
+        content = await run_in_threadpool(self.studio.sound.key, int(pitch))
         return Response(content, media_type="audio/flac", headers=KEPT)
 
     async def choices(self, request: Request) -> Response:

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from fastsmart.live.settings import BOLDEST, LONGEST_NAME
+from fastsmart.live.settings import BOLDEST, BOLDNESS, LISTENER, LONGEST_NAME
 from fastsmart.machine.files import read_file, write_atomic
 from fastsmart.taste.choices import NAME
 
@@ -26,23 +26,25 @@ class Place:
     later    : pairs that an undo has put off, to be heard next
     heard    : clips that were played and not judged, oldest first
     phrase   : ids of the answers to a phrase, while one is being answered; empty while the policy plays freely
+    bars     : of the phrase's file that are taken; 0 = all
     """
 
-    listener: str
-    boldness: int
+    listener: str = LISTENER
+    boldness: int = BOLDNESS
     paused: bool = False
     pair: Pair | None = None
     later: tuple[Pair, ...] = ()
     heard: tuple[str, ...] = ()
     phrase: tuple[str, ...] = ()
+    bars: int = 0
 
     def save(self, path: Path) -> None:
         """Write it in one step; raises UserError when the disk is full."""
         write_atomic(path, json.dumps(asdict(self), indent=1) + "\n")
 
     @staticmethod
-    def load(path: Path, otherwise: Place) -> Place:
-        """Read what `save` wrote; `otherwise` where there is nothing, or nothing whole: choices do not depend on it."""
+    def load(path: Path) -> Place:
+        """Read what `save` wrote; a new place where there is nothing, or nothing whole: choices do not depend on it."""
         try:
             tree = json.loads(read_file(path).decode("utf-8"))
             place = Place(
@@ -53,11 +55,12 @@ class Place:
                 tuple(map(_pair, tree["later"])),
                 tuple(map(_name, tree["heard"])),
                 tuple(map(_name, tree["phrase"])),
+                int(tree.get("bars", 0)),
             )
         except (OSError, ValueError, KeyError, TypeError, RecursionError):
-            return otherwise
+            return Place()
         sound = 0 < len(place.listener) <= LONGEST_NAME and 0 <= place.boldness <= BOLDEST
-        return place if sound and place.listener.isprintable() else otherwise
+        return place if sound and place.listener.isprintable() and place.bars >= 0 else Place()
 
 
 def _name(value: Any) -> str:

@@ -48,7 +48,7 @@ def make_app(studio: Studio, token: str) -> Guard:
         Route("/events", own.events),
         Route("/clips/{id}.flac", own.clip),
         Route("/clips/{id}.mid", own.midi),
-        Route("/piano/{pitch:int}.flac", own.key),
+        Route("/piano/{pitch}.flac", own.key),
         Route("/choices.jsonl", own.choices),
         Route("/taste.json", own.taste),
         *(Route(f"/{name}", getattr(own, name), methods=["POST"]) for name in POSTS),

@@ -19,7 +19,7 @@ import numpy as np
 
 from fastsmart.errors import UserError
 from fastsmart.live.place import MOST_HEARD, Pair, Place
-from fastsmart.live.settings import BOLDEST, LONGEST_NAME, LiveSettings
+from fastsmart.live.settings import BOLDEST, LONGEST_NAME, LiveSettings, goal_of
 from fastsmart.machine.files import make_folder
 from fastsmart.notes import NoteBatch
 from fastsmart.reward.taste import Taste
@@ -57,7 +57,12 @@ class Session:
         make_folder(self.folder.path)
         log = self.folder.choices()
         self.choices, self.damaged = list(log.choices), log.damaged
-        self.place = Place.load(self.folder.path / SESSION_FILE, Place(settings.listener, settings.boldness))
+        self.place = Place.load(self.folder.path / SESSION_FILE)
+        said: dict[str, Any] = {
+            "listener": settings.listener and settings.listener.strip(),
+            "boldness": settings.boldness,
+        }
+        self.place = replace(self.place, **{key: value for key, value in said.items() if value is not None})
         heard = {*self._judged(), *self.place.heard}
         self.unheard: dict[str, Clip] = {}
         for id in self.folder.clips.ids():
@@ -84,7 +89,8 @@ class Session:
     def choose(self, left: str, right: str, answer: str) -> None:
         """Write down the answer about the present pair, learn from it, and go on to the next pair.
 
-        Raises Stale for another pair, UserError for what is no answer and where the disk is full; then nothing changes.
+        Raises Stale for another pair, UserError for what is no answer and where the disk is full; then nothing changes,
+        unless the answer has been written down: then it counts, and the next pair is heard all the same.
         """
         with self._change():
             if self.place.pair != (left, right):
@@ -92,8 +98,10 @@ class Session:
             if not (self.has(left) and self.has(right)):
                 raise Stale("these two are still being played; choose when both have ended")
             self._write(Choice.new(self.place.listener, left, right, answer))
-            self._learn(self.taste)
-            self._deal()
+            try:
+                self._learn(self.taste)
+            finally:
+                self._deal()
 
     def undo(self) -> None:
         """Take back the listener's last choice and hear its pair again; raises Stale where there is none."""
@@ -102,10 +110,12 @@ class Session:
             if not mine:
                 raise Stale("there is no choice to take back")
             self._write(Choice.new(self.place.listener, undo=mine[-1].id))
-            self._learn(self.taste)
-            now = () if self.place.pair is None else (self.place.pair,)
-            again = (mine[-1].left, mine[-1].right)
-            self._keep(pair=again, later=tuple(pair for pair in (*now, *self.place.later) if pair != again))
+            try:
+                self._learn(self.taste)
+            finally:
+                now = () if self.place.pair is None else (self.place.pair,)
+                again = (mine[-1].left, mine[-1].right)
+                self._keep(pair=again, later=tuple(pair for pair in (*now, *self.place.later) if pair != again))
 
     def skip(self) -> None:
         """Go on to another pair without an answer."""
@@ -140,23 +150,31 @@ class Session:
             copied = [self.folder.clips.path(id) for id in self._judged()] + [self.folder.path / STANDARD_FILE]
             for path in filter(Path.is_file, copied):
                 shutil.copy(path, aside / path.relative_to(self.folder.path))
-            for name in (CHOICES_FILE, LESSONS, "taste.json", "tastes"):
+            later = (id for id, clip in self._free().items() if clip.version > 0)
+            played = {*self._judged(), *self.place.phrase, *(self.place.pair or ()), *later}
+            self._never_again(played)  # before the choices about them go, for a kill between the two
+            for name in (LESSONS, "taste.json", "tastes", CHOICES_FILE):
                 if (self.folder.path / name).exists():
                     (self.folder.path / name).rename(aside / name)
-            self._set_aside((*self._judged(), *self.place.phrase, *(self.place.pair or ())))
             self.choices, self.taste = [], None
             self._keep(pair=None, later=(), phrase=())
-            self.unheard = {id: c for id, c in self._free().items() if c.version == 0}
             self._learn(None)
             self._deal()
             return aside
 
     # ----------------------------------------------------------------------------------------------- what is played
 
-    def add(self, clips: Iterable[Clip]) -> None:
-        """Take in new clips; two of them are heard next where nothing is heard now."""
+    def add(self, clips: Iterable[Clip], newest: Callable[[], int] | None = None) -> None:
+        """Take in new clips; two of them are heard next where nothing is heard now.
+
+        newest : gives the version of the newest policy; clips of later ones, which were given up while they were being
+                 played, are left out. None = take all
+        """
         with self._change():
+            known = newest() if newest else None
             for clip in clips:
+                if known is not None and clip.version > known:
+                    continue
                 if self.standard is not None:
                     clip = clip.embedded(self.standard.embedding)
                 self.folder.clips.save(clip)
@@ -167,11 +185,11 @@ class Session:
             if self.place.pair is None:
                 self._deal()
 
-    def begin_answers(self, ids: tuple[str, ...]) -> None:
-        """Hear the first two of these answers to a phrase, whose clips are still to come."""
+    def begin_answers(self, ids: tuple[str, ...], bars: int = 0) -> None:
+        """Hear the first two of these answers to a phrase, whose clips are still to come; of its file so many bars."""
         with self._change():
             self._set_aside((*(self.place.pair or ()), *self.place.phrase))
-            self._keep(phrase=ids, pair=(ids[0], ids[1]), later=())
+            self._keep(phrase=ids, bars=bars, pair=(ids[0], ids[1]), later=())
 
     def end_phrase(self) -> None:
         """Let the policy play freely again."""
@@ -224,22 +242,24 @@ class Session:
         with self._lock:
             return standing(of_listener(self.choices, self.listener))
 
-    def taste_to_train_on(self, path: Path) -> tuple[str, int] | None:
-        """Write the present taste there; gives the id of the last choice it knows, and how many it stands on. None
-        where nothing is known yet."""
+    def taste_to_train_on(self, path: Path) -> tuple[str, int, float, str | None] | None:
+        """Write the present taste there; gives the id of the last choice it knows, how many it stands on, the goal of
+        the present boldness and whose it is. None where nothing is known yet."""
         with self._lock:
             if self.taste is None or not self.taste.choices:
                 return None
             self.taste.save(path)
-            return self.choices[-1].id, self.taste.choices
+            return self.choices[-1].id, self.taste.choices, goal_of(self.place.boldness), self.listener
 
     # ----------------------------------------------------------------------------------------------------- inside
 
     @contextmanager
     def _change(self) -> Iterator[None]:
-        with self._lock:
-            yield
-        self.changed()
+        try:
+            with self._lock:
+                yield
+        finally:  # what was refused, too: a page that asks for it shows what is past
+            self.changed()
 
     def _write(self, choice: Choice) -> None:
         append_choice(self.folder.choices_file, choice)
@@ -252,7 +272,10 @@ class Session:
     def _set_aside(self, ids: Iterable[str]) -> None:
         """Never play these again."""
         judged = self._judged()
-        heard = [id for id in dict.fromkeys((*self.place.heard, *ids)) if id not in judged]
+        self._never_again(id for id in ids if id not in judged)
+
+    def _never_again(self, ids: Iterable[str]) -> None:
+        heard = list(dict.fromkeys((*self.place.heard, *ids)))
         for id in heard:
             self.unheard.pop(id, None)
         self._keep(heard=tuple(heard[-MOST_HEARD:]))
@@ -267,11 +290,12 @@ class Session:
     def _learn(self, before: Taste | None) -> None:
         """Fit the taste to what stands of the choices.
 
-        before : the taste without the newest of them, which says what was expected; None = learn them one by one
+        before : the taste without the newest of them, which says what was expected; None, or where it lacks more of
+                 them than that, for the disk was full: learn them one by one
         """
         if self.standard is None:
             return
-        if before is None:
+        if before is None or abs(before.choices - len(self.judgements())) > 1:
             self.taste = self.folder.learn(self.choices, self.listener)
         else:
             told = of_listener(self.choices, self.listener)

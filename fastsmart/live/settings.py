@@ -10,6 +10,8 @@ from fastsmart.limits import MOST_COMPONENTS
 LOOPBACK = "127.0.0.1"
 PORT = 8723
 BOLDEST = 10
+BOLDNESS = 6  # of a new page
+LISTENER = "me"  # of a new page
 LONGEST_NAME = 40
 
 
@@ -22,8 +24,8 @@ class LiveSettings:
 
     policy: str = "pop909-tiny"
     """Policy that plays at first: shipped name, checkpoint or run folder, hub id."""
-    listener: str = "me"
-    """Name that choices are written down under."""
+    listener: str | None = None
+    """Name that choices are written down under; None = the one before, at first "me"."""
     joint: bool = False
     """Whether the choices of all listeners make one taste."""
     host: str = LOOPBACK
@@ -45,8 +47,9 @@ class LiveSettings:
     folder has, in a new one 0."""
     soundfont: str = ""
     """Path of an SF2 or SF3 file; "" = one that is installed."""
-    boldness: int = 6
-    """How far its training goes towards what is liked, from 0 to 10, until the page says otherwise."""
+    boldness: int | None = None
+    """How far its training goes towards what is liked, from 0 to 10, until the page says otherwise; None = as before,
+    at first 6."""
     train: bool = True
     """Whether a process beside the page trains the policy."""
 
@@ -68,7 +71,8 @@ class LiveSettings:
                 )
         if not self.policy:
             raise UserError("--policy is empty; name a shipped policy, a checkpoint folder or a hub id")
-        if not 0 < len(self.listener) <= LONGEST_NAME or not self.listener.isprintable():
+        name = self.listener
+        if name is not None and (not 0 < len(name.strip()) <= LONGEST_NAME or not name.isprintable()):
             raise UserError(f"--listener must have from 1 to {LONGEST_NAME} printable characters")
 
 

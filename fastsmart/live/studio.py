@@ -6,11 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fastsmart.config import Config
 from fastsmart.errors import UserError
 from fastsmart.live.answers import PHRASE_FILE, Answers
-from fastsmart.live.composer import Composer
+from fastsmart.live.composer import AT_ONCE, Composer
 from fastsmart.live.config import config_for
 from fastsmart.live.events import Events
+from fastsmart.live.first_policy import keep_first_policy
 from fastsmart.live.player import Player
 from fastsmart.live.session import Session
 from fastsmart.live.settings import LiveSettings
@@ -21,6 +23,7 @@ from fastsmart.machine.files import make_folder, read_file
 from fastsmart.machine.folder_lock import FolderLock
 from fastsmart.notes import LARGEST_BYTES
 from fastsmart.policy.hf_format import load_policy
+from fastsmart.tokens.prompts import make_prompts
 
 
 @dataclass
@@ -48,10 +51,13 @@ class Studio:
         try:
             torch.set_num_threads(settings.threads)
             events, sound = Events(), Sound(settings.soundfont)
-            player = Player(load_policy(settings.policy))
+            policy = load_policy(settings.policy)
+            player = Player(policy)
+            config = config_for(settings.policy, settings.max_tokens, settings.seconds)
+            _check_room(player, config)
+            keep_first_policy(out, settings.policy, policy)
             session = Session(out, settings)
             teacher = Teacher(session)
-            config = config_for(settings.policy, settings.max_tokens, settings.seconds)
             composer = Composer(session, player, sound, config, teacher.newest)
             answers = Answers(session, player, settings.max_tokens, settings.seconds, events.publish)
         except BaseException:
@@ -107,6 +113,16 @@ class Studio:
             return
         try:
             content = read_file(self.session.folder.path / PHRASE_FILE, LARGEST_BYTES)
-            self.answers.take(content, "your phrase")
+            self.answers.take(content, "your phrase", self.session.place.bars)
         except (UserError, OSError):
             self.answers.drop()
+
+
+def _check_room(player: Player, config: Config) -> None:
+    """Raises UserError where pieces may be longer than the policy can play."""
+    prompts = make_prompts(config.prompts, player.vocab, "train", 0, AT_ONCE)
+    most = player.room - int(prompts.lengths.max())
+    if config.sampling.max_tokens > most:
+        raise UserError(
+            f"--max-tokens is {config.sampling.max_tokens}; with its beginnings the policy has room for {most}"
+        )

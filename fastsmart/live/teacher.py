@@ -42,7 +42,7 @@ class Teacher(threading.Thread):
         super().__init__(name="teacher", daemon=True)
         self.session = session
         self.doing, self.error = "waiting", ""
-        self._wake, self._stopped = threading.Event(), False
+        self._wake, self._stopped = threading.Event(), threading.Event()
         self._process: subprocess.Popen[str] | None = None
         self._guard = threading.RLock()  # held while the lessons' folder is changed
 
@@ -78,7 +78,7 @@ class Teacher(threading.Thread):
 
     def stop(self) -> None:
         """End the process and the thread; a lesson that has begun is lost, and begun anew by the next server."""
-        self._stopped = True
+        self._stopped.set()
         self._wake.set()
         self.end_process()
 
@@ -94,16 +94,17 @@ class Teacher(threading.Thread):
                         pipe.close()  # type: ignore[union-attr]
 
     def run(self) -> None:
-        while not self._stopped:
-            wait_s = LOOK_EVERY_S
+        while not self._stopped.is_set():
             try:
-                if self._is_due():
-                    wait_s = 0.0 if self._teach() else AFTER_A_FAILURE_S
+                due = self._is_due()
+                failed = due and not self._teach()
             except UserError as error:  # a full disk, a damaged file
-                wait_s = AFTER_A_FAILURE_S
+                failed = True
                 self._tell(str(error))
-            if wait_s and not self._stopped:
-                self._wake.wait(wait_s)
+            if failed:
+                self._stopped.wait(AFTER_A_FAILURE_S)  # whatever else happens, or it would fail without a pause
+            elif not due:
+                self._wake.wait(LOOK_EVERY_S)
                 self._wake.clear()
 
     def _is_due(self) -> bool:
@@ -114,10 +115,14 @@ class Teacher(threading.Thread):
             return False
         count = len(session.judgements())
         told = last and (last.listener, last.goal)
-        due = count >= FIRST_CHOICES and (
-            last is None
-            or told != (session.listener, goal_of(session.place.boldness))
-            or abs(count - last.choices) >= NEW_CHOICES
+        due = (
+            count >= FIRST_CHOICES
+            and session.taste is not None
+            and (
+                last is None
+                or told != (session.listener, goal_of(session.place.boldness))
+                or abs(count - last.choices) >= NEW_CHOICES
+            )
         )
         if not due:
             self._say("waiting")
@@ -130,14 +135,11 @@ class Teacher(threading.Thread):
         """Have one lesson trained; False where it came to nothing."""
         session, folder = self.session, self.session.folder
         taste = (folder.path / TAUGHT).resolve()
-        if (known := session.taste_to_train_on(taste)) is None:
-            return False
-        goal = goal_of(session.place.boldness)
-        self._say("training")
         with self._guard:
-            if self._stopped or session.place.paused:
+            if self._stopped.is_set() or not self._is_due() or (known := session.taste_to_train_on(taste)) is None:
                 return True
-            lesson = folder.lessons.begin(*known, goal, session.listener)
+            self._say("training")
+            lesson = folder.lessons.begin(*known)
             if self._process is None:
                 self._process = _start(folder.path / LOG_FILE)
             process = self._process
@@ -146,7 +148,7 @@ class Teacher(threading.Thread):
             "max_tokens": session.settings.max_tokens,
             "seconds": session.settings.seconds,
             "taste": str(taste),
-            "goal": goal,
+            "goal": lesson.goal,
             "out": str(lesson.path.resolve()),
         }
         error = self._error_of(process, order)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 
 import numpy as np
@@ -80,6 +81,19 @@ def test_when_all_answers_have_been_heard_there_are_more(told):
     assert not set(pair) & set(first)
 
 
+def test_so_many_bars_of_a_phrase_are_so_many_after_a_start_anew(told, tmp_path):
+    studio, _ = told
+    made([melody(2, 400)]).to_midi(0, tmp_path / "long.mid")
+    studio.answers.take((tmp_path / "long.mid").read_bytes(), "long.mid", bars=2)
+    before = studio.answers.phrase
+    studio.answers.answer()
+    studio.close()
+    found = Studio.open(studio.session.folder.path, studio.session.settings)
+    np.testing.assert_array_equal(found.answers.phrase.ids, before.ids)
+    assert found.session.place == studio.session.place
+    found.close()
+
+
 def test_what_was_played_keeps_its_notes_and_tempo():
     notes = played_notes(PLAYED, 90.0)
     assert notes.pitch.tolist() == [60, 64, 67]
@@ -89,7 +103,13 @@ def test_what_was_played_keeps_its_notes_and_tempo():
     np.testing.assert_allclose(notes.onset_tick / notes.ticks_per_beat * 60 / 90, notes.onset_s, atol=1e-3)
 
 
-@pytest.mark.parametrize("rows", [[], [[0, 1, 60]], [[0, 0, 60, 80]], [[-1, 1, 60, 80]], [[0, 1, 128, 80]], "x", [1]])
+@pytest.mark.parametrize(
+    "rows",
+    [
+        *([], [[0, 1, 60]], [[0, 0, 60, 80]], [[-1, 1, 60, 80]], [[0, 1, 128, 80]], "x", [1]),
+        *([[0, 1, 60, math.inf]], [[0, 1, 60, math.nan]], [[0, 1, 60, 10**400]], [[0, 1, 60, -1]]),
+    ],
+)
 def test_what_nobody_can_play_is_refused(rows):
     with pytest.raises(UserError, match="play again"):
         played_notes(rows, 100.0)

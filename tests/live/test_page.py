@@ -182,9 +182,24 @@ def test_a_clip_sounds_and_its_roll_follows(served, tab):
     assert 0.01 < loudest < 1
     assert tab.inner_text("#left .word") == "Stop left"
     tab.keyboard.press("2")
-    waits(tab, "sound.playing && sound.playing.id === state.pair[1].id")
+    waits(tab, "sound.playing && sound.playing.id === state.pair[1].id && sound.playing.began !== null")
+    tab.wait_for_timeout(500)
     tab.keyboard.press(" ")
     assert tab.evaluate("sound.playing") is None
+    stopped = tab.evaluate("rest.at")
+    assert stopped > 0.1
+    tab.keyboard.press(".")
+    assert tab.evaluate("[rest.at, cards.right.roll.now]") == pytest.approx([stopped + 2] * 2)
+    tab.keyboard.press(" ")  # goes on there, with the same one
+    waits(tab, "sound.playing && sound.playing.began !== null")
+    assert tab.evaluate("sound.playing.id === state.pair[1].id")
+    assert tab.evaluate("sound.playing.offset") == pytest.approx(stopped + 2)
+    tab.keyboard.press(",")
+    waits(tab, "sound.playing && sound.playing.began !== null")
+    assert tab.evaluate("sound.playing.offset") < stopped + 1.5
+    before = pair_of(tab)
+    tab.click("#skip")
+    waits(tab, f"{READY} && state.pair[0].id !== '{before[0]}'")
 
 
 def test_a_dropped_file_is_answered_note_by_note(served, tab, tmp_path):

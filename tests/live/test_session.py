@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ from fastsmart.live.replay import replay_all
 from fastsmart.live.session import Session, Stale
 from fastsmart.live.settings import LiveSettings
 from fastsmart.live.view import learnt
-from fastsmart.taste import read_choices, standing
+from fastsmart.taste import read_choices, replay, standing
 
 ANSWERS = ("left", "right", "equal", "left", "both_bad", "right")
 
@@ -154,6 +155,59 @@ def test_beginning_again_puts_aside_what_can_be_replayed(session, tmp_path):
     assert not heard & {id for left, right, _ in on_disk(session) for id in (left, right)}
 
 
+def test_after_beginning_again_a_server_that_starts_anew_plays_nothing_of_before(session, clips):
+    given = judged(session, ["left"] * 3)
+    later = [replace(clip, id=f"later-{number}", version=5) for number, clip in enumerate(clips[:6])]
+    session.add(later)
+    session.reset()
+    found = again(session)
+    past = {id for left, right, _ in given for id in (left, right)} | {clip.id for clip in later}
+    assert not past & {*found.unheard, *found.place.pair}
+    heard = judged(found, ["left"] * 5)
+    assert not past & {id for left, right, _ in heard for id in (left, right)}
+
+
+def test_clips_of_a_policy_that_was_given_up_meanwhile_are_not_taken_in(session, clips):
+    later = [replace(clip, id=f"later-{number}", version=2) for number, clip in enumerate(clips[:6])]
+    session.add(later, lambda: 1)
+    assert not {clip.id for clip in later} & {*session.unheard}
+    session.add(later, lambda: 2)
+    assert {clip.id for clip in later} <= {*session.unheard}
+
+
+def test_with_a_full_disk_an_answer_counts_once_and_the_next_pair_comes(session, monkeypatch):
+    def full(*_: object) -> None:
+        raise UserError("no space left on device")
+
+    save, told = session.folder.save, []
+    session.changed = lambda: told.append(session.place.pair)
+    session.folder.save = full
+    given = []
+    for answer in ("left", "right", "left"):
+        pair = session.place.pair
+        with pytest.raises(UserError, match="no space"):
+            session.choose(*pair, answer)
+        assert told[-1] == session.place.pair != pair  # pages go on, too
+        given.append((*pair, answer))
+    with pytest.raises(UserError, match="no space"):
+        session.undo()
+    assert session.place.pair == given[-1][:2]
+    session.folder.save = save
+    found = again(session)
+    assert on_disk(found) == given[:2]
+    assert found.taste.predictions == replay(session.folder.choices_file, session.folder.path / "x", "me").predictions
+
+
+def test_who_chooses_and_how_boldly_can_be_said_anew(session):
+    judged(session, ["left"])
+    found = Session(session.folder.path, LiveSettings(train=False, listener="bob ", boldness=9))
+    assert (found.place.listener, found.place.boldness) == ("bob", 9)
+    assert found.taste.choices == 0
+    judged(found, ["right"])
+    assert [c.listener for c in found.choices] == ["me", "bob"]
+    assert again(session).place.boldness == 9  # nothing said: as before
+
+
 def test_choices_before_the_first_policy_is_measured_are_learnt_later(tmp_path, clips):
     session = Session(tmp_path / "t", LiveSettings(train=False))
     session.add(clips[:8])
@@ -196,9 +250,9 @@ def test_files_of_clips_are_bounded_and_none_that_was_judged_goes(tmp_path, clip
 
 
 def test_a_place_comes_back_as_it_was_saved(tmp_path):
-    place = Place("ann", 3, True, ("a", "b"), (("c", "d"),), ("e",), ("f", "g"))
+    place = Place("ann", 3, True, ("a", "b"), (("c", "d"),), ("e",), ("f", "g"), 4)
     place.save(tmp_path / "session.json")
-    assert Place.load(tmp_path / "session.json", Place("me", 0)) == place
+    assert Place.load(tmp_path / "session.json") == place
 
 
 KILLED = """

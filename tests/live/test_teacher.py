@@ -135,6 +135,36 @@ for line in sys.stdin: print('{"error": ""}', flush=True)"""
     teacher.end_process()
 
 
+def test_after_a_failure_it_rests_whatever_changes(session, monkeypatch):
+    teacher, tried = Teacher(session), []
+
+    def failing() -> bool:
+        tried.append(time.monotonic())
+        teacher._tell("the disk is full")
+        return False
+
+    session.changed = teacher.look
+    monkeypatch.setattr(teacher, "_is_due", lambda: True)
+    monkeypatch.setattr(teacher, "_teach", failing)
+    monkeypatch.setattr(module, "AFTER_A_FAILURE_S", 0.5)
+    teacher.start()
+    time.sleep(1.2)
+    teacher.stop()
+    teacher.join(30)
+    assert 1 <= len(tried) <= 3
+    assert not teacher.is_alive()
+
+
+def test_a_lesson_that_is_not_due_any_more_is_not_begun(session, monkeypatch):
+    judge(session, FIRST_CHOICES)
+    teacher = Teacher(session)
+    assert teacher._is_due()
+    session.configure(listener="ann")  # before it has begun
+    monkeypatch.setattr(module, "_start", lambda log: pytest.fail("begun"))
+    assert teacher._teach() is True
+    assert list(session.folder.lessons.path.glob("*")) == []
+
+
 @pytest.mark.slow
 def test_the_policy_that_was_trained_can_be_trained_again_from_the_choices(tiny, tmp_path, clips):
     """The page's process and the replay give the same weights, bit for bit."""

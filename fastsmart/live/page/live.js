@@ -8,6 +8,7 @@ let state = null;
 let asked = null; // when an answer was asked for, until its first note has come
 let busy = false; // while an order is on its way
 let stream = null; // an answer that is heard while it is being played: {id, at}
+let rest = null; // where Space has stopped: {id, at}
 const coming = new Map(); // notes of clips that are still being played, by id
 const cards = {};
 
@@ -50,6 +51,9 @@ function show(next) {
   const count = counted(next.choices, "choice");
   $("count").textContent = next.choices ? `${count} so far` : "No choices yet";
   $("undo").disabled = next.choices === 0;
+  $("skip").disabled = !next.pair;
+  $("damaged").hidden = !next.damaged.length;
+  $("damaged").textContent = next.damaged.length ? `Of the choices on disk, ${next.damaged.join("; ")}. It counts for nothing.` : "";
   if (next.trouble) trouble(sentence(next.trouble));
   else if (before?.trouble) trouble("");
 }
@@ -145,7 +149,6 @@ function showSettings({ boldness, paused, policies, listener, training }) {
   if (document.activeElement !== $("boldness")) $("boldness").value = boldness;
   $("boldness-word").textContent = BOLD[Math.min(Math.floor(Number($("boldness").value) / 2.2), 4)];
   $("pause").textContent = paused ? "Go on learning" : "Pause learning";
-  $("pause").setAttribute("aria-pressed", String(paused));
   $("pause").disabled = training.doing === "off";
   if (document.activeElement !== $("listener")) $("listener").value = listener;
   const list = $("policies");
@@ -195,6 +198,7 @@ function play(side, offset = begins(), then = () => {}) {
   const { clip, roll } = cards[side];
   if (!clip) return;
   sound.open();
+  rest = null;
   const other = cards[side === "left" ? "right" : "left"];
   sound.stop();
   stream = null;
@@ -216,6 +220,34 @@ function stopPlaying() {
   sound.stop();
   stream = null;
   drawButtons();
+}
+
+const heardNow = () => SIDES.find((side) => isPlaying(side));
+
+// Stop, or go on where it was stopped.
+function stopOrGoOn() {
+  const side = heardNow();
+  if (side) {
+    const at = sound.playing ? sound.position : begins();
+    stopPlaying();
+    rest = { id: cards[side].clip.id, at };
+    return;
+  }
+  const rested = SIDES.find((name) => cards[name].clip && cards[name].clip.id === rest?.id);
+  play(rested ?? "left", rested ? rest.at : begins());
+}
+
+// Go some seconds on, or back, in what is played or was stopped.
+function move(seconds) {
+  const side = heardNow() ?? SIDES.find((name) => cards[name].clip && cards[name].clip.id === rest?.id);
+  if (!side || !cards[side].clip.whole) return;
+  const at = (sound.playing ? sound.position : (rest?.at ?? begins())) + seconds;
+  const to = Math.min(Math.max(at, 0), cards[side].roll.seconds);
+  if (isPlaying(side)) play(side, to);
+  else {
+    rest = { id: cards[side].clip.id, at: to };
+    cards[side].roll.draw(to);
+  }
 }
 
 function toggle(side) {
@@ -285,7 +317,9 @@ const KEYS = {
   ArrowDown: () => choose("both_bad"),
   u: () => state?.choices && once("undo"),
   s: () => state?.pair && once("skip"),
-  " ": () => (sound.playing || stream ? stopPlaying() : play("left")),
+  ",": () => move(-2),
+  ".": () => move(2),
+  " ": stopOrGoOn,
 };
 
 function onKey(event) {
@@ -333,6 +367,7 @@ SIDES.forEach((side, i) => {
 });
 for (const button of $("choices").children) button.addEventListener("click", () => choose(button.dataset.choice));
 $("undo").addEventListener("click", () => once("undo"));
+$("skip").addEventListener("click", () => once("skip"));
 $("boldness").addEventListener("input", () => state && showSettings(state));
 $("boldness").addEventListener("change", () => post("settings", { boldness: Number($("boldness").value) }));
 $("pause").addEventListener("click", () => post("settings", { paused: !state.paused }));
