@@ -7,7 +7,7 @@ A lesson begins from the first policy, so that nothing is left in it of what ear
 credited one by one (`fastsmart.credit`) until a round's clips are as much to the listener's taste as was wanted, which
 makes them more alike. Then the policy learns the most diverse of its clips that are a little better yet
 (`fastsmart.tilt`), which gives that back. Where held-out clips gained more than was wanted, some of the change of
-weights is taken back. GRPO, whose reward is never used up, went on until five notes were left of a clip (docs/log.md).
+weights is taken back; where they gained less, it goes further. GRPO, whose reward is never used up, went on until five notes were left of a clip (docs/log.md).
 """
 
 from __future__ import annotations
@@ -43,6 +43,7 @@ TILT_MOST = 3  # times its share that a clip may weigh: with fewer clips that we
 KEPT = 20  # lessons of a folder
 HELD_OUT = 192  # clips of the evaluations that a lesson begins and ends with
 TRIES, CLOSE = 4, 0.03  # of the share of the change of weights that gains what was wanted, to so many deviations
+FARTHEST = 1.5  # share of it, beyond what was trained
 TASTE_FILE, ABOUT_FILE, POLICY, UNDONE = "taste.json", "lesson.json", "policy", "undone"
 
 
@@ -91,7 +92,7 @@ def lesson_config(policy: str, taste: str | Path = "", goal: float = 1.0, seed: 
 
 def teach(out: str | Path, config: Config, taste: str | Path, goal: float, display: Display | None = None) -> Path:
     """Train a lesson in the new folder `out`, which gets a copy of the taste; gives the policy that comes of it, in
-    `out/policy`: of the change of weights so much as gives what was wanted.
+    `out/policy`: of the change of weights so much as gives what was wanted, half as much again at most.
 
     goal : as of `lesson_config`, by a taste all of whose predictions came true; by others that share of it which did
            (`Taste.borne_out`). Where no more is wanted than a lesson can hit, .03, nothing is trained, and the
@@ -133,20 +134,32 @@ def _kept(policy: Policy, out: Path) -> Path:
 
 
 def _share(wanted: float, whole: float, gain: Callable[[float], float]) -> float:
-    """The share of a change of weights that gains what is wanted, by false position: 1 where even all of it gains no
-    more.
+    """The share of a change of weights that gains what is wanted, by false position: less than 1 where all of it gains
+    more, up to `FARTHEST` where it gains less.
 
     whole : what all of it gains
     gain  : what a share gains, which rises with it
     """
-    low, high, share = (0.0, 0.0), (1.0, whole), 1.0
-    for _ in range(TRIES if whole > wanted else 0):
-        share = low[0] + (wanted - low[1]) / (high[1] - low[1]) * (high[0] - low[0])
+    if whole <= 0 or abs(whole - wanted) <= CLOSE:
+        return 1.0
+    tried = [(1.0, whole)]
+    low, high = ((0.0, 0.0), tried[0]) if whole > wanted else (tried[0], None)
+    for _ in range(TRIES):
+        if high is None:
+            share = min(low[0] * wanted / low[1], FARTHEST)
+        else:
+            share = low[0] + (wanted - low[1]) / (high[1] - low[1]) * (high[0] - low[0])
         found = gain(share)
         if not abs(found - wanted) > CLOSE:  # or nothing could be scored
+            return share
+        tried.append((share, found))
+        if found > wanted:
+            high = tried[-1]
+        elif share == FARTHEST or found <= low[1]:  # or more of the change gains no more
             break
-        low, high = ((share, found), high) if found < wanted else (low, (share, found))
-    return share
+        else:
+            low = tried[-1]
+    return min(tried, key=lambda point: abs(point[1] - wanted))[0]
 
 
 def _mean_taste(config: Config, policy: Policy) -> float:

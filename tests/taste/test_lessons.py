@@ -21,7 +21,17 @@ from fastsmart.run.display import Silent
 from fastsmart.run.folder import RunFolder
 from fastsmart.run.resumed_config import resumed_config
 from fastsmart.taste import Choice, Standard, Taste
-from fastsmart.taste.lessons import KEPT, Lesson, LessonFolder, _mean_taste, _share, lesson_config, teach
+from fastsmart.taste.lessons import (
+    CLOSE,
+    FARTHEST,
+    KEPT,
+    Lesson,
+    LessonFolder,
+    _mean_taste,
+    _share,
+    lesson_config,
+    teach,
+)
 
 
 @pytest.fixture
@@ -134,9 +144,27 @@ def test_what_goes_beyond_the_goal_is_taken_back(wanted: float) -> None:
     assert asked[0] == wanted / 2
 
 
-@pytest.mark.parametrize(("wanted", "share"), [(2.0, 1.0), (3.0, 1.0)])
-def test_without_anything_beyond_it_nothing_is_tried(wanted: float, share: float) -> None:
-    assert _share(wanted, 2.0, lambda tried: pytest.fail("asked")) == share
+@pytest.mark.parametrize(("wanted", "whole"), [(2.0, 2.0), (2.0, 1.98), (2.0, 2.02), (1.0, 0.0), (1.0, -0.3)])
+def test_at_the_goal_or_where_nothing_was_gained_nothing_is_tried(wanted: float, whole: float) -> None:
+    assert _share(wanted, whole, lambda tried: pytest.fail("asked")) == 1.0
+
+
+@pytest.mark.parametrize("wanted", [1.1, 1.2, 1.3])
+def test_where_a_lesson_falls_short_its_change_goes_further(wanted: float) -> None:
+    """Also where half as much again has only a third more."""
+
+    def gain(share: float) -> float:
+        return 4 * share / (3 + share)
+
+    share = _share(wanted, gain(1.0), gain)
+    assert 1 < share < FARTHEST
+    assert abs(gain(share) - wanted) <= CLOSE + 1e-9
+
+
+def test_it_goes_no_further_than_it_may_and_not_where_that_gains_nothing() -> None:
+    assert _share(3.0, 1.0, lambda tried: tried) == FARTHEST
+    assert _share(1.2, 1.0, lambda tried: 1.0 - (tried - 1)) == 1.0
+    assert _share(1.2, 1.0, lambda tried: 1.0 if tried < 1.1 else 1.4) == pytest.approx(1.1, abs=0.11)
 
 
 def test_where_nothing_can_be_scored_the_share_is_a_number() -> None:
