@@ -7,7 +7,8 @@ A lesson begins from the first policy, so that nothing is left in it of what ear
 credited one by one (`fastsmart.credit`) until a round's clips are as much to the listener's taste as was wanted, which
 makes them more alike. Then the policy learns the most diverse of its clips that are a little better yet
 (`fastsmart.tilt`), which gives that back. Where held-out clips gained more than was wanted, some of the change of
-weights is taken back; where they gained less, it goes further. GRPO, whose reward is never used up, went on until five notes were left of a clip (docs/log.md).
+weights is taken back; where they gained less, it goes further. GRPO, whose reward is never used up, went on until five
+notes were left of a clip (docs/log.md).
 """
 
 from __future__ import annotations
