@@ -192,7 +192,7 @@ def _sample(p: argparse.ArgumentParser) -> None:
         help="bpm; default: from 60 to 150",
     )
     p.add_argument(
-        "--prompt", help="MIDI file to continue, its notes, metre and tempo kept as the tokens nearest to them"
+        "--prompt", help="MIDI file to continue, its notes and tempo as the tokens nearest to them, in a metre it knows"
     )
     whole_option(p, "--bars", within=(1, MOST_AT_ONCE), help="of --prompt that are taken; default: all")
     whole_option(
@@ -270,7 +270,7 @@ def _score(p: argparse.ArgumentParser) -> None:
     p.add_argument(
         "--checkpoint", default="", help="Audiobox weights: a file, a folder, or 'random'; default: the hub's"
     )
-    p.add_argument("--dtype", default="float32", help="of Audiobox: float32, bfloat16, float16, int8 (CPU) or auto")
+    p.add_argument("--dtype", default="", help="of Audiobox: float32 (default), bfloat16, float16, int8 (CPU) or auto")
     p.add_argument("--device", default="cpu", help="torch device of Audiobox and CLAP")
     p.add_argument("--taste", default="", help="file of a taste, for taste")
     p.add_argument(

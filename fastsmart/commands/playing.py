@@ -19,7 +19,6 @@ from fastsmart.words import counted
 if TYPE_CHECKING:
     from fastsmart.policy.transformer import Policy
     from fastsmart.reward import RewardSettings
-    from fastsmart.reward.settings import ConstraintSettings
     from fastsmart.tokens.prompts import Prompts
 
 AUDIO_SUFFIXES = (".wav", ".flac")
@@ -141,28 +140,21 @@ def score(options: argparse.Namespace) -> int:
     for text in options.set:
         if not text.startswith("reward."):
             raise UserError(f"--set {text}: score has options of rewards only, such as reward.clamp_style=ragtime")
-    settings = replace(
-        with_overrides(Config(), options.set).reward,
-        terms=dict.fromkeys(options.reward, 1.0),
-        audiobox_checkpoint=options.checkpoint,
-        audiobox_dtype=options.dtype,
-        taste=options.taste,
-        constraint=_constraint(options.constraint),
-        clap_model=options.clap_model,
-        clap_prompt=options.clap_prompt,
-        clap_classes=tuple(options.clap_class),
-        clap_class=options.clap_class[0] if options.clap_class else "",
-    )
+    asked = [*options.set, *(f"reward.constraint.{text}" for text in options.constraint)]
+    said = {
+        "audiobox_checkpoint": options.checkpoint,
+        "audiobox_dtype": options.dtype,
+        "taste": options.taste,
+        "clap_model": options.clap_model,
+        "clap_prompt": options.clap_prompt,
+        "clap_classes": tuple(options.clap_class),
+        "clap_class": options.clap_class[0] if options.clap_class else "",
+    }
+    said = {key: value for key, value in said.items() if value}  # what is not said may have come by --set
+    settings = replace(with_overrides(Config(), asked).reward, terms=dict.fromkeys(options.reward, 1.0), **said)
     out = Path(options.out) if options.out else None
     with FolderLock(out.parent, "scoring", name=f".{out.name}.lock") if out else nullcontext():
         return _score(options, settings, _pieces(options.files), out)
-
-
-def _constraint(texts: list[str]) -> ConstraintSettings:
-    """Demands of the reward `constraint`, by KEY=VALUE; raises UserError naming a key that it does not have."""
-    from fastsmart.config import Config, with_overrides
-
-    return with_overrides(Config(), [f"reward.constraint.{text}" for text in texts]).reward.constraint
 
 
 def _score(options: argparse.Namespace, settings: RewardSettings, files: list[str], out: Path | None) -> int:
