@@ -79,6 +79,12 @@ class Config:
             )
         if self.diversity.style_kl and not self.prompts.styles:
             raise UserError("diversity.style_kl keeps styles near the base's; name them in prompts.styles")
+        metre, metres = self.reward.constraint.metre, self.prompts.time_signatures
+        if "constraint" in self.reward.terms and metre and metres and metre not in metres:
+            raise UserError(
+                f"reward.constraint.metre is {metre}, and every prompt begins in another ({', '.join(metres)}); set "
+                f'prompts.time_signatures=["{metre}"]'
+            )
         if self.grpo.loss == "dr_grpo" and self.grpo.max_tokens != self.sampling.max_tokens:
             raise UserError(
                 f"grpo.max_tokens is {self.grpo.max_tokens}; dr_grpo needs that of sampling.max_tokens, "

@@ -84,13 +84,17 @@ class Constraint:
         return np.where(fits.argmax(axis=1) == tonic + 12 * minor, degree, degree / 2)
 
     def _metre(self, notes: NoteBatch) -> np.ndarray:
-        """Whether all its time signatures are the one asked for; a clip without any is in 4/4."""
+        """Whether the time signature from its first onset to its last is the one asked for; before any it is 4/4."""
         wanted = tuple(int(number) for number in self.settings.metre.split("/"))
-        right = np.array([tuple(map(int, meter)) == wanted for meter in notes.meter], bool)
-        ends = np.concatenate([[0], np.cumsum(~right)])
-        wrong = ends[notes.meter_offsets[1:]] - ends[notes.meter_offsets[:-1]]
-        without = np.diff(notes.meter_offsets) == 0
-        return np.where(without, wanted == COMMON_TIME, wrong == 0).astype(np.float64)
+        degree = np.zeros(len(notes))
+        for i in np.flatnonzero(notes.counts):
+            onset, at = notes.onset_tick[notes.rows(int(i))], slice(*notes.meter_offsets[i : i + 2])
+            in_force = {-1: COMMON_TIME} | dict(
+                zip(notes.meter_tick[at].tolist(), notes.meter[at].tolist(), strict=True)
+            )
+            first = max(tick for tick in in_force if tick <= onset.min())
+            degree[i] = all(tuple(m) == wanted for tick, m in in_force.items() if first <= tick <= onset.max())
+        return degree
 
     def _range(self, notes: NoteBatch) -> np.ndarray:
         """The share of notes from the lowest to the highest."""

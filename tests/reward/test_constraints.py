@@ -51,11 +51,34 @@ def test_key(make_notes: Callable[..., NoteBatch]) -> None:
 
 def test_metre(make_notes: Callable[..., NoteBatch]) -> None:
     plain = make_notes(C_MAJOR, C_MAJOR, C_MAJOR)
-    zero = np.zeros(3, np.int32)
+    tick = np.array([0, 0, 30], np.int32)
     meters = np.array([[3, 4], [3, 4], [4, 4]], np.int32)
-    notes = replace(plain, meter_tick=zero, meter=meters, meter_offsets=np.array([0, 1, 3, 3]))
+    notes = replace(plain, meter_tick=tick, meter=meters, meter_offsets=np.array([0, 1, 3, 3]))
     assert (score(notes, metre="3/4") == 1).tolist() == [True, False, False]
     assert (score(notes, metre="4/4") == 1).tolist() == [False, False, True]  # without any it is 4/4
+
+
+@pytest.mark.parametrize(
+    ("ticks", "meters", "metre"),
+    [
+        ([0, 67], [[3, 4], [4, 4]], "3/4"),  # the second comes after the last onset
+        ([0, 0], [[4, 4], [3, 4]], "3/4"),  # the first is superseded at once
+        ([6], [[3, 4]], ""),  # the first notes come before any: 4/4, then 3/4
+    ],
+)
+def test_the_metre_is_that_of_what_is_heard(
+    make_notes: Callable[..., NoteBatch], ticks: list[int], meters: list[list[int]], metre: str
+) -> None:
+    plain, kinds = make_notes(C_MAJOR), np.array(meters, np.int32)
+    notes = replace(plain, meter_tick=np.array(ticks, np.int32), meter=kinds, meter_offsets=np.array([0, len(ticks)]))
+    assert [m for m in ("3/4", "4/4") if score(notes, metre=m)[0] == 1] == ([metre] if metre else [])
+
+
+def test_a_metre_that_no_prompt_begins_in_is_refused() -> None:
+    asked = ["reward.terms.constraint=1", 'reward.constraint.metre="3/4"']
+    with pytest.raises(UserError, match=r"every prompt begins in another \(4/4\); set prompts.time_signatures"):
+        with_overrides(Config(), [*asked, 'prompts.time_signatures=["4/4"]'])
+    with_overrides(Config(), [*asked, 'prompts.time_signatures=["4/4", "3/4"]'])
 
 
 def test_density_and_voices(make_notes: Callable[..., NoteBatch]) -> None:
