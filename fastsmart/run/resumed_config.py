@@ -16,7 +16,8 @@ CHANGEABLE = (
     *("train.writers", "audio.workers", "audio.clip_timeout_s"),
 )
 
-# and of a run that a listener teaches, what changes with what has been learnt about her
+# and of a run of GRPO that a listener teaches, what changes with what has been learnt about her; others keep scores of
+# samples from round to round, which would be of two tastes
 TAUGHT = ("reward.taste", "reward.taste_caution", "grpo.beta")
 
 
@@ -33,7 +34,8 @@ def resumed_config(own: Config, changes: Mapping[str, Any], path: Path, step: in
 
     Raises UserError naming keys that a run keeps from beginning to end, and for steps that are done already.
     """
-    changeable = (*CHANGEABLE, *TAUGHT) if "taste" in own.reward.terms else CHANGEABLE
+    taught = "taste" in own.reward.terms and own.train.algorithm == "grpo"
+    changeable = (*CHANGEABLE, *TAUGHT) if taught else CHANGEABLE
     fixed = [key for key in changes if key not in changeable]
     if fixed:
         raise UserError(

@@ -136,12 +136,14 @@ def _kept(policy: Policy, out: Path) -> Path:
 
 def _share(wanted: float, whole: float, gain: Callable[[float], float]) -> float:
     """The share of a change of weights that gains what is wanted, by false position: less than 1 where all of it gains
-    more, up to `FARTHEST` where it gains less.
+    more, up to `FARTHEST` where it gains less; 0 where it gains nothing.
 
     whole : what all of it gains
     gain  : what a share gains, which rises with it
     """
-    if whole <= 0 or abs(whole - wanted) <= CLOSE:
+    if not whole > 0:  # or nothing could be scored
+        return 0.0
+    if abs(whole - wanted) <= CLOSE:
         return 1.0
     tried = [(1.0, whole)]
     low, high = ((0.0, 0.0), tried[0]) if whole > wanted else (tried[0], None)

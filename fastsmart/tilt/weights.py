@@ -42,7 +42,7 @@ def most_diverse_gain(
 
     reward : [N]; NaN weighs 0, and counts for no mean
     rows   : histograms of the clips by name, float32 [N, B + 1] each (see `fastsmart.music.histograms`)
-    cap    : a clip weighs at most cap / N
+    cap    : a clip weighs at most cap over the number of those that may weigh
     able   : [N], False = weighs 0, and counts for the mean all the same; None = all may weigh
     """
     scored, weights = np.isfinite(reward), np.zeros(len(reward))

@@ -144,9 +144,14 @@ def test_what_goes_beyond_the_goal_is_taken_back(wanted: float) -> None:
     assert asked[0] == wanted / 2
 
 
-@pytest.mark.parametrize(("wanted", "whole"), [(2.0, 2.0), (2.0, 1.98), (2.0, 2.02), (1.0, 0.0), (1.0, -0.3)])
-def test_at_the_goal_or_where_nothing_was_gained_nothing_is_tried(wanted: float, whole: float) -> None:
-    assert _share(wanted, whole, lambda tried: pytest.fail("asked")) == 1.0
+@pytest.mark.parametrize("whole", [2.0, 1.98, 2.02])
+def test_at_the_goal_nothing_is_tried(whole: float) -> None:
+    assert _share(2.0, whole, lambda tried: pytest.fail("asked")) == 1.0
+
+
+@pytest.mark.parametrize("whole", [0.0, -0.3, math.nan])
+def test_of_a_lesson_that_gained_nothing_nothing_is_kept(whole: float) -> None:
+    assert _share(1.0, whole, lambda tried: pytest.fail("asked")) == 0.0
 
 
 @pytest.mark.parametrize("wanted", [1.1, 1.2, 1.3])
@@ -204,11 +209,12 @@ def finish(lesson: Lesson) -> None:
 
 def test_only_a_run_that_is_taught_may_change_what_it_learns_from(tmp_path: Path) -> None:
     changes = {"reward.taste": "b.json", "reward.taste_caution": 0.2}
-    steered = lesson_config("pop909-tiny", "a.json")
+    steered = with_overrides(Config(), ["reward.terms.taste=1", 'reward.taste="a.json"'])
     assert resumed_config(steered, changes, tmp_path, 5).reward.taste == "b.json"
     other = with_overrides(Config(), ["reward.terms.variety=1"])
-    with pytest.raises(UserError, match=r"other settings \(reward.taste, reward.taste_caution\)"):
-        resumed_config(other, changes, tmp_path, 5)
+    for kept in (other, lesson_config("pop909-tiny", "a.json")):
+        with pytest.raises(UserError, match=r"other settings \(reward.taste, reward.taste_caution\)"):
+            resumed_config(kept, changes, tmp_path, 5)
     with pytest.raises(UserError, match="other settings"):
         resumed_config(steered, {"policy.source": "x"}, tmp_path, 5)
     assert RunFolder.begun(tmp_path) is False
@@ -236,3 +242,6 @@ def test_score_takes_a_taste_and_constraints(taste: Path, tmp_path: Path, capsys
     assert "name it in reward.taste" in capsys.readouterr().err
     assert main(["score", str(tmp_path / "a.mid"), "--reward", "constraint", "--constraint", "kye=C"]) == 2
     assert "did you mean reward.constraint.key?" in capsys.readouterr().err
+    both = ["--reward", "constraint", "--constraint", "voices=9", "--set", "reward.constraint.lowest=120"]
+    assert main(["score", str(tmp_path / "a.mid"), *both, "--reward", "taste", "--set", f"reward.taste={taste}"]) == 0
+    assert json.loads(capsys.readouterr().out)["constraint"] < 1  # all that was asked for counts
