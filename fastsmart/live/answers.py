@@ -47,6 +47,7 @@ class Phrase:
             words = str(error).replace(str(path), name).replace("--max-tokens", "its answer")
             words = words.replace("take its beginning with --bars", "choose how many bars of it to take")
             words = words.replace("take fewer --bars, or ask for fewer tokens", "choose fewer bars")
+            words = words.replace("take fewer --bars", "choose fewer bars")
             raise UserError(words) from error
         self.name, self.bars = name, bars
         self.notes = decode(TokenBatch.pack([self.ids]), player.vocab)

@@ -45,8 +45,8 @@ def phrase(path: str | Path, vocab: Vocabulary, n: int, longest: int, bars: int 
         raise UserError(f"cannot continue {path}: it has {within.sum():,} notes; take its beginning with --bars")
     if unknown := _unknown_metre(notes, vocab, bars):
         raise UserError(
-            f"cannot continue {path}: {where} has bars of {unknown}, which the policy does not know; take fewer "
-            f"--bars, or write it in one of {', '.join(vocab.values_of('TimeSig'))}"
+            f"cannot continue {path}: there are bars of {unknown} in {where}, which the policy does not know; take "
+            f"fewer --bars, or write it in one of {', '.join(vocab.values_of('TimeSig'))}"
         )
     try:
         ids = _cut(encode_notes(_only(notes, within), vocab), vocab, bars)

@@ -123,6 +123,17 @@ def test_a_phrase_longer_than_the_policy_holds_says_to_take_fewer_bars(client, t
     assert "--" not in error
 
 
+def test_a_phrase_in_a_metre_that_the_policy_does_not_know_says_so(client, tmp_path):
+    odd = replace(made([melody(1, 16)]), meter_tick=np.zeros(1, np.int32), meter=np.array([[7, 16]], np.int32))
+    replace(odd, meter_offsets=np.array([0, 1])).to_midi(0, tmp_path / "odd.mid")
+    content = (tmp_path / "odd.mid").read_bytes()
+    error = refused_in_a_sentence(client.post("phrase?name=odd.mid", content=content), 422)
+    assert error.startswith(
+        "cannot continue odd.mid: there are bars of 7/16 in it, which the policy does not know; choose"
+    )
+    assert "--" not in error
+
+
 @pytest.mark.parametrize(
     ("path", "content"),
     [

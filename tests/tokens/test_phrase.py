@@ -41,7 +41,7 @@ def test_a_metre_that_the_policy_does_not_know_is_refused(
 ) -> None:
     path = written(tmp_path / "odd.mid", [(0, *metre)], [*range(8)])
     with pytest.raises(
-        UserError, match=rf"odd.mid: .* bars of {metre[0]}/{metre[1]}, which the policy does not know.*4/4"
+        UserError, match=rf"odd.mid: .* bars of {metre[0]}/{metre[1]} in .*, which the policy does not know.*4/4"
     ):
         phrase(path, vocab, 1, 500, bars)
 
