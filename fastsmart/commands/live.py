@@ -5,10 +5,13 @@ from __future__ import annotations
 import argparse
 import ipaddress
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from fastsmart.errors import UserError
 from fastsmart.words import counted
+
+NAMED = 3  # damaged lines
 
 
 def live(options: argparse.Namespace) -> int:
@@ -51,8 +54,7 @@ def live(options: argparse.Namespace) -> int:
         address, port, *_ = at.getsockname()  # in numbers: other names are refused
         if not ipaddress.ip_address(address).is_loopback:
             print("fastsmart: whoever reaches this machine and knows the address can use the page", file=sys.stderr)
-        for line in studio.session.damaged:
-            print(f"fastsmart: {line}; it counts for nothing", file=sys.stderr)
+        _warn_of(studio.session.damaged)
         studio.start()
         host = f"[{address}]" if ":" in address else address
         print(f"open http://{host}:{port}/{token}/ in a browser; Ctrl-C ends it", flush=True)
@@ -66,8 +68,15 @@ def _replay(options: argparse.Namespace) -> int:
     from fastsmart.live.replay import replay_all
     from fastsmart.taste import read_choices
 
-    for line in read_choices(options.replay).damaged:
-        print(f"fastsmart: {line}; it counts for nothing", file=sys.stderr)
+    _warn_of(read_choices(options.replay).damaged)
     taste, policy = replay_all(options.replay, options.out, options.listener, print)
     print(f"{counted(taste.choices, 'choice')} learnt; {policy or 'nothing was trained on them'}")
     return 0
+
+
+def _warn_of(damaged: Sequence[str]) -> None:
+    """Name the first lines of a file of choices that are none, and count the others."""
+    for line in damaged[:NAMED]:
+        print(f"fastsmart: {line}; it counts for nothing", file=sys.stderr)
+    if len(damaged) > NAMED:
+        print(f"fastsmart: and {counted(len(damaged) - NAMED, 'line')} more", file=sys.stderr)

@@ -34,7 +34,7 @@ BLEND_FILE = "blend.json"
 def blended(base: Policy, tuned: Policy, alpha: float, added: Sequence[tuple[Policy, float]] = ()) -> Policy:
     """The policy of weights base + alpha (tuned - base), computed in float64; with 0 and 1 base and tuned bit for bit.
 
-    All are of one size and vocabulary; alpha is from 0 to 1.
+    All are of one size and vocabulary; alpha is from 0 to 1, or beyond 1 to go further than the tuned policy did.
 
     added : others with the weights that their differences from the base are added with
     """
